@@ -1,0 +1,98 @@
+"""Settings from the environment. The only module that reads ``os.environ``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_core.errors import ConfigurationError
+
+ENVIRONMENT = {
+    "GMS_RUNTIME_DIR": "Directory of the servers' sockets.",
+    "GMS_PLUGINS": "Names of the installed plugins that may be loaded, separated by commas; empty for none. Unset: all.",
+    "GMS_TRACE_PLUGINS": "Log every hook call and its result.",
+    "GMS_ALLOW_UNTESTED_ENGINE": "Apply patches to an engine version that they were not tested with.",
+    "GMS_CACHE_DIR": "Directory of files that can be made again.",
+}
+"""Every variable of GMS, and what it does."""
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment says.
+
+    Attributes:
+        runtime_dir: Where servers put their sockets and clients look for them.
+        plugins: Names of the third-party plugins that may be loaded; None for all that are installed.
+        trace_plugins: Whether hook calls are logged.
+        allow_untested_engine: Whether patches may be applied to an engine version that they were not tested with.
+        cache_dir: Where files are kept that can be made again.
+    """
+
+    runtime_dir: Path
+    plugins: tuple[str, ...] | None
+    trace_plugins: bool
+    allow_untested_engine: bool
+    cache_dir: Path
+
+
+def settings() -> Settings:
+    """Read the environment as it is now.
+
+    Raises:
+        ConfigurationError: A variable has a value that it cannot have; the message names it.
+    """
+    environment = os.environ
+    return Settings(
+        runtime_dir=_directory(environment, "GMS_RUNTIME_DIR") or _default_runtime_dir(environment),
+        plugins=_names(environment, "GMS_PLUGINS"),
+        trace_plugins=_flag(environment, "GMS_TRACE_PLUGINS"),
+        allow_untested_engine=_flag(environment, "GMS_ALLOW_UNTESTED_ENGINE"),
+        cache_dir=_directory(environment, "GMS_CACHE_DIR") or _default_cache_dir(environment),
+    )
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment for a child process: this one's, with changes."""
+    return {**os.environ, **changes}
+
+
+def _default_runtime_dir(environment: Mapping[str, str]) -> Path:
+    session = environment.get("XDG_RUNTIME_DIR", "")
+    if session.startswith("/"):
+        return Path(session) / "gms"
+    return Path("/run/gms") if os.getuid() == 0 else Path(f"/tmp/gms-{os.getuid()}")  # noqa: S108 - made with 0700 and checked for its owner before use
+
+
+def _default_cache_dir(environment: Mapping[str, str]) -> Path:
+    cache = environment.get("XDG_CACHE_HOME", "")
+    return Path(cache) / "gms" if cache.startswith("/") else Path("~/.cache/gms").expanduser()
+
+
+def _directory(environment: Mapping[str, str], name: str) -> Path | None:
+    value = environment.get(name, "")
+    if not value:
+        return None
+    if not value.startswith("/") or "\0" in value:
+        raise ConfigurationError(f"{name}={value!r} is not an absolute path", hint="Processes with different working directories must agree on it.")
+    return Path(value)
+
+
+def _names(environment: Mapping[str, str], name: str) -> tuple[str, ...] | None:
+    if name not in environment:
+        return None
+    return tuple(part for piece in environment[name].split(",") if (part := piece.strip()))
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigurationError(f"{name}={environment[name]!r} is neither on nor off", hint=f"Set {name}=1 or unset it.")
