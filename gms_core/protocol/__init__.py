@@ -1,0 +1,1 @@
+"""How client and server talk: typed messages, frames, descriptors and credentials on a Unix socket."""

@@ -1,0 +1,237 @@
+"""The messages of the protocol, version 1.
+
+A client sends one request at a time and reads replies until the one that ends it. `Waiting` may come any number of times before the end;
+replies that carry descriptors come in as many frames as the descriptors need, ``more`` on all but the last.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from gms_core.layout import Allocation, Identity, Layout
+
+PROTOCOL_VERSION = 1
+
+Mode = Literal["auto", "rw", "ro"]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """The first message of a client.
+
+    Attributes:
+        versions: Protocol versions that the client speaks.
+        client: Who calls, for status and logs, such as ``vllm 0.30.0 rank 0``.
+        device: UUID of the device that the client means to reach; empty for whichever the server has.
+    """
+
+    versions: tuple[int, ...]
+    client: str = ""
+    device: str = ""
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Answer to `Hello`.
+
+    Attributes:
+        version: The protocol version of this connection.
+        server: The server's package version.
+        device: UUID of its device, or ``host``.
+        driver: ``cuda`` or ``host``.
+        granularity: Bytes; sizes of allocations are multiples of it.
+        session: This session's number.
+    """
+
+    version: int
+    server: str
+    device: str
+    driver: str
+    granularity: int
+    session: int
+
+
+class Acquire(Message, frozen=True, tag="acquire"):
+    """Ask for a lease on a published pool.
+
+    Attributes:
+        pool: Its name.
+        mode: ``rw`` for a write lease, ``ro`` for a read lease, ``auto`` for whichever comes first.
+        identity: What the caller expects (a reader) or is about to publish (a writer).
+        timeout_s: Seconds to wait at most; 0 does not wait.
+        replace: With ``rw``: the committed generation that the new one replaces. Its readers keep it; it is dropped first when it has none.
+    """
+
+    pool: str
+    mode: Mode
+    identity: Identity
+    timeout_s: float
+    replace: int | None = None
+
+
+class Waiting(Message, frozen=True, tag="waiting"):
+    """Not an answer yet: what the request waits for, in words."""
+
+    reason: str
+
+
+class WriteGranted(Message, frozen=True, tag="write_granted"):
+    """The session is the pool's writer.
+
+    Attributes:
+        pool: Its name.
+        generation: The number that the commit will carry.
+    """
+
+    pool: str
+    generation: int
+
+
+class ReadGranted(Message, frozen=True, tag="read_granted"):
+    """The session reads this layout until it releases it.
+
+    Attributes:
+        layout: The layout; its manifest is left out in the answer to `Commit`.
+        sealed: The kernel refuses every new writable mapping of it.
+    """
+
+    pool: str
+    layout: Layout
+    sealed: bool = False
+
+
+class Allocate(Message, frozen=True, tag="allocate"):
+    """Create memory in the draft that this session writes; answered by `Descriptors`.
+
+    Attributes:
+        sizes: Bytes of each allocation, multiples of the granularity.
+        timeout_s: Seconds to wait for memory that another process is releasing.
+    """
+
+    pool: str
+    sizes: tuple[int, ...]
+    timeout_s: float = 0.0
+
+
+class Export(Message, frozen=True, tag="export"):
+    """Ask for descriptors of allocations that the session's lease covers; answered by `Descriptors`. Empty ``ids`` means all, in arena order."""
+
+    pool: str
+    ids: tuple[int, ...] = ()
+
+
+class Descriptors(Message, frozen=True, tag="descriptors"):
+    """Allocations, with one descriptor each in the same order in the ancillary data."""
+
+    ids: tuple[int, ...]
+    sizes: tuple[int, ...]
+    more: bool = False
+
+
+class Discard(Message, frozen=True, tag="discard"):
+    """Free allocations of the draft."""
+
+    pool: str
+    ids: tuple[int, ...]
+
+
+class Commit(Message, frozen=True, tag="commit"):
+    """Publish the draft and turn the write lease into a read lease, at once; answered by `ReadGranted`.
+
+    Attributes:
+        allocations: All that stays, in arena order. Allocations of the draft that are not named are freed.
+        identity: Replaces the identity of `Acquire`, now that the writer knows all of it.
+    """
+
+    pool: str
+    allocations: tuple[Allocation, ...]
+    manifest: bytes
+    identity: Identity
+
+
+class Release(Message, frozen=True, tag="release"):
+    """Give up the session's lease on a pool. A draft is dropped."""
+
+    pool: str
+
+
+class Status(Message, frozen=True, tag="status"):
+    """Ask for `StatusReport`."""
+
+
+class PoolStatus(msgspec.Struct, frozen=True):
+    """One pool.
+
+    Attributes:
+        state: ``empty``, ``writing`` or ``committed``.
+        generation: The committed one, or 0.
+        bytes: Of the committed layout.
+        draft_bytes: Of the layout being written.
+        retired_bytes: Of older generations that readers still keep.
+        readers: Sessions that read any generation.
+        writer: Session that writes, or 0.
+        waiting: Sessions in the queue.
+    """
+
+    name: str
+    state: str
+    generation: int
+    digest: str
+    identity: dict[str, str]
+    allocations: int
+    bytes: int
+    draft_bytes: int
+    retired_bytes: int
+    readers: tuple[int, ...]
+    writer: int
+    waiting: tuple[int, ...]
+
+
+class SessionStatus(msgspec.Struct, frozen=True):
+    """One session."""
+
+    id: int
+    pid: int
+    uid: int
+    client: str
+    age_s: float
+    leases: dict[str, str]
+    waiting_for: str
+
+
+class StatusReport(Message, frozen=True, tag="status_report"):
+    """The server's state at one instant."""
+
+    server: str
+    pid: int
+    device: str
+    driver: str
+    uptime_s: float
+    memory_free: int
+    memory_total: int
+    allocated_bytes: int
+    allocations: int
+    waiting_for_memory: int
+    pools: tuple[PoolStatus, ...]
+    sessions: tuple[SessionStatus, ...]
+
+
+class Done(Message, frozen=True, tag="done"):
+    """The request was carried out and has nothing to tell."""
+
+
+class Failure(Message, frozen=True, tag="failure"):
+    """The request was refused; see `gms_core.errors`."""
+
+    code: str
+    message: str
+    hint: str = ""
+    details: dict[str, str] = {}
+
+
+Request = Hello | Acquire | Allocate | Export | Discard | Commit | Release | Status
+Reply = Welcome | Waiting | WriteGranted | ReadGranted | Descriptors | StatusReport | Done | Failure

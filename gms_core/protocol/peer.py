@@ -1,0 +1,52 @@
+"""Who is at the other end of a Unix socket, as the kernel says."""
+
+from __future__ import annotations
+
+import array
+import socket
+import struct
+from typing import NamedTuple
+
+from gms_core.errors import ProtocolError
+from gms_core.protocol.framing import MAX_DESCRIPTORS, close_descriptors
+
+_CREDENTIALS = struct.Struct("3i")
+_ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+RECEIVE_BYTES = 256 * 1024
+
+
+class PeerCredentials(NamedTuple):
+    """Process, user and group that connected (or that listens), at the time when they did."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(connection: socket.socket) -> PeerCredentials:
+    """The credentials that the kernel recorded; the peer cannot choose them."""
+    return PeerCredentials(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """One ``recvmsg``: bytes (empty at the end of the stream) and close-on-exec descriptors.
+
+    Raises:
+        ProtocolError: The kernel cut the ancillary data short; what did arrive is closed.
+        OSError: As the socket says, `BlockingIOError` included.
+    """
+    data, ancillary, flags, _ = connection.recvmsg(RECEIVE_BYTES, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    numbers = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        close_descriptors(numbers)
+        raise ProtocolError("descriptors were lost on the way", hint="Raise the limit of open files (ulimit -n) of the receiving process.")
+    return data, list(numbers)
+
+
+def send(connection: socket.socket, data: bytes | memoryview, descriptors: tuple[int, ...] = ()) -> int:
+    """One ``sendmsg``; returns the bytes that were taken. Descriptors go with the first of them."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    return connection.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
