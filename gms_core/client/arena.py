@@ -1,0 +1,285 @@
+"""One contiguous range of virtual addresses into which a pool's allocations are mapped, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gms_core.errors import InvalidArgument, SessionClosed
+from gms_core.layout import Allocation
+from gms_core.protocol.framing import close_descriptors
+from gms_core.vmm.driver import Access, Address, Descriptor, Driver, Handle
+from gms_core.vmm.undo import UndoStack
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One allocation in the arena."""
+
+    allocation: Allocation
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An allocation as the server sent it; the descriptor is the receiver's to close."""
+
+    id: int
+    size: int
+    descriptor: Descriptor
+
+
+Provide = Callable[[Sequence[int]], list[Received]]
+"""Asks the server for allocations of these sizes."""
+
+
+def round_up(size: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is at least ``size``."""
+    return -(-size // unit) * unit
+
+
+class Arena:
+    """Addresses of this process, bound to allocations that the server owns.
+
+    A tensor's address is ``base + offset`` in every process; only ``base`` differs. Slabs are mapped whole and side by side, so a tensor may
+    lie across several.
+
+    Attributes:
+        base: The first address.
+        capacity: Bytes of reserved addresses.
+        length: Bytes from ``base`` that are backed by allocations.
+        used: Bytes from ``base`` that `allocate` has given out.
+    """
+
+    def __init__(self, driver: Driver, capacity: int, access: Access = Access.READ_WRITE) -> None:
+        self.capacity = round_up(max(capacity, 1), driver.granularity)
+        self.base: Address = driver.reserve(self.capacity)
+        self.length = 0
+        self.used = 0
+        self._driver = driver
+        self._segments: list[Segment] = []
+        self._access = access
+        self._mapped = True
+        self._closed = False
+        self._provide: Provide | None = None
+        self._slab = 0
+
+    def grow_from(self, provide: Provide, slab_bytes: int) -> None:
+        """Let `allocate` extend the arena by slabs of so many bytes, a multiple of the granularity."""
+        if slab_bytes <= 0 or slab_bytes % self._driver.granularity:
+            raise InvalidArgument(f"a slab of {slab_bytes} bytes is not a positive multiple of {self._driver.granularity}")
+        self._provide, self._slab = provide, slab_bytes
+
+    @property
+    def allocations(self) -> tuple[Allocation, ...]:
+        """What is mapped, in order."""
+        return tuple(segment.allocation for segment in self._segments)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the addresses can be used now; False between `unmap` and `remap`."""
+        return self._mapped and not self._closed
+
+    def address(self, offset: int) -> Address:
+        """The address of a byte of the arena.
+
+        Raises:
+            InvalidArgument: The offset lies outside what is backed.
+        """
+        if not 0 <= offset <= self.length:
+            raise InvalidArgument(f"offset {offset} is outside the arena's {self.length} bytes")
+        return Address(self.base + offset)
+
+    def contains(self, address: int, size: int = 1) -> bool:
+        """Whether a range of addresses lies in the backed part."""
+        return self.base <= address and address + size <= self.base + self.length
+
+    def allocate(self, size: int, alignment: int = 512) -> int:
+        """Give out the next bytes, extending the arena by whole slabs where it must.
+
+        Args:
+            size: Bytes.
+            alignment: Of the offset; the base itself is aligned to the driver's granularity.
+
+        Returns:
+            The offset of the first byte.
+
+        Raises:
+            OutOfMemory: The server has no room, or the reserved addresses are used up.
+        """
+        start = round_up(self.used, alignment)
+        missing = start + size - self.length
+        if missing > 0:
+            self._extend([self._slab] * (-(-missing // self._slab)) if self._slab else [round_up(missing, self._driver.granularity)])
+        self.used = start + size
+        return start
+
+    def reserve_exact(self, size: int) -> None:
+        """Back ``size`` more bytes than are used now, with slabs of which the last is as short as it can be."""
+        missing = round_up(self.used + size, self._driver.granularity) - self.length
+        if missing > 0:
+            whole, rest = divmod(missing, self._slab) if self._slab else (0, missing)
+            self._extend([self._slab] * whole + [rest] * bool(rest))
+
+    def _extend(self, sizes: Sequence[int]) -> None:
+        self._check_usable()
+        if self._provide is None:
+            raise InvalidArgument("this arena is read-only and cannot grow")
+        if self.length + sum(sizes) > self.capacity:
+            raise InvalidArgument(f"{sum(sizes)} more bytes are over the arena's {self.capacity} bytes of addresses")
+        received = self._provide(sizes)
+        self.adopt(received, [self.length + sum(sizes[:index]) for index in range(len(sizes))])
+
+    def adopt(self, received: Sequence[Received], offsets: Sequence[int]) -> None:
+        """Map allocations at offsets, with the arena's access, or none of them. The descriptors are closed in any case."""
+        driver = self._driver
+        try:
+            with UndoStack() as undo:
+                added = []
+                for item, offset in zip(received, offsets, strict=True):
+                    handle = driver.import_descriptor(item.descriptor, item.size)
+                    undo.push(driver.release, handle)
+                    driver.map(Address(self.base + offset), item.size, handle)
+                    undo.push(driver.unmap, Address(self.base + offset), item.size)
+                    added.append(Segment(Allocation(item.id, offset, item.size), handle))
+                self._grant(added)
+                undo.commit()
+        finally:
+            close_descriptors(item.descriptor for item in received)
+        self._segments = sorted([*self._segments, *added], key=lambda segment: segment.allocation.offset)
+        self.length = max((segment.allocation.offset + segment.allocation.size for segment in self._segments), default=0)
+
+    def _grant(self, segments: Sequence[Segment]) -> None:
+        """Set the access of segments, one call for each contiguous run: the cost of the call is per call far more than per byte."""
+        for start, end in _runs(segments):
+            self._driver.set_access(Address(self.base + start), end - start, self._access)
+
+    def set_access(self, access: Access) -> None:
+        """Change the right to all that is mapped, once the device has finished this process's work."""
+        self._check_usable()
+        before, self._access = self._access, access
+        self._driver.synchronize()
+        try:
+            self._grant(self._segments)
+        except BaseException:
+            self._access = before
+            raise
+
+    def drop_unused(self) -> list[int]:
+        """Unmap the allocations that lie wholly behind the used bytes; returns their ids."""
+        unused = [segment for segment in self._segments if segment.allocation.offset >= self.used]
+        for segment in unused:
+            self._driver.unmap(Address(self.base + segment.allocation.offset), segment.allocation.size)
+            self._driver.release(segment.handle)
+            self._segments.remove(segment)
+        if unused:
+            self.length = unused[0].allocation.offset
+        return [segment.allocation.id for segment in unused]
+
+    def trim_last(self) -> int | None:
+        """Replace the last slab by an allocation that is just long enough, at the same address, and copy what is used of it.
+
+        Returns:
+            The id of the slab that is no longer mapped, or None when there was nothing to gain.
+
+        Raises:
+            OutOfMemory: The server has no room for the copy; the arena is as it was.
+        """
+        if not self._segments or self._provide is None:
+            return None
+        last = self._segments[-1]
+        offset = last.allocation.offset
+        size = round_up(self.used - offset, self._driver.granularity)
+        if size >= last.allocation.size:
+            return None
+        driver, address = self._driver, Address(self.base + offset)
+        driver.synchronize()
+        (received,) = self._provide([size])
+        try:
+            with UndoStack() as undo:
+                handle = driver.import_descriptor(received.descriptor, size)
+                undo.push(driver.release, handle)
+                with UndoStack() as aside:
+                    beside = driver.reserve(size)
+                    aside.push(driver.free_reservation, beside, size)
+                    driver.map(beside, size, handle)
+                    aside.push(driver.unmap, beside, size)
+                    driver.set_access(beside, size, Access.READ_WRITE)
+                    driver.copy(beside, address, size)
+                driver.unmap(address, last.allocation.size)
+                undo.push(self._put_back, last)
+                driver.map(address, size, handle)
+                undo.push(driver.unmap, address, size)
+                driver.set_access(address, size, self._access)
+                undo.commit()
+        finally:
+            close_descriptors([received.descriptor])
+        driver.release(last.handle)
+        self._segments[-1] = Segment(Allocation(received.id, offset, size), handle)
+        self.length = offset + size
+        return last.allocation.id
+
+    def _put_back(self, segment: Segment) -> None:
+        address = Address(self.base + segment.allocation.offset)
+        self._driver.map(address, segment.allocation.size, segment.handle)
+        self._driver.set_access(address, segment.allocation.size, self._access)
+
+    def stop_growing(self) -> None:
+        """From now on the arena is what it is."""
+        self._provide = None
+
+    def unmap(self) -> None:
+        """Give up access and mappings; addresses and memory stay. Idempotent."""
+        self._check_open()
+        if not self._mapped:
+            return
+        self._driver.synchronize()
+        for start, end in _runs(self._segments):
+            self._driver.unmap(Address(self.base + start), end - start)
+        self._mapped = False
+
+    def remap(self) -> None:
+        """Bind the same memory to the same addresses again. Idempotent."""
+        self._check_open()
+        if self._mapped:
+            return
+        with UndoStack() as undo:
+            for segment in self._segments:
+                address = Address(self.base + segment.allocation.offset)
+                self._driver.map(address, segment.allocation.size, segment.handle)
+                undo.push(self._driver.unmap, address, segment.allocation.size)
+            self._grant(self._segments)
+            undo.commit()
+        self._mapped = True
+
+    def close(self) -> None:
+        """Unmap everything and give the addresses back. Tensors that lie here must not be used any more. Idempotent."""
+        if self._closed:
+            return
+        self.unmap()
+        self._closed = True
+        for segment in self._segments:
+            self._driver.release(segment.handle)
+        self._segments.clear()
+        self._driver.free_reservation(self.base, self.capacity)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("the arena is closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if not self._mapped:
+            raise SessionClosed("the arena is unmapped", hint="Call remap first.")
+
+
+def _runs(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """The contiguous ranges, as offsets, that segments in arena order cover."""
+    runs: list[tuple[int, int]] = []
+    for segment in segments:
+        start, end = segment.allocation.offset, segment.allocation.offset + segment.allocation.size
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return runs

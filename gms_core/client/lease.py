@@ -1,0 +1,184 @@
+"""A session's right to a published pool: to write a draft, or to read a committed layout."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from gms_core.client.arena import Arena, Received
+from gms_core.errors import ConnectionLost, ForkedSession, OutOfMemory, ProtocolError, SessionClosed
+from gms_core.layout import Identity, Layout
+from gms_core.protocol.messages import Allocate, Commit, Discard, Export, ReadGranted, Release
+from gms_core.vmm.driver import Access, Driver
+
+log = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """What a lease asks of its session."""
+
+    @property
+    def driver(self) -> Driver:
+        """The driver that maps memory into this process."""
+
+    def perform(self, request: Discard | Release) -> None:
+        """Carry out a request that has no result."""
+
+    def receive_allocations(self, request: Allocate | Export) -> list[Received]:
+        """Carry out a request that is answered by descriptors."""
+
+    def commit(self, request: Commit) -> ReadGranted:
+        """Publish the draft."""
+
+
+class _Lease(abc.ABC):
+    """What both kinds share: they end once, and a context manager ends them."""
+
+    def __init__(self, link: Link, pool: str) -> None:
+        self.pool = pool
+        self._link = link
+        self._ended = False
+
+    def _check(self) -> None:
+        if self._ended:
+            raise SessionClosed(f"this lease on pool {self.pool!r} has ended")
+
+    def release(self) -> None:
+        """Give the lease and its memory up. Idempotent; an already lost connection is no error, for it released everything."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._let_go()
+            self._link.perform(Release(self.pool))
+        except (ConnectionLost, SessionClosed, ForkedSession) as error:
+            log.debug("lease on pool %s: %s", self.pool, error)
+
+    @abc.abstractmethod
+    def _let_go(self) -> None:
+        """Unmap what this lease maps."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+
+class ReadLease(_Lease):
+    """The right to read one committed layout, until it is released or the connection ends.
+
+    Attributes:
+        pool: The pool's name.
+        layout: What is published.
+        arena: Where it is mapped; None before `map`.
+    """
+
+    def __init__(self, link: Link, pool: str, layout: Layout, arena: Arena | None = None) -> None:
+        super().__init__(link, pool)
+        self.layout = layout
+        self.arena = arena
+
+    def map(self) -> Arena:
+        """Map the whole layout read-only: one round trip, whatever the number of tensors. Idempotent."""
+        self._check()
+        if self.arena is None:
+            offsets = {allocation.id: allocation.offset for allocation in self.layout.allocations}
+            arena = Arena(self._link.driver, self.layout.extent, Access.READ)
+            try:
+                received = self._link.receive_allocations(Export(self.pool))
+                arena.adopt(received, [offsets[item.id] for item in received])
+            except BaseException:
+                arena.close()
+                raise
+            self.arena = arena
+        return self.arena
+
+    def unmap(self) -> None:
+        """Unmap the memory; its addresses stay reserved and the lease stays held. Idempotent."""
+        self._check()
+        if self.arena is not None:
+            self.arena.unmap()
+
+    def remap(self) -> None:
+        """Map the same memory at the same addresses again. Idempotent."""
+        self._check()
+        if self.arena is not None:
+            self.arena.remap()
+
+    def _let_go(self) -> None:
+        if self.arena is not None:
+            self.arena.close()
+
+
+class WriteLease(_Lease):
+    """The right to build the next generation of a pool; no other session has it at the same time.
+
+    Attributes:
+        pool: The pool's name.
+        generation: The number that the commit will carry.
+        arena: Writable memory that grows on demand.
+    """
+
+    def __init__(self, link: Link, pool: str, generation: int, *, capacity: int, slab_bytes: int, memory_timeout_s: float) -> None:
+        super().__init__(link, pool)
+        self.generation = generation
+        self._memory_timeout_s = memory_timeout_s
+        self.arena = Arena(link.driver, capacity)
+        self.arena.grow_from(self._provide, slab_bytes)
+
+    def _provide(self, sizes: Sequence[int]) -> list[Received]:
+        self._check()
+        return self._link.receive_allocations(Allocate(self.pool, tuple(sizes), self._memory_timeout_s))
+
+    def trim(self) -> None:
+        """Give back what the arena does not use: whole slabs, and the end of the last one. Calls that follow may extend it again."""
+        self._check()
+        dropped = self.arena.drop_unused()
+        try:
+            replaced = self.arena.trim_last()
+        except OutOfMemory as error:
+            log.warning("the last slab of pool %s is not trimmed: %s", self.pool, error)
+            replaced = None
+        if replaced is not None:
+            dropped.append(replaced)
+        if dropped:
+            self._link.perform(Discard(self.pool, tuple(dropped)))
+
+    def commit(self, manifest: bytes, identity: Identity) -> ReadLease:
+        """Publish what the arena holds, and become a reader of it, in one step; the arena is read-only from then on.
+
+        Args:
+            manifest: What lies where, for the readers.
+            identity: What the bytes are.
+
+        Returns:
+            The read lease that this lease has become. It has the same arena at the same addresses.
+
+        Raises:
+            GmsError: Nothing was published; the lease and its writable arena are as before, unless the connection was lost.
+        """
+        self._check()
+        self.trim()
+        self.arena.set_access(Access.READ)
+        try:
+            granted = self._link.commit(Commit(self.pool, self.arena.allocations, manifest, identity))
+        except ConnectionLost:
+            raise
+        except BaseException:
+            self.arena.set_access(Access.READ_WRITE)
+            raise
+        self._ended = True
+        self.arena.stop_growing()
+        if granted.sealed:
+            self.arena.set_access(Access.READ)  # mapped anew from sealed memory: the kernel forgets that this process could write
+        layout = granted.layout
+        if (layout.generation, layout.allocations) != (self.generation, self.arena.allocations):
+            raise ProtocolError(f"the server committed generation {layout.generation} with a layout that is not this draft's")
+        return ReadLease(self._link, self.pool, Layout(layout.generation, identity, layout.allocations, manifest, layout.digest), self.arena)
+
+    def _let_go(self) -> None:
+        self.arena.close()

@@ -1,0 +1,298 @@
+"""A connection to a device server, and the requests that go over it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from gms_core import __version__
+from gms_core.client.arena import Received, round_up
+from gms_core.client.lease import ReadLease, WriteLease
+from gms_core.config import settings
+from gms_core.devices import DeviceId
+from gms_core.errors import (
+    ConnectionLost,
+    ForkedSession,
+    GmsError,
+    InvalidArgument,
+    PermissionRefused,
+    ProtocolError,
+    ServerUnavailable,
+    SessionClosed,
+    rebuild,
+)
+from gms_core.layout import Identity
+from gms_core.protocol.channel import Channel
+from gms_core.protocol.framing import close_descriptors
+from gms_core.protocol.messages import (
+    PROTOCOL_VERSION,
+    Acquire,
+    Allocate,
+    Commit,
+    Descriptors,
+    Discard,
+    Done,
+    Export,
+    Failure,
+    Hello,
+    Message,
+    Mode,
+    ReadGranted,
+    Release,
+    Status,
+    StatusReport,
+    Waiting,
+    Welcome,
+    WriteGranted,
+)
+from gms_core.protocol.peer import peer_credentials
+from gms_core.runtime_dir import check_socket, socket_path
+from gms_core.vmm import open_driver
+from gms_core.vmm.driver import Descriptor, Driver
+
+log = logging.getLogger(__name__)
+
+SLAB_BYTES = {"cuda": 2**30, "host": 64 * 2**20}
+"""Bytes of a slab by driver. A large slab makes attaching cheap; on ``host`` memory is touched when it is made, so slabs are smaller."""
+REPLY_S = 60.0
+"""Seconds for a reply to a request that does not wait for anybody."""
+
+AnyReply = TypeVar("AnyReply", bound=Message)
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def connect(
+    device: DeviceId | None = None, *, socket_path: Path | None = None, client: str = "", timeout_s: float = 10.0
+) -> Session:
+    """Open a session with the server of a device.
+
+    Args:
+        device: Whose server to find in the runtime directory, and to insist on; None takes whatever device the server at ``socket_path`` has.
+        socket_path: Where the server listens, if not in the runtime directory.
+        client: How the session shows in status and logs.
+        timeout_s: Seconds for connecting and the handshake.
+
+    Raises:
+        ServerUnavailable: No server listens there.
+        PermissionRefused: The socket, or the server behind it, is another user's.
+        ProtocolError: Something else listens there.
+        WrongDevice: The server has another device.
+    """
+    path = _path(device, socket_path)
+    check_socket(path)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    channel = Channel(connection)
+    try:
+        _dial(connection, path, timeout_s)
+        channel.send(Hello((PROTOCOL_VERSION,), client or f"gms {__version__}", device or ""))
+        welcome = _expect(Welcome, _final(channel, timeout_s, None))
+    except ConnectionLost as error:
+        channel.close()
+        raise ServerUnavailable(f"{path} does not answer as a GMS server: {error}") from error
+    except BaseException:
+        channel.close()
+        raise
+    return Session(channel, welcome)
+
+
+def _path(device: DeviceId | None, path: Path | None) -> Path:
+    if path is not None:
+        return path
+    if device is None:
+        raise InvalidArgument("connect needs a device or the path of a socket")
+    return socket_path(device, settings().runtime_dir)
+
+
+def _dial(connection: socket.socket, path: Path, timeout_s: float) -> None:
+    connection.settimeout(timeout_s)
+    try:
+        connection.connect(os.fspath(path))
+    except PermissionError as error:
+        raise PermissionRefused(f"{path} may not be used by this user: {error.strerror}") from error
+    except OSError as error:
+        raise ServerUnavailable(f"nothing listens at {path}: {error.strerror or error}", hint="Start the server with: gms serve") from error
+    owner = peer_credentials(connection).uid
+    if owner not in (os.getuid(), 0):
+        raise PermissionRefused(f"the server behind {path} runs as user {owner}, which is neither this user nor root")
+
+
+def _final(channel: Channel, timeout_s: float | None, on_wait: Callable[[str], None] | None) -> tuple[Message, tuple[int, ...]]:
+    """The next reply that is no notice. A refusal is raised as the error that it names."""
+    while True:
+        reply, descriptors = channel.receive(timeout_s)
+        if isinstance(reply, Waiting):
+            if on_wait is not None:
+                on_wait(reply.reason)
+        elif isinstance(reply, Failure):
+            raise rebuild(reply.code, reply.message, reply.hint, reply.details)
+        else:
+            return reply, descriptors
+
+
+def _expect(kind: type[AnyReply], answer: tuple[Message, tuple[int, ...]]) -> AnyReply:
+    reply, descriptors = answer
+    if not isinstance(reply, kind) or descriptors:
+        close_descriptors(descriptors)
+        raise ProtocolError(f"the server answered with {type(reply).__name__} where {kind.__name__} was due")
+    return reply
+
+
+class Session:
+    """One authenticated connection; it lives in one process. The connection is the lease: when it ends, all leases end.
+
+    Safe to use from several threads; requests go one after the other. After a fork the child can use nothing of it.
+
+    Attributes:
+        welcome: What the server said of itself.
+    """
+
+    def __init__(self, channel: Channel, welcome: Welcome) -> None:
+        self.welcome = welcome
+        self._channel = channel
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._closed = False
+        self._driver: Driver | None = None
+        _sessions.add(self)
+
+    @property
+    def device(self) -> DeviceId:
+        """UUID of the server's device, or ``host``."""
+        return DeviceId(self.welcome.device)
+
+    @property
+    def driver(self) -> Driver:
+        """The driver that maps this device's memory into this process; opened on first use."""
+        self._check()
+        with self._lock:
+            if self._driver is None:
+                self._driver = open_driver(self.device)
+            return self._driver
+
+    def acquire(
+        self,
+        pool: str,
+        mode: Mode,
+        identity: Identity,
+        *,
+        timeout_s: float,
+        on_wait: Callable[[str], None] | None = None,
+        replace: int | None = None,
+        slab_bytes: int | None = None,
+        memory_timeout_s: float = REPLY_S,
+    ) -> WriteLease | ReadLease:
+        """Get a lease on a published pool.
+
+        Args:
+            pool: Its name.
+            mode: ``rw`` to publish a new generation, ``ro`` to read what is published (waiting for it), ``auto`` for whichever comes first.
+            identity: What the caller expects, or is about to publish.
+            timeout_s: Seconds to wait at most.
+            on_wait: Called with the reason, each time that it changes, while the request waits.
+            replace: With ``rw``: drop this committed generation first, once it has no readers.
+            slab_bytes: Of a writer's slabs; `SLAB_BYTES` if None.
+            memory_timeout_s: Seconds that a writer's allocations wait for memory that others release.
+
+        Raises:
+            AcquireTimeout: It was not granted in time.
+            IdentityMismatch: Something else is published; the fields that differ are in ``details``.
+            GenerationConflict: ``replace`` names a generation that is not the committed one.
+        """
+        if not (math.isfinite(timeout_s) and timeout_s >= 0):
+            raise InvalidArgument(f"a timeout of {timeout_s} s is not a finite, non-negative number")
+        granted, _ = self._call(Acquire(pool, mode, identity, timeout_s, replace), timeout_s + REPLY_S, on_wait)
+        if isinstance(granted, ReadGranted):
+            return ReadLease(self, pool, granted.layout)
+        write = _expect(WriteGranted, (granted, ()))
+        try:
+            slab = slab_bytes or SLAB_BYTES.get(self.welcome.driver, 2**30)
+            capacity = round_up(self.driver.memory_info().total, slab)
+            return WriteLease(
+                self, pool, write.generation, capacity=capacity, slab_bytes=round_up(slab, self.welcome.granularity), memory_timeout_s=memory_timeout_s
+            )
+        except BaseException:
+            self.perform(Release(pool))
+            raise
+
+    def status(self) -> StatusReport:
+        """The server's state at one instant."""
+        return _expect(StatusReport, self._call(Status()))
+
+    def perform(self, request: Discard | Release) -> None:
+        """Carry out a request that has no result."""
+        _expect(Done, self._call(request))
+
+    def commit(self, request: Commit) -> ReadGranted:
+        """Publish a draft."""
+        return _expect(ReadGranted, self._call(request))
+
+    def receive_allocations(self, request: Allocate | Export) -> list[Received]:
+        """Carry out a request that is answered by descriptors; they are the caller's to close."""
+        wait = request.timeout_s if isinstance(request, Allocate) else 0.0
+        received: list[Received] = []
+        with self._lock:
+            answer = self._call(request, wait + REPLY_S)
+            try:
+                while True:
+                    reply, descriptors = answer
+                    if not isinstance(reply, Descriptors) or len(reply.ids) != len(descriptors) or len(reply.sizes) != len(descriptors):
+                        close_descriptors(descriptors)
+                        raise ProtocolError(f"the server answered {type(request).__name__} with {type(reply).__name__} and {len(descriptors)} descriptors")
+                    received += map(Received, reply.ids, reply.sizes, map(Descriptor, descriptors))
+                    if not reply.more:
+                        return received
+                    answer = _final(self._channel, REPLY_S, None)
+            except BaseException:
+                close_descriptors(item.descriptor for item in received)
+                raise
+
+    def _call(
+        self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None
+    ) -> tuple[Message, tuple[int, ...]]:
+        with self._lock:
+            self._check()
+            try:
+                self._channel.send(request)
+                return _final(self._channel, timeout_s, on_wait)
+            except (ConnectionLost, ProtocolError, KeyboardInterrupt):
+                self.close()  # what the server did is unknown, and its answer may still come: no other request may read it
+                raise
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedSession("this session belongs to the parent process", hint="Call gms_core.client.connect in the child.")
+        if self._closed:
+            raise SessionClosed("the session is closed")
+
+    def close(self) -> None:
+        """End the connection, and with it every lease. Memory that is mapped stays mapped. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._channel.close()
+
+    def forget(self) -> None:
+        """In a forked child: close its copy of the connection, so that the parent's end is the end."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,143 @@
+"""One end of a connection in the event loop: receives requests, sends replies with descriptors, and keeps slow peers from costing more than themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+
+from gms_core.errors import ProtocolError
+from gms_core.protocol.framing import MAX_PAYLOAD, Frame, FrameDecoder, decode_request, encode
+from gms_core.protocol.messages import Message, Request
+from gms_core.protocol.peer import PeerCredentials, peer_credentials, receive, send
+from gms_core.server.limits import Limits
+
+READ_AHEAD = 4
+"""Requests taken from the socket before the first of them is answered; a peer that sends more waits in its own socket buffer."""
+
+
+class Connection:
+    """A connected, non-blocking socket that it owns.
+
+    Attributes:
+        peer: Who connected.
+        ended: Set once the peer has gone; a request that waits is withdrawn then.
+    """
+
+    def __init__(self, connection: socket.socket, limits: Limits) -> None:
+        connection.setblocking(False)
+        self.peer: PeerCredentials = peer_credentials(connection)
+        self.ended = asyncio.Event()
+        self._socket = connection
+        self._limits = limits
+        self._decoder = FrameDecoder(limits.hello_bytes, max_descriptors=0)
+        self._frames: deque[Frame] = deque()
+        self._arrived = asyncio.Event()
+        self._broken: ProtocolError | None = None
+        self._slow: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._reading = False
+        self._resume()
+
+    def expect_requests(self) -> None:
+        """The handshake is over: allow messages of full size."""
+        self._decoder.max_payload = MAX_PAYLOAD
+
+    async def receive(self) -> Request | None:
+        """The next request, or None when the peer has gone.
+
+        Raises:
+            ProtocolError: The peer broke the protocol.
+        """
+        while not self._frames:
+            if self._broken is not None:
+                raise self._broken
+            if self.ended.is_set():
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        frame = self._frames.popleft()
+        self._resume()
+        return decode_request(frame.payload)
+
+    async def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Send one message, whole. The descriptors stay the caller's.
+
+        Raises:
+            ConnectionError: The peer has gone, or takes nothing.
+        """
+        data = memoryview(encode(message, len(descriptors)))
+        while data:
+            try:
+                data = data[send(self._socket, data, descriptors) :]
+                descriptors = ()
+            except BlockingIOError:
+                await self._writable()
+
+    async def _writable(self) -> None:
+        ready = asyncio.Event()
+        self._loop.add_writer(self._socket, ready.set)
+        try:
+            async with asyncio.timeout(self._limits.send_s):
+                await ready.wait()
+        except TimeoutError as error:
+            raise ConnectionAbortedError("the peer takes no bytes") from error
+        finally:
+            self._loop.remove_writer(self._socket)
+
+    def _resume(self) -> None:
+        if not self._reading and len(self._frames) < READ_AHEAD and not self.ended.is_set():
+            self._loop.add_reader(self._socket, self._readable)
+            self._reading = True
+
+    def _readable(self) -> None:
+        try:
+            data, descriptors = receive(self._socket)
+            if data:
+                self._frames.extend(self._decoder.feed(data, descriptors))
+            else:
+                self._finish()
+        except BlockingIOError:
+            return
+        except ProtocolError as error:
+            self._broken = error
+            self._finish()
+        except OSError:
+            self._finish()
+        if len(self._frames) >= READ_AHEAD and self._reading:
+            self._pause()
+        self._watch_for_slowness()
+        self._arrived.set()
+
+    def _watch_for_slowness(self) -> None:
+        if not self._decoder.incomplete:
+            if self._slow is not None:
+                self._slow.cancel()
+                self._slow = None
+        elif self._slow is None:
+            self._slow = self._loop.call_later(self._limits.frame_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._broken = ProtocolError(f"a request did not arrive whole within {self._limits.frame_s:g} s")
+        self._finish()
+        self._arrived.set()
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._reading = False
+
+    def _finish(self) -> None:
+        self._pause()
+        self.ended.set()
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        if self._slow is not None:
+            self._slow.cancel()
+        if self._socket.fileno() >= 0:
+            self._finish()
+            self._decoder.close()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()

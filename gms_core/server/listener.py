@@ -1,0 +1,128 @@
+"""The socket of a device server: bound once, private to its user, and one task a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from gms_core.errors import GmsError, PermissionRefused, ProtocolError, ServerUnavailable
+from gms_core.protocol.messages import Hello
+from gms_core.server.connection import Connection
+from gms_core.server.service import Service, Session, refusal
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+
+
+@contextlib.contextmanager
+def bound_socket(path: Path) -> Iterator[socket.socket]:
+    """A listening socket at ``path`` with mode 0600, for as long as the context lasts.
+
+    A lock beside it tells whether another server lives; a socket that a dead server left is replaced. The socket appears under its name only
+    when it listens, so that a client that finds it can connect.
+
+    Raises:
+        ServerUnavailable: Another server owns the path.
+    """
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise ServerUnavailable(
+                f"another server (pid {owner}) already owns {path}", hint="Stop it first, or use another --runtime-dir."
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        staging = path.with_suffix(f".{os.getpid()}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            staging.unlink(missing_ok=True)
+            listening.bind(os.fspath(staging))
+            staging.chmod(0o600)
+            listening.listen(BACKLOG)
+            listening.setblocking(False)
+            staging.rename(path)
+            try:
+                yield listening
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+class Listener:
+    """Accepts connections and runs one task for each. Whatever a client does wrong ends its own connection, and no other."""
+
+    def __init__(self, listening: socket.socket, service: Service, uid: int) -> None:
+        self._listening = listening
+        self._service = service
+        self._allowed = {uid, 0}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Accept until cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    accepted, _ = await loop.sock_accept(self._listening)
+                except OSError as error:  # too many open files: those that are open must be able to end
+                    log.error("a connection could not be accepted: %s", error.strerror)
+                    await asyncio.sleep(0.1)
+                    continue
+                task = asyncio.create_task(self._serve(accepted))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, accepted: socket.socket) -> None:
+        with contextlib.closing(Connection(accepted, self._service.limits)) as connection:
+            session: Session | None = None
+            try:
+                session = await self._shake_hands(connection)
+                while session is not None and (request := await connection.receive()) is not None:
+                    try:
+                        await self._service.handle(session, request, connection.ended)
+                    except ProtocolError:
+                        raise
+                    except GmsError as error:
+                        await connection.send(refusal(error))
+            except GmsError as error:
+                log.warning("connection of pid %d refused: %s", connection.peer.pid, error)
+                with contextlib.suppress(ConnectionError, OSError):
+                    await connection.send(refusal(error))
+            except OSError as error:
+                log.debug("connection of pid %d ended: %s", connection.peer.pid, error)
+            except Exception:
+                log.exception("a request of pid %d failed; its connection is closed", connection.peer.pid)
+            finally:
+                if session is not None:
+                    self._service.close(session)
+
+    async def _shake_hands(self, connection: Connection) -> Session | None:
+        if connection.peer.uid not in self._allowed:
+            raise PermissionRefused(f"user {connection.peer.uid} may not use this server")
+        limit = self._service.limits.handshake_s
+        try:
+            async with asyncio.timeout(limit):
+                hello = await connection.receive()
+        except TimeoutError:
+            raise ProtocolError(f"no handshake within {limit:g} s") from None
+        if hello is None:
+            return None
+        if not isinstance(hello, Hello):
+            raise ProtocolError("the first message is not a handshake")
+        session = await self._service.open(hello, connection.peer, lambda message, descriptors: connection.send(message, descriptors))
+        connection.expect_requests()
+        return session

@@ -1,0 +1,127 @@
+"""The server's allocations: physical memory with one kept descriptor each, and back-pressure when the device is full."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from gms_core.errors import AllocationTooLarge, InvalidArgument, OutOfMemory, QuotaExceeded
+from gms_core.server.limits import Limits
+from gms_core.vmm.driver import Descriptor, Handle, MemoryInfo, PhysicalDriver
+from gms_core.vmm.undo import UndoStack
+
+RETRY_S = 0.05
+"""Seconds between looks at a full device: memory that other processes release is announced by nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """One allocation: what the driver calls it, the descriptor that clients get, and its bytes."""
+
+    handle: Handle
+    descriptor: Descriptor
+    size: int
+
+
+class Memory:
+    """Creates, exports and frees allocations of one device. The driver's calls run in one thread of their own, so that none delays a session."""
+
+    def __init__(self, driver: PhysicalDriver, limits: Limits) -> None:
+        self.driver = driver
+        self.waiting = 0
+        self._limits = limits
+        self._owned: dict[int, Owned] = {}
+        self._numbers = itertools.count(1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gms-driver")
+        self._freed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._owned)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all allocations."""
+        return sum(owned.size for owned in self._owned.values())
+
+    async def info(self) -> MemoryInfo:
+        """Free and total bytes of the device."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.driver.memory_info)
+
+    async def create(self, sizes: Sequence[int], timeout_s: float) -> list[tuple[int, Owned]]:
+        """Create all of these allocations or none, waiting for memory that others release.
+
+        Args:
+            sizes: Bytes of each.
+            timeout_s: Seconds to wait while the device is full.
+
+        Raises:
+            InvalidArgument: A size is not a positive multiple of the granularity.
+            QuotaExceeded: Too many allocations.
+            AllocationTooLarge: They can never fit.
+            OutOfMemory: There was no room in time.
+        """
+        granularity = self.driver.granularity
+        if wrong := [size for size in sizes if size <= 0 or size % granularity]:
+            raise InvalidArgument(f"sizes {wrong[:5]} are not positive multiples of {granularity} bytes")
+        if len(sizes) > self._limits.batch or len(self._owned) + len(sizes) > self._limits.allocations:
+            raise QuotaExceeded(f"{len(sizes)} more allocations are over the limit ({self._limits.allocations} in all)", hint="Use larger slabs.")
+        wanted, total = sum(sizes), (await self.info()).total
+        if wanted > total:
+            raise AllocationTooLarge(f"{wanted} bytes can never fit: the device has {total}")
+        deadline = time.monotonic() + timeout_s
+        self.waiting += 1
+        try:
+            while True:
+                self._freed.clear()
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._thread, self._create_all, sizes)
+                except AllocationTooLarge:
+                    raise
+                except OutOfMemory:
+                    if time.monotonic() >= deadline:
+                        raise
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), RETRY_S)
+        finally:
+            self.waiting -= 1
+
+    def _create_all(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
+        with UndoStack() as undo:
+            made = []
+            for size in sizes:
+                handle = self.driver.create(size)
+                undo.push(self.driver.release, handle)
+                descriptor = self.driver.export(handle)
+                undo.push(os.close, descriptor)
+                made.append((next(self._numbers), Owned(handle, descriptor, size)))
+            self._owned.update(made)
+            undo.commit()
+        return made
+
+    def descriptors(self, ids: Iterable[int]) -> list[Descriptor]:
+        """The kept descriptors of allocations; they stay the server's, the kernel duplicates them on their way."""
+        return [self._owned[identifier].descriptor for identifier in ids]
+
+    def seal(self, ids: Iterable[int]) -> bool:
+        """Refuse further writable mappings of these allocations, where the kernel can. Returns whether all are sealed."""
+        return all([self.driver.seal(self._owned[identifier].handle) for identifier in ids])
+
+    def free(self, ids: Iterable[int]) -> None:
+        """Give allocations up. The memory is free when the last process that maps them has gone."""
+        for identifier in ids:
+            owned = self._owned.pop(identifier)
+            os.close(owned.descriptor)
+            self.driver.release(owned.handle)
+        self._freed.set()
+
+    def close(self) -> None:
+        """Free everything."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.free(list(self._owned))
+        self.driver.close()

@@ -1,0 +1,284 @@
+"""A published pool as a pure state machine: who writes, who reads which generation, who waits for what.
+
+No I/O: each call returns the effects that the server has to carry out, in order. A call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+from gms_core.errors import AcquireTimeout, GenerationConflict, GmsError, IdentityMismatch, LeaseConflict
+from gms_core.layout import Allocation, Identity, Layout, check_allocations, layout_digest
+from gms_core.protocol.messages import Mode
+
+SessionId = NewType("SessionId", int)
+
+
+@dataclass(frozen=True)
+class GrantWrite:
+    """The session is the writer of this generation to be."""
+
+    session: SessionId
+    generation: int
+
+
+@dataclass(frozen=True)
+class GrantRead:
+    """The session reads this layout."""
+
+    session: SessionId
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The session waits, and for this reason now."""
+
+    session: SessionId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The session's request is refused, and it waits no more."""
+
+    session: SessionId
+    error: GmsError
+
+
+@dataclass(frozen=True)
+class Free:
+    """Nothing refers to these allocations any more."""
+
+    ids: tuple[int, ...]
+
+
+Effect = GrantWrite | GrantRead | Wait | Refuse | Free
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """A request that is not answered yet."""
+
+    session: SessionId
+    mode: Mode
+    identity: Identity
+    replace: int | None
+    reason: str = ""
+
+
+@dataclass
+class Draft:
+    """The layout that the writer builds."""
+
+    session: SessionId
+    generation: int
+    sizes: dict[int, int] = field(default_factory=dict)
+
+
+class PublishedPool:
+    """The state of one published pool.
+
+    Attributes:
+        committed: The layout that new readers get.
+        retired: Older layouts by generation, each kept by at least one reader.
+        readers: The generation that each reading session has.
+        draft: What the writer builds, if there is one.
+        queue: Unanswered requests in order of arrival.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.committed: Layout | None = None
+        self.retired: dict[int, Layout] = {}
+        self.readers: dict[SessionId, int] = {}
+        self.draft: Draft | None = None
+        self.queue: list[Waiter] = []
+        self._generation = 0
+
+    def acquire(self, session: SessionId, mode: Mode, identity: Identity, replace: int | None = None) -> list[Effect]:
+        """Ask for a lease; the answer is among the effects, now or of a later call.
+
+        Raises:
+            LeaseConflict: The session already has a lease on this pool, or waits for one.
+        """
+        if self.lease_of(session) or any(waiter.session == session for waiter in self.queue):
+            raise LeaseConflict(f"this session already has, or waits for, a lease on pool {self.name!r}", hint="Release it first.")
+        self.queue.append(Waiter(session, mode, identity, replace))
+        return self._settle()
+
+    def withdraw(self, session: SessionId, waited_s: float) -> list[Effect]:
+        """Take a waiting request back because its time is over; none if it was answered meanwhile."""
+        waiting = next((waiter for waiter in self.queue if waiter.session == session), None)
+        if waiting is None:
+            return []
+        self.queue.remove(waiting)
+        message = f"no lease on pool {self.name!r} within {waited_s:g} s: {waiting.reason}"
+        return [Refuse(session, AcquireTimeout(message)), *self._settle()]
+
+    def add(self, session: SessionId, allocations: Iterable[tuple[int, int]]) -> None:
+        """Add allocations (id, bytes) to the draft.
+
+        Raises:
+            LeaseConflict: The session is not the writer.
+        """
+        self._writing(session).sizes.update(allocations)
+
+    def discard(self, session: SessionId, ids: Sequence[int]) -> list[Effect]:
+        """Take allocations out of the draft.
+
+        Raises:
+            LeaseConflict: The session is not the writer, or one of them is not in its draft.
+        """
+        draft = self._writing(session)
+        self._check_owned(draft, ids)
+        for identifier in ids:
+            del draft.sizes[identifier]
+        return [Free(tuple(ids))] if ids else []
+
+    def commit(self, session: SessionId, allocations: Sequence[Allocation], manifest: bytes, identity: Identity) -> list[Effect]:
+        """Publish the draft, and make the writer its first reader, in one step.
+
+        Raises:
+            LeaseConflict: The session is not the writer, or an allocation is not of its draft.
+            ManifestError: The allocations overlap or are out of order.
+        """
+        draft = self._writing(session)
+        self._check_owned(draft, [allocation.id for allocation in allocations])
+        if wrong := [allocation.id for allocation in allocations if draft.sizes[allocation.id] != allocation.size]:
+            raise LeaseConflict(f"allocations {wrong} do not have the sizes that the commit says")
+        check_allocations(allocations)
+        kept = {allocation.id for allocation in allocations}
+        dropped = tuple(identifier for identifier in draft.sizes if identifier not in kept)
+        digest = layout_digest(identity, allocations, manifest)
+        layout = Layout(draft.generation, identity, tuple(allocations), manifest, digest)
+        effects: list[Effect] = [Free(dropped)] if dropped else []
+        effects += self._retire()
+        self.committed, self.draft, self._generation = layout, None, layout.generation
+        self.readers[session] = layout.generation
+        return [*effects, GrantRead(session, layout), *self._settle()]
+
+    def release(self, session: SessionId) -> list[Effect]:
+        """End whatever the session has here: its lease with the draft, or its place in the queue."""
+        self.queue = [waiter for waiter in self.queue if waiter.session != session]
+        effects: list[Effect] = []
+        if self.draft is not None and self.draft.session == session:
+            if self.draft.sizes:
+                effects.append(Free(tuple(self.draft.sizes)))
+            self.draft = None
+        generation = self.readers.pop(session, None)
+        if generation is not None and generation in self.retired and generation not in self.readers.values():
+            effects.append(Free(_ids(self.retired.pop(generation))))
+        return [*effects, *self._settle()]
+
+    def lease_of(self, session: SessionId) -> str:
+        """``write``, ``read`` or empty."""
+        if self.draft is not None and self.draft.session == session:
+            return "write"
+        return "read" if session in self.readers else ""
+
+    def allocations_of(self, session: SessionId) -> dict[int, int]:
+        """Bytes by id, in arena order, of the allocations that the session's lease covers.
+
+        Raises:
+            LeaseConflict: It has no lease.
+        """
+        if self.draft is not None and self.draft.session == session:
+            return dict(self.draft.sizes)
+        if session not in self.readers:
+            raise LeaseConflict(f"this session has no lease on pool {self.name!r}")
+        return {allocation.id: allocation.size for allocation in self._layout(self.readers[session]).allocations}
+
+    @property
+    def idle(self) -> bool:
+        """Whether the pool holds nothing and nobody: it can be forgotten."""
+        return self.committed is None and self.draft is None and not self.queue and not self.readers and self._generation == 0
+
+    def _layout(self, generation: int) -> Layout:
+        if self.committed is not None and self.committed.generation == generation:
+            return self.committed
+        return self.retired[generation]
+
+    def _writing(self, session: SessionId) -> Draft:
+        if self.draft is None or self.draft.session != session:
+            raise LeaseConflict(f"this session has no write lease on pool {self.name!r}")
+        return self.draft
+
+    def _check_owned(self, draft: Draft, ids: Sequence[int]) -> None:
+        if len(set(ids)) != len(ids):
+            raise LeaseConflict("an allocation is named twice")
+        if strange := [identifier for identifier in ids if identifier not in draft.sizes]:
+            raise LeaseConflict(f"allocations {strange} are not in the draft of pool {self.name!r}")
+
+    def _retire(self) -> list[Effect]:
+        """Make room for another committed layout: readers keep the old one, else it is freed."""
+        old, self.committed = self.committed, None
+        if old is None:
+            return []
+        if old.generation in self.readers.values():
+            self.retired[old.generation] = old
+            return []
+        return [Free(_ids(old))]
+
+    def _settle(self) -> list[Effect]:
+        """Answer every request that can be answered now, in order of arrival. Readers never look at the queue, so no waiting writer blocks one."""
+        effects: list[Effect] = []
+        waiting: list[Waiter] = []
+        for waiter in self.queue:
+            decision = self._decide(waiter)
+            if isinstance(decision, str):
+                if decision != waiter.reason:
+                    effects.append(Wait(waiter.session, decision))
+                waiting.append(Waiter(waiter.session, waiter.mode, waiter.identity, waiter.replace, decision))
+            else:
+                effects += decision
+        self.queue = waiting
+        return effects
+
+    def _decide(self, waiter: Waiter) -> list[Effect] | str:
+        """Effects that answer the request, or the reason why it has to wait."""
+        if waiter.mode == "rw":
+            return self._decide_write(waiter)
+        committed = self.committed
+        differences = waiter.identity.differences(committed.identity) if committed else {}
+        if committed and not differences:
+            self.readers[waiter.session] = committed.generation
+            return [GrantRead(waiter.session, committed)]
+        if self.draft is not None:
+            return f"session {self.draft.session} is writing generation {self.draft.generation}"
+        if committed:
+            return [Refuse(waiter.session, self._mismatch(committed, differences))]
+        if waiter.mode == "auto":
+            return self._start_draft(waiter.session)
+        return "nothing is published yet and nobody is writing"
+
+    def _decide_write(self, waiter: Waiter) -> list[Effect] | str:
+        if self.draft is not None:
+            return f"session {self.draft.session} is writing generation {self.draft.generation}"
+        if waiter.replace is None:
+            return self._start_draft(waiter.session)
+        current = self.committed.generation if self.committed else 0
+        if current != waiter.replace:
+            message = f"generation {waiter.replace} of pool {self.name!r} was to be replaced, but the committed one is {current}"
+            return [Refuse(waiter.session, GenerationConflict(message))]
+        if holders := sorted(session for session, generation in self.readers.items() if generation == current):
+            return f"generation {current} is still read by sessions {', '.join(map(str, holders))}"
+        return [*self._retire(), *self._start_draft(waiter.session)]
+
+    def _start_draft(self, session: SessionId) -> list[Effect]:
+        self.draft = Draft(session, self._generation + 1)
+        return [GrantWrite(session, self.draft.generation)]
+
+    def _mismatch(self, committed: Layout, differences: dict[str, str]) -> IdentityMismatch:
+        listing = "; ".join(f"{name}: {pair}" for name, pair in differences.items())
+        return IdentityMismatch(
+            f"pool {self.name!r} holds generation {committed.generation} of something else: {listing} (expected != published)",
+            hint="Use another tag for this model, or mode rw to publish a new generation beside it.",
+            details=differences,
+        )
+
+
+def _ids(layout: Layout) -> tuple[int, ...]:
+    return tuple(allocation.id for allocation in layout.allocations)

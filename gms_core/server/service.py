@@ -1,0 +1,277 @@
+"""Carries out requests: sessions, their leases on pools, and the memory behind them. Knows connections only as something that sends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from gms_core import __version__
+from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded, VersionMismatch, WrongDevice
+from gms_core.layout import Layout
+from gms_core.protocol.framing import batches
+from gms_core.protocol.messages import (
+    PROTOCOL_VERSION,
+    Acquire,
+    Allocate,
+    Commit,
+    Descriptors,
+    Discard,
+    Done,
+    Export,
+    Failure,
+    Hello,
+    Message,
+    ReadGranted,
+    Release,
+    Request,
+    Status,
+    StatusReport,
+    Waiting,
+    Welcome,
+    WriteGranted,
+)
+from gms_core.protocol.peer import PeerCredentials
+from gms_core.server.limits import Limits
+from gms_core.server.memory import Memory
+from gms_core.server.published import Effect, Free, GrantRead, GrantWrite, PublishedPool, Refuse, SessionId, Wait
+from gms_core.server.report import pool_status, session_status
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
+
+
+@dataclass
+class Session:
+    """One client's connection, as far as the pools are concerned.
+
+    Attributes:
+        answers: What pools have decided about this session's waiting request; a `Wait` is news, anything else ends the request.
+        waiting_for: What it waits for, in words; empty when it does not.
+    """
+
+    id: SessionId
+    peer: PeerCredentials
+    client: str
+    send: Send
+    since: float = field(default_factory=time.monotonic)
+    answers: asyncio.Queue[GrantWrite | GrantRead | Refuse | Wait] = field(default_factory=asyncio.Queue)
+    waiting_for: str = ""
+
+
+class Service:
+    """The state of one device server.
+
+    Args:
+        device: UUID of the device, or ``host``.
+        memory: Its allocations.
+        limits: Bounds on what clients may cost.
+    """
+
+    def __init__(self, device: str, memory: Memory, limits: Limits) -> None:
+        self.device = device
+        self.memory = memory
+        self.limits = limits
+        self.sessions: dict[SessionId, Session] = {}
+        self.pools: dict[str, PublishedPool] = {}
+        self._numbers = itertools.count(1)
+        self._started = time.monotonic()
+
+    async def open(self, hello: Hello, peer: PeerCredentials, send: Send) -> Session:
+        """Answer a `Hello` and make the session.
+
+        Raises:
+            VersionMismatch, WrongDevice, QuotaExceeded: As they say.
+        """
+        if PROTOCOL_VERSION not in hello.versions:
+            raise VersionMismatch(
+                f"this server (gms {__version__}) speaks protocol version {PROTOCOL_VERSION}, the client {list(hello.versions)}",
+                hint="Install the same version of gms in the engine's environment as the server runs.",
+            )
+        if hello.device and hello.device != self.device:
+            raise WrongDevice(f"this server owns the memory of {self.device}, not of {hello.device}")
+        if len(self.sessions) >= self.limits.sessions:
+            raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
+        session = Session(SessionId(next(self._numbers)), peer, hello.client, send)
+        self.sessions[session.id] = session
+        driver = self.memory.driver
+        await send(Welcome(PROTOCOL_VERSION, __version__, self.device, driver.name, driver.granularity, session.id), ())
+        log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, hello.client)
+        return session
+
+    def close(self, session: Session) -> None:
+        """The connection has ended: whatever the session had is released."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        for pool in list(self.pools.values()):
+            self._release(pool, session)
+        log.debug("session %d closed", session.id)
+
+    async def handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
+        """Carry out one request and send its replies.
+
+        Raises:
+            GmsError: The request is refused; the caller tells the client.
+        """
+        match request:
+            case Acquire():
+                await self._acquire(session, request, ended)
+            case Allocate():
+                await self._allocate(session, request)
+            case Export():
+                await self._export(session, request)
+            case Discard():
+                self._apply(self._pool(request.pool).discard(session.id, request.ids))
+                await session.send(Done(), ())
+            case Commit():
+                await self._commit(session, request)
+            case Release():
+                self._release(self._pool(request.pool), session)
+                await session.send(Done(), ())
+            case Status():
+                await session.send(await self.report(), ())
+            case Hello():
+                raise ProtocolError("the handshake is over")
+
+    async def _acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
+        if not 0 <= request.timeout_s <= self.limits.acquire_s:
+            raise InvalidArgument(f"a wait of {request.timeout_s} s is not between 0 and {self.limits.acquire_s:g}")
+        pool = self._pool(request.pool, create=True)
+        deadline = time.monotonic() + request.timeout_s
+        self._apply(pool.acquire(session.id, request.mode, request.identity, request.replace))
+        try:
+            while isinstance(answer := await self._next_answer(session, deadline, ended), Wait):
+                session.waiting_for = f"{pool.name}: {answer.reason}"
+                await session.send(Waiting(answer.reason), ())
+            if answer is None:
+                self._apply(pool.withdraw(session.id, request.timeout_s))
+                answer = await session.answers.get()
+        finally:
+            session.waiting_for = ""
+            self._forget_if_idle(pool)
+        match answer:
+            case GrantWrite():
+                log.info("pool %s: session %d (pid %d) writes generation %d", pool.name, session.id, session.peer.pid, answer.generation)
+                await session.send(WriteGranted(pool.name, answer.generation), ())
+            case GrantRead():
+                log.info("pool %s: session %d (pid %d) reads generation %d", pool.name, session.id, session.peer.pid, answer.layout.generation)
+                await session.send(ReadGranted(pool.name, answer.layout), ())
+            case Refuse():
+                raise answer.error
+
+    async def _next_answer(self, session: Session, deadline: float, ended: asyncio.Event) -> GrantWrite | GrantRead | Refuse | Wait | None:
+        """The next decision about the session's request; None when its time is over.
+
+        Raises:
+            ConnectionError: The client has gone.
+        """
+        answer = asyncio.ensure_future(session.answers.get())
+        gone = asyncio.ensure_future(ended.wait())
+        try:
+            await asyncio.wait((answer, gone), timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if gone.done():
+                raise ConnectionResetError("the client has gone while it waited")
+            return None
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+    async def _allocate(self, session: Session, request: Allocate) -> None:
+        pool = self._pool(request.pool)
+        pool.add(session.id, ())  # refuses who is not the writer, before any memory is made
+        made = await self.memory.create(request.sizes, min(max(request.timeout_s, 0.0), self.limits.acquire_s))
+        try:
+            pool.add(session.id, [(identifier, owned.size) for identifier, owned in made])
+        except LeaseConflict:
+            self.memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
+            raise
+        await self._send_descriptors(session, [(identifier, owned.size) for identifier, owned in made])
+
+    async def _export(self, session: Session, request: Export) -> None:
+        covered = self._pool(request.pool).allocations_of(session.id)
+        if strange := [identifier for identifier in request.ids if identifier not in covered]:
+            raise LeaseConflict(f"allocations {strange[:5]} are not covered by this session's lease on pool {request.pool!r}")
+        await self._send_descriptors(session, [(identifier, covered[identifier]) for identifier in request.ids or covered])
+
+    async def _send_descriptors(self, session: Session, allocations: list[tuple[int, int]]) -> None:
+        pieces = batches(allocations)
+        for number, piece in enumerate(pieces, start=1):
+            ids, sizes = tuple(identifier for identifier, _ in piece), tuple(size for _, size in piece)
+            await session.send(Descriptors(ids, sizes, more=number < len(pieces)), tuple(self.memory.descriptors(ids)))
+
+    async def _commit(self, session: Session, request: Commit) -> None:
+        pool = self._pool(request.pool)
+        effects = pool.commit(session.id, request.allocations, request.manifest, request.identity)
+        sealed = self.memory.seal(allocation.id for allocation in request.allocations)
+        self._apply(effects)
+        granted = session.answers.get_nowait()
+        if not isinstance(granted, GrantRead):
+            raise ProtocolError("a commit was not answered by a read lease")
+        layout = granted.layout
+        log.info("pool %s: session %d committed generation %d, %d bytes", pool.name, session.id, layout.generation, layout.size)
+        await session.send(ReadGranted(pool.name, _without_manifest(layout), sealed), ())
+
+    def _release(self, pool: PublishedPool, session: Session) -> None:
+        had = pool.lease_of(session.id)
+        self._apply(pool.release(session.id))
+        self._forget_if_idle(pool)
+        if had:
+            log.info("pool %s: session %d gave up its %s lease", pool.name, session.id, had)
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Free):
+                self.memory.free(effect.ids)
+            elif effect.session in self.sessions:
+                self.sessions[effect.session].answers.put_nowait(effect)
+
+    def _pool(self, name: str, *, create: bool = False) -> PublishedPool:
+        pool = self.pools.get(name)
+        if pool is None:
+            if not create:
+                raise PoolNotFound(f"this server has no pool {name!r}", hint=f"It has: {', '.join(sorted(self.pools)) or 'none'}.")
+            if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
+                raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
+            if len(self.pools) >= self.limits.pools:
+                raise QuotaExceeded(f"{self.limits.pools} pools exist already")
+            pool = self.pools[name] = PublishedPool(name)
+        return pool
+
+    def _forget_if_idle(self, pool: PublishedPool) -> None:
+        if pool.idle:
+            self.pools.pop(pool.name, None)
+
+    async def report(self) -> StatusReport:
+        """The state at one instant."""
+        info = await self.memory.info()
+        return StatusReport(
+            server=__version__,
+            pid=os.getpid(),
+            device=self.device,
+            driver=self.memory.driver.name,
+            uptime_s=time.monotonic() - self._started,
+            memory_free=info.free,
+            memory_total=info.total,
+            allocated_bytes=self.memory.bytes,
+            allocations=len(self.memory),
+            waiting_for_memory=self.memory.waiting,
+            pools=tuple(pool_status(pool) for _, pool in sorted(self.pools.items())),
+            sessions=tuple(session_status(session, self.pools.values()) for _, session in sorted(self.sessions.items())),
+        )
+
+
+def _without_manifest(layout: Layout) -> Layout:
+    """The writer has just sent the manifest: it need not come back."""
+    return Layout(layout.generation, layout.identity, layout.allocations, b"", layout.digest)
+
+
+def refusal(error: GmsError) -> Message:
+    """The message that tells a client of an error."""
+    return Failure(error.code, error.message, error.hint, error.details)

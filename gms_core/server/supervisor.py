@@ -1,0 +1,204 @@
+"""Keeps one device server per device alive. A crash of one is restarted alone and touches no other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gms_core.devices import DeviceId
+from gms_core.errors import GmsError, ServerUnavailable, rebuild
+from gms_core.runtime_dir import prepare, socket_path
+
+log = logging.getLogger(__name__)
+
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 5.0
+STOP_S = 5.0
+"""Seconds that a device server gets to end by itself."""
+
+
+@dataclass
+class Child:
+    """One device server.
+
+    Attributes:
+        process: Its process; None between a crash and the restart.
+        lifeline: Write end of a pipe that the process watches: it ends when this process does.
+        ready: Read end of the pipe on which it reports; None once it has.
+        message: What has come on it so far.
+        restart_at: When to start it again, on the monotonic clock.
+        delay_s: Seconds before the next restart.
+    """
+
+    device: DeviceId
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    lifeline: int = -1
+    ready: int | None = None
+    message: bytes = b""
+    restart_at: float = 0.0
+    delay_s: float = FIRST_DELAY_S
+    was_ready: bool = field(default=False)
+
+
+def serve(devices: Sequence[DeviceId], runtime_dir: Path, host_memory: int | None, on_ready: Callable[[DeviceId, Path], None]) -> int:
+    """Run device servers until SIGTERM or SIGINT.
+
+    Args:
+        devices: One server each.
+        runtime_dir: Where the sockets are; made if it is not there.
+        host_memory: Bytes that the ``host`` device offers.
+        on_ready: Called each time that clients can connect to a device's socket.
+
+    Returns:
+        0 once all have ended because they were told to.
+
+    Raises:
+        GmsError: The runtime directory is not safe, or no device could be served at all.
+    """
+    directory = prepare(runtime_dir)
+    with _signals() as told, contextlib.ExitStack() as children_end:
+        children = [Child(device) for device in devices]
+        children_end.callback(_stop, children)
+        supervisor = _Supervisor(children, directory, host_memory, on_ready, told)
+        supervisor.run()
+    return 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that becomes readable when SIGTERM or SIGINT arrives."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    old_wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield reading
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old_wakeup)
+        reading.close()
+        writing.close()
+
+
+class _Supervisor:
+    def __init__(
+        self, children: list[Child], directory: Path, host_memory: int | None, on_ready: Callable[[DeviceId, Path], None], told: socket.socket
+    ) -> None:
+        self._children = children
+        self._directory = directory
+        self._host_memory = host_memory
+        self._on_ready = on_ready
+        self._told = told
+
+    def run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._told, selectors.EVENT_READ)
+            for child in self._children:
+                self._start(child, selector)
+            while True:
+                events = selector.select(self._until_next_restart())
+                for key, _ in events:
+                    if key.fileobj is self._told:
+                        return
+                    child, kind = key.data
+                    if kind == "ready":
+                        self._read_ready(child, selector)
+                    else:
+                        self._ended(child, selector)
+                for child in self._children:
+                    if child.process is None and child.restart_at <= time.monotonic():
+                        self._start(child, selector)
+
+    def _until_next_restart(self) -> float | None:
+        waits = [child.restart_at - time.monotonic() for child in self._children if child.process is None]
+        return max(0.0, min(waits)) if waits else None
+
+    def _start(self, child: Child, selector: selectors.BaseSelector) -> None:
+        lifeline, child.lifeline = os.pipe()
+        child.ready, ready = os.pipe()
+        command = [sys.executable, "-m", "gms_core.server.device_server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
+        command += ["--lifeline", str(lifeline), "--ready", str(ready)]
+        if self._host_memory is not None:
+            command += ["--host-memory", str(self._host_memory)]
+        try:
+            child.process = subprocess.Popen(command, pass_fds=(lifeline, ready), stdin=subprocess.DEVNULL, start_new_session=True)
+        finally:
+            os.close(lifeline)
+            os.close(ready)
+        child.pidfd = os.pidfd_open(child.process.pid)
+        child.message = b""
+        selector.register(child.ready, selectors.EVENT_READ, (child, "ready"))
+        selector.register(child.pidfd, selectors.EVENT_READ, (child, "ended"))
+
+    def _read_ready(self, child: Child, selector: selectors.BaseSelector) -> None:
+        if child.ready is None:
+            return
+        piece = os.read(child.ready, 4096)
+        child.message += piece
+        if piece:
+            return
+        selector.unregister(child.ready)
+        os.close(child.ready)
+        child.ready = None
+        if child.message == b"ready\n":
+            child.was_ready, child.delay_s = True, FIRST_DELAY_S
+            self._on_ready(child.device, socket_path(child.device, self._directory))
+
+    def _ended(self, child: Child, selector: selectors.BaseSelector) -> None:
+        while child.ready is not None:
+            self._read_ready(child, selector)
+        selector.unregister(child.pidfd)
+        code = _reap(child)
+        error = _failure(child, code)
+        if not child.was_ready and len(self._children) == 1:
+            raise error
+        log.error("%s; starting it again in %.1f s", error, child.delay_s)
+        child.restart_at = time.monotonic() + child.delay_s
+        child.delay_s = min(2 * child.delay_s, LONGEST_DELAY_S)
+
+
+def _failure(child: Child, code: int) -> GmsError:
+    name, separator, message = child.message.decode(errors="replace").partition("\n")
+    if separator and name != "ready":
+        return rebuild(name, message, "", {})
+    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return ServerUnavailable(f"the device server of {child.device} {how}")
+
+
+def _reap(child: Child) -> int:
+    code = child.process.wait() if child.process is not None else 0
+    child.process = None
+    os.close(child.pidfd)
+    os.close(child.lifeline)
+    return code
+
+
+def _stop(children: Sequence[Child]) -> None:
+    """End all device servers: politely, then by SIGKILL."""
+    running = [child for child in children if child.process is not None]
+    for child in running:
+        if child.process is not None:
+            child.process.terminate()
+    deadline = time.monotonic() + STOP_S
+    for child in running:
+        if child.process is not None:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+        _reap(child)
+        if child.ready is not None:
+            os.close(child.ready)
+            child.ready = None

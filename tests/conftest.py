@@ -1,0 +1,107 @@
+"""Fixtures that all tests share: real servers, and a guard that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from gms_core.client import Session, connect
+from gms_core.devices import DeviceId
+
+SERVE = """
+import sys
+from pathlib import Path
+from gms_core.server.supervisor import serve
+sys.exit(serve([sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]) or None, lambda device, path: print(path, flush=True)))
+"""
+
+
+@dataclass
+class RunningServer:
+    """A supervisor with one device server, as real processes."""
+
+    device: DeviceId
+    directory: Path
+    supervisor: subprocess.Popen[str]
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / f"{self.device}.sock"
+
+    def connect(self, client: str = "test") -> Session:
+        return connect(socket_path=self.socket, client=client)
+
+    @property
+    def pid(self) -> int:
+        """The device server's process."""
+        with self.connect() as session:
+            return session.status().pid
+
+    def wait_until_ready(self) -> None:
+        """Wait until the supervisor says (again) that clients can connect."""
+        assert self.supervisor.stdout is not None
+        assert self.supervisor.stdout.readline().strip() == str(self.socket)
+
+    def stop(self) -> None:
+        if self.supervisor.poll() is None:
+            self.supervisor.send_signal(signal.SIGTERM)
+        assert self.supervisor.wait(20) == 0
+        assert self.supervisor.stdout is not None
+        self.supervisor.stdout.close()
+
+
+def start_server(directory: Path, device: str = "host", host_memory: int = 0) -> RunningServer:
+    """Start a supervisor and wait until its device server can be reached."""
+    command = [sys.executable, "-c", SERVE, device, str(directory), str(host_memory)]
+    server = RunningServer(DeviceId(device), directory, subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    server.wait_until_ready()
+    return server
+
+
+@pytest.fixture
+def runtime_dir() -> Iterator[Path]:
+    """A short path: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="gms-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def server(runtime_dir: Path) -> Iterator[RunningServer]:
+    """A device server for the ``host`` device."""
+    running = start_server(runtime_dir)
+    yield running
+    running.stop()
+
+
+def _descriptors() -> dict[str, str]:
+    """Open descriptors and what they refer to, without the one that lists them."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _children() -> set[str]:
+    listing = Path(f"/proc/self/task/{os.getpid()}/children")
+    return set(listing.read_text().split())
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a descriptor to memory, a socket or a process behind."""
+    descriptors, children = _descriptors(), _children()
+    yield
+    left = {name: target for name, target in _descriptors().items() if name not in descriptors and ("memfd" in target or "socket" in target)}
+    assert not left, f"descriptors left open: {left}"
+    assert _children() <= children, "processes left running"
