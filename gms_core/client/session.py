@@ -21,7 +21,6 @@ from gms_core.devices import DeviceId
 from gms_core.errors import (
     ConnectionLost,
     ForkedSession,
-    GmsError,
     InvalidArgument,
     PermissionRefused,
     ProtocolError,
@@ -69,9 +68,7 @@ AnyReply = TypeVar("AnyReply", bound=Message)
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def connect(
-    device: DeviceId | None = None, *, socket_path: Path | None = None, client: str = "", timeout_s: float = 10.0
-) -> Session:
+def connect(device: DeviceId | None = None, *, socket_path: Path | None = None, client: str = "", timeout_s: float = 10.0) -> Session:
     """Open a session with the server of a device.
 
     Args:
@@ -216,7 +213,12 @@ class Session:
             slab = slab_bytes or SLAB_BYTES.get(self.welcome.driver, 2**30)
             capacity = round_up(self.driver.memory_info().total, slab)
             return WriteLease(
-                self, pool, write.generation, capacity=capacity, slab_bytes=round_up(slab, self.welcome.granularity), memory_timeout_s=memory_timeout_s
+                self,
+                pool,
+                write.generation,
+                capacity=capacity,
+                slab_bytes=round_up(slab, self.welcome.granularity),
+                memory_timeout_s=memory_timeout_s,
             )
         except BaseException:
             self.perform(Release(pool))
@@ -245,7 +247,9 @@ class Session:
                     reply, descriptors = answer
                     if not isinstance(reply, Descriptors) or len(reply.ids) != len(descriptors) or len(reply.sizes) != len(descriptors):
                         close_descriptors(descriptors)
-                        raise ProtocolError(f"the server answered {type(request).__name__} with {type(reply).__name__} and {len(descriptors)} descriptors")
+                        raise ProtocolError(
+                            f"the server answered {type(request).__name__} with {type(reply).__name__} and {len(descriptors)} descriptors"
+                        )
                     received += map(Received, reply.ids, reply.sizes, map(Descriptor, descriptors))
                     if not reply.more:
                         return received
@@ -254,9 +258,7 @@ class Session:
                 close_descriptors(item.descriptor for item in received)
                 raise
 
-    def _call(
-        self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None
-    ) -> tuple[Message, tuple[int, ...]]:
+    def _call(self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None) -> tuple[Message, tuple[int, ...]]:
         with self._lock:
             self._check()
             try:

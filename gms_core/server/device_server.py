@@ -42,7 +42,10 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
         loop.add_signal_handler(number, stop.set)
     loop.add_reader(lifeline, stop.set)
     limits = Limits()
-    with contextlib.closing(Memory(open_physical_driver(device, host_memory), limits)) as memory, bound_socket(socket_path(device, directory)) as listening:
+    with (
+        contextlib.closing(Memory(open_physical_driver(device, host_memory), limits)) as memory,
+        bound_socket(socket_path(device, directory)) as listening,
+    ):
         listener = asyncio.create_task(Listener(listening, Service(device, memory, limits), os.getuid()).run())
         os.write(ready, b"ready\n")
         os.close(ready)

@@ -110,7 +110,8 @@ class Memory:
 
     def seal(self, ids: Iterable[int]) -> bool:
         """Refuse further writable mappings of these allocations, where the kernel can. Returns whether all are sealed."""
-        return all([self.driver.seal(self._owned[identifier].handle) for identifier in ids])
+        sealed = [self.driver.seal(self._owned[identifier].handle) for identifier in ids]
+        return all(sealed)
 
     def free(self, ids: Iterable[int]) -> None:
         """Give allocations up. The memory is free when the last process that maps them has gone."""

@@ -138,8 +138,8 @@ class PublishedPool:
             del draft.sizes[identifier]
         return [Free(tuple(ids))] if ids else []
 
-    def commit(self, session: SessionId, allocations: Sequence[Allocation], manifest: bytes, identity: Identity) -> list[Effect]:
-        """Publish the draft, and make the writer its first reader, in one step.
+    def check_commit(self, session: SessionId, allocations: Sequence[Allocation]) -> Draft:
+        """Raise unless these allocations can be committed now; nothing else can refuse a commit. Returns the draft.
 
         Raises:
             LeaseConflict: The session is not the writer, or an allocation is not of its draft.
@@ -150,6 +150,15 @@ class PublishedPool:
         if wrong := [allocation.id for allocation in allocations if draft.sizes[allocation.id] != allocation.size]:
             raise LeaseConflict(f"allocations {wrong} do not have the sizes that the commit says")
         check_allocations(allocations)
+        return draft
+
+    def commit(self, session: SessionId, allocations: Sequence[Allocation], manifest: bytes, identity: Identity) -> list[Effect]:
+        """Publish the draft, and make the writer its first reader, in one step.
+
+        Raises:
+            LeaseConflict, ManifestError: As `check_commit` says.
+        """
+        draft = self.check_commit(session, allocations)
         kept = {allocation.id for allocation in allocations}
         dropped = tuple(identifier for identifier in draft.sizes if identifier not in kept)
         digest = layout_digest(identity, allocations, manifest)

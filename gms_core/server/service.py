@@ -208,9 +208,9 @@ class Service:
 
     async def _commit(self, session: Session, request: Commit) -> None:
         pool = self._pool(request.pool)
-        effects = pool.commit(session.id, request.allocations, request.manifest, request.identity)
-        sealed = self.memory.seal(allocation.id for allocation in request.allocations)
-        self._apply(effects)
+        pool.check_commit(session.id, request.allocations)
+        sealed = self.memory.seal(allocation.id for allocation in request.allocations)  # before any reader can map it
+        self._apply(pool.commit(session.id, request.allocations, request.manifest, request.identity))
         granted = session.answers.get_nowait()
         if not isinstance(granted, GrantRead):
             raise ProtocolError("a commit was not answered by a read lease")

@@ -28,7 +28,9 @@ def test_digest_is_equal_when_only_ids_differ():
     assert layout_digest(identity, [Allocation(1, 0, 8)], b"m") != layout_digest(identity, [Allocation(1, 0, 16)], b"m")
 
 
-@pytest.mark.parametrize("allocations", [[Allocation(1, 0, 8), Allocation(2, 4, 8)], [Allocation(1, 8, 8), Allocation(2, 0, 8)], [Allocation(1, 0, 0)]])
+@pytest.mark.parametrize(
+    "allocations", [[Allocation(1, 0, 8), Allocation(2, 4, 8)], [Allocation(1, 8, 8), Allocation(2, 0, 8)], [Allocation(1, 0, 0)]]
+)
 def test_allocations_are_refused_when_they_overlap_or_are_out_of_order(allocations):
     with pytest.raises(ManifestError):
         check_allocations(allocations)

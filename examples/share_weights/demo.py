@@ -1,0 +1,153 @@
+"""Two stock vLLM engines share one copy of the weights: the whole story, on this machine, with figures.
+
+Run it with ``make demo``. Without a GPU it uses a CPU build of vLLM and memory of the ``host`` device; with one, the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from model import write_model
+from processes import DemoFailed, Program, complete, free_port, program, running, wait_until_healthy
+
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+CPU_OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M"]
+PROMPT = "w3 w14 w15 w92 w65 w35"
+GPU_OPTIONS = ["--max-model-len", "2048", "--gpu-memory-utilization", "0.3"]
+
+
+class Demo:
+    """The story's stage: a scratch directory, a model, and the commands."""
+
+    def __init__(self, directory: Path, *, gpu: bool) -> None:
+        self.model = directory / "model"
+        self.logs = directory / "logs"
+        self.aside = directory / "moved-away"
+        self.runtime = directory / "run"
+        self.gpu = gpu
+        self.logs.mkdir()
+        self.aside.mkdir()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        extra = {"GMS_RUNTIME_DIR": str(self.runtime), "GMS_CACHE_DIR": str(self.runtime / "cache")}
+        return ENVIRONMENT | extra | ({} if self.gpu else CPU_ENVIRONMENT)
+
+    @contextlib.contextmanager
+    def engine(self, name: str, *options: str) -> Iterator[tuple[Program, int]]:
+        """A ``vllm serve`` that answers."""
+        port = free_port()
+        command = [*program("vllm"), "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
+        command += [*(GPU_OPTIONS if self.gpu else CPU_OPTIONS), *options]
+        with running(name, command, self.logs / f"{name}.log", self.environment) as engine:
+            ready = wait_until_healthy(engine, port)
+            say(f"  {name} answers on port {port}, {ready:.1f} s after its start")
+            yield engine, port
+
+    @contextlib.contextmanager
+    def server(self) -> Iterator[float]:
+        """A ``gms serve``; gives the seconds from its start to a socket that accepts."""
+        command = [*program("gms"), "serve", "--runtime-dir", str(self.runtime), *([] if self.gpu else ["--device", "host"])]
+        with running("gms serve", command, self.logs / "gms.log", self.environment) as server:
+            while not list(self.runtime.glob("*.sock")):
+                server.check()
+                time.sleep(0.002)
+            yield time.monotonic() - server.started
+
+    def tokens(self, port: int) -> list[str]:
+        """What an engine answers to the story's prompt."""
+        return complete(port, str(self.model), PROMPT, 24)
+
+    def move_weights_away(self) -> int:
+        """Take the weights out of the checkpoint; returns their bytes."""
+        files = list(self.model.glob("*.safetensors"))
+        total = sum(file.stat().st_size for file in files)
+        for file in files:
+            shutil.move(file, self.aside / file.name)
+        return total
+
+    def weight_bytes_in_checkpoint(self) -> int:
+        """Bytes of weights that an engine could read from the checkpoint."""
+        return sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+
+
+def say(text: str) -> None:
+    """Tell the next part of the story."""
+    print(text, flush=True)
+
+
+def tell(demo: Demo) -> dict[str, object]:
+    """Run the story; returns its figures."""
+    say(f"A random Qwen3-shaped model is written ({'0.6 billion parameters' if demo.gpu else 'tiny'}).")
+    write_model(demo.model, *(("0.6b", "bfloat16") if demo.gpu else ("tiny", "float32")))
+    say("A stock engine, without GMS, says which tokens are right.")
+    with demo.engine("stock") as (_, port):
+        right = demo.tokens(port)
+    with demo.server() as server_ready_s:
+        say(f"gms serve is ready after {server_ready_s * 1000:.0f} ms.")
+        say("Engine 1 starts with --load-format gms. Nothing is published yet, so it loads the checkpoint and publishes.")
+        with demo.engine("engine-1", "--load-format", "gms") as (first, first_port):
+            published = first.figures("gms published")
+            say(f"  published {published['bytes'] / 2**20:.1f} MiB in {published['publish_s']:.2f} s")
+            moved = demo.move_weights_away()
+            say(f"The checkpoint's weights ({moved / 2**20:.1f} MiB) are moved away. Engine 2 starts with the same command.")
+            with demo.engine("engine-2", "--load-format", "gms") as (second, second_port):
+                attached = second.figures("gms attached")
+                read = int(attached["checkpoint_bytes"]) + demo.weight_bytes_in_checkpoint()
+                say(f"  attached {attached['bytes'] / 2**20:.1f} MiB in {attached['attach_s'] * 1000:.0f} ms, {read} bytes read from the checkpoint")
+                answers = [demo.tokens(first_port), demo.tokens(second_port)]
+                equal = answers == [right, right]
+                say(
+                    f"Both engines answer, {'with the same tokens as the stock engine' if equal else 'and their tokens DIFFER from the stock engine'}."
+                )
+                return {
+                    "device": "gpu" if demo.gpu else "host",
+                    "server_ready_s": server_ready_s,
+                    "publish_s": published["publish_s"],
+                    "attach_s": attached["attach_s"],
+                    "attach_checkpoint_bytes": read,
+                    "shared_bytes": int(attached["bytes"]),
+                    "tokens_equal": equal,
+                }
+
+
+def main() -> int:
+    """Run the demonstration and write its figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/demo.json"), help="where the figures go (default: %(default)s)")
+    parser.add_argument("--gpu", choices=["auto", "yes", "no"], default="auto", help="use a GPU (default: if torch sees one)")
+    options = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        print("vLLM is not installed in this Python; `make demo` installs a CPU build of it.", file=sys.stderr)
+        return 1
+    import torch
+
+    gpu = torch.cuda.is_available() if options.gpu == "auto" else options.gpu == "yes"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gms-demo-") as directory:
+        try:
+            figures = tell(Demo(Path(directory), gpu=gpu))
+        except DemoFailed as failure:
+            print(f"The demonstration failed: {failure}", file=sys.stderr)
+            return 1
+    options.out.write_text(json.dumps(figures, indent=2) + "\n")
+    say(f"The figures are in {options.out}.")
+    return 0 if figures["tokens_equal"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Start the real programs, wait until they are ready, and end them with everything that they started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DemoFailed(Exception):
+    """A program ended or hung; the message has the end of its log."""
+
+
+@dataclass
+class Program:
+    """A running program in a process group of its own, with its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float
+
+    def check(self) -> None:
+        """Raise if the program has ended."""
+        if self.process.poll() is not None:
+            raise DemoFailed(f"{self.name} exited with code {self.process.returncode}; the end of {self.log}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+
+    def figures(self, event: str) -> dict[str, float]:
+        """The ``key=number`` pairs of the log line of the adapter that has ``event`` in it."""
+        for line in self.log.read_text(errors="replace").splitlines():
+            if event in line:
+                return {key: float(number) for key, number in re.findall(r"(\w+)=([0-9.]+)\b", line.split(event, 1)[1])}
+        raise DemoFailed(f"{self.log} has no line with {event!r}:\n{self.tail()}")
+
+
+@contextlib.contextmanager
+def running(name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Program]:
+    """Run a program until the context ends; its whole process group ends with it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **environment}, start_new_session=True
+        )
+        try:
+            yield Program(name, process, log, time.monotonic())
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 20.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            process.poll()
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_healthy(engine: Program, port: int, patience_s: float = 600.0) -> float:
+    """Wait until ``/health`` answers; returns the seconds since the engine was started."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        engine.check()
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            if answer.status == 200:
+                return time.monotonic() - engine.started
+        time.sleep(0.2)
+    raise DemoFailed(f"{engine.name} was not healthy after {patience_s:g} s; the end of its log:\n{engine.tail()}")
+
+
+def complete(port: int, model: str, prompt: str, count: int) -> list[str]:
+    """The tokens with which an engine continues a prompt, greedily."""
+    body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return list(json.load(answer)["choices"][0]["logprobs"]["tokens"])
+
+
+def program(name: str) -> list[str]:
+    """The command of a console script beside the running interpreter."""
+    return [os.fspath(Path(sys.executable).with_name(name))]
