@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import SHAPES, write_model
-from processes import DemoFailed, Program, complete, free_port, running, wait_until_healthy
+from processes import ProgramError, Program, complete, free_port, running, wait_until_healthy
 
 GIB = 2**30
 KV_BYTES = 16 * GIB
@@ -136,7 +136,7 @@ def main() -> int:
         write_model(bench.model, options.shape, "bfloat16")
         try:
             figures = measure(bench)
-        except DemoFailed as failure:
+        except ProgramError as failure:
             print(f"The benchmark failed: {failure}", file=sys.stderr)
             return 1
         finally:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model import write_model
-from processes import DemoFailed, Program, complete, free_port, program, running, wait_until_healthy
+from processes import ProgramError, Program, complete, free_port, program, running, wait_until_healthy
 
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -108,12 +108,10 @@ def tell(demo: Demo) -> dict[str, object]:
             with demo.engine("engine-2", "--load-format", "gms") as (second, second_port):
                 attached = second.figures("gms attached")
                 read = int(attached["checkpoint_bytes"]) + demo.weight_bytes_in_checkpoint()
-                say(f"  attached {attached['bytes'] / 2**20:.1f} MiB in {attached['attach_s'] * 1000:.0f} ms, {read} bytes read from the checkpoint")
+                say(f"  attached {attached['bytes'] / 2**20:.1f} MiB in {attached['attach_s'] * 1000:.0f} ms; read {read} bytes of the checkpoint")
                 answers = [demo.tokens(first_port), demo.tokens(second_port)]
                 equal = answers == [right, right]
-                say(
-                    f"Both engines answer, {'with the same tokens as the stock engine' if equal else 'and their tokens DIFFER from the stock engine'}."
-                )
+                say(f"Both engines answer, and their tokens {'are those' if equal else 'DIFFER from those'} of the stock engine.")
                 return {
                     "device": "gpu" if demo.gpu else "host",
                     "server_ready_s": server_ready_s,
@@ -141,7 +139,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gms-demo-") as directory:
         try:
             figures = tell(Demo(Path(directory), gpu=gpu))
-        except DemoFailed as failure:
+        except ProgramError as failure:
             print(f"The demonstration failed: {failure}", file=sys.stderr)
             return 1
     options.out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class DemoFailed(Exception):
+class ProgramError(Exception):
     """A program ended or hung; the message has the end of its log."""
 
 
@@ -34,7 +34,7 @@ class Program:
     def check(self) -> None:
         """Raise if the program has ended."""
         if self.process.poll() is not None:
-            raise DemoFailed(f"{self.name} exited with code {self.process.returncode}; the end of {self.log}:\n{self.tail()}")
+            raise ProgramError(f"{self.name} exited with code {self.process.returncode}; the end of {self.log}:\n{self.tail()}")
 
     def tail(self) -> str:
         """The end of the log."""
@@ -45,7 +45,7 @@ class Program:
         for line in self.log.read_text(errors="replace").splitlines():
             if event in line:
                 return {key: float(number) for key, number in re.findall(r"(\w+)=([0-9.]+)\b", line.split(event, 1)[1])}
-        raise DemoFailed(f"{self.log} has no line with {event!r}:\n{self.tail()}")
+        raise ProgramError(f"{self.log} has no line with {event!r}:\n{self.tail()}")
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def wait_until_healthy(engine: Program, port: int, patience_s: float = 600.0) ->
             if answer.status == 200:
                 return time.monotonic() - engine.started
         time.sleep(0.2)
-    raise DemoFailed(f"{engine.name} was not healthy after {patience_s:g} s; the end of its log:\n{engine.tail()}")
+    raise ProgramError(f"{engine.name} was not healthy after {patience_s:g} s; the end of its log:\n{engine.tail()}")
 
 
 def complete(port: int, model: str, prompt: str, count: int) -> list[str]:

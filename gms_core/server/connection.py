@@ -1,4 +1,4 @@
-"""One end of a connection in the event loop: receives requests, sends replies with descriptors, and keeps slow peers from costing more than themselves."""
+"""One end of a connection in the event loop: requests in, replies with descriptors out; a slow peer costs its own connection only."""
 
 from __future__ import annotations
 
