@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import SHAPES, write_model
-from processes import ProgramError, Program, complete, free_port, running, wait_until_healthy
+from processes import Program, ProgramError, complete, free_port, running, wait_until_healthy
 
 GIB = 2**30
 KV_BYTES = 16 * GIB

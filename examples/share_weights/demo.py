@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model import write_model
-from processes import ProgramError, Program, complete, free_port, program, running, wait_until_healthy
+from processes import Program, ProgramError, complete, free_port, program, running, wait_until_healthy
 
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",

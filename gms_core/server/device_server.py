@@ -73,9 +73,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--host-memory", type=int)
     parser.add_argument("--lifeline", type=int, required=True)
     parser.add_argument("--ready", type=int, required=True)
-    parser.add_argument("--log-level", default="INFO")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=options.log_level, format=f"%(asctime)s %(levelname)s gms[{options.device[:12]}] %(message)s")
     _raise_descriptor_limit()
     try:
         asyncio.run(
@@ -92,4 +90,5 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s gms[%(process)d] %(message)s")
     sys.exit(run(sys.argv[1:]))
