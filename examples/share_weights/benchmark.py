@@ -102,11 +102,11 @@ def measure(bench: Bench) -> dict[str, object]:
             time.sleep(0.001)
         ready = time.monotonic() - server.started
         with bench.engine("writer", "--load-format", "gms") as (first, port_1, writer):
-            published = first.figures("gms published")
+            published = first.figures("event=published")
             writer["tokens_per_s"] = bench.throughput(port_1)
             equal = bench.answers(port_1) == right
             with bench.engine("reader", "--load-format", "gms") as (second, port_2, reader):
-                attached = second.figures("gms attached")
+                attached = second.figures("event=attached")
                 equal = equal and bench.answers(port_2) == right
                 reader["tokens_per_s"] = bench.throughput(port_2)
     return {
@@ -114,8 +114,8 @@ def measure(bench: Bench) -> dict[str, object]:
         "tokens_equal": equal,
         "server_ready_s": ready,
         "stock": stock,
-        "writer": writer | {key: published[key] for key in ("publish_s", "bytes")},
-        "reader": reader | {key: attached[key] for key in ("attach_s", "bytes", "checkpoint_bytes")},
+        "writer": writer | {key: published[key] for key in ("seconds", "bytes")},
+        "reader": reader | {key: attached[key] for key in ("seconds", "bytes", "checkpoint_bytes")},
         "throughput_ratio_reader": reader["tokens_per_s"] / stock["tokens_per_s"],
         "throughput_ratio_writer": writer["tokens_per_s"] / stock["tokens_per_s"],
     }

@@ -101,22 +101,22 @@ def tell(demo: Demo) -> dict[str, object]:
         say(f"gms serve is ready after {server_ready_s * 1000:.0f} ms.")
         say("Engine 1 starts with --load-format gms. Nothing is published yet, so it loads the checkpoint and publishes.")
         with demo.engine("engine-1", "--load-format", "gms") as (first, first_port):
-            published = first.figures("gms published")
-            say(f"  published {published['bytes'] / 2**20:.1f} MiB in {published['publish_s']:.2f} s")
+            published = first.figures("event=published")
+            say(f"  published {published['bytes'] / 2**20:.1f} MiB in {published['seconds']:.2f} s")
             moved = demo.move_weights_away()
             say(f"The checkpoint's weights ({moved / 2**20:.1f} MiB) are moved away. Engine 2 starts with the same command.")
             with demo.engine("engine-2", "--load-format", "gms") as (second, second_port):
-                attached = second.figures("gms attached")
+                attached = second.figures("event=attached")
                 read = int(attached["checkpoint_bytes"]) + demo.weight_bytes_in_checkpoint()
-                say(f"  attached {attached['bytes'] / 2**20:.1f} MiB in {attached['attach_s'] * 1000:.0f} ms; read {read} bytes of the checkpoint")
+                say(f"  attached {attached['bytes'] / 2**20:.1f} MiB in {attached['seconds'] * 1000:.0f} ms; read {read} bytes of the checkpoint")
                 answers = [demo.tokens(first_port), demo.tokens(second_port)]
                 equal = answers == [right, right]
                 say(f"Both engines answer, and their tokens {'are those' if equal else 'DIFFER from those'} of the stock engine.")
                 return {
                     "device": "gpu" if demo.gpu else "host",
                     "server_ready_s": server_ready_s,
-                    "publish_s": published["publish_s"],
-                    "attach_s": attached["attach_s"],
+                    "publish_s": published["seconds"],
+                    "attach_s": attached["seconds"],
                     "attach_checkpoint_bytes": read,
                     "shared_bytes": int(attached["bytes"]),
                     "tokens_equal": equal,

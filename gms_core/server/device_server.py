@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 from pathlib import Path
 
 from gms_core.devices import DeviceId
@@ -87,8 +86,3 @@ def run(arguments: list[str]) -> int:
         log.error("%s", error)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s gms[%(process)d] %(message)s")
-    sys.exit(run(sys.argv[1:]))

@@ -128,7 +128,7 @@ class _Supervisor:
     def _start(self, child: Child, selector: selectors.BaseSelector) -> None:
         lifeline, child.lifeline = os.pipe()
         child.ready, ready = os.pipe()
-        command = [sys.executable, "-m", "gms_core.server.device_server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
+        command = [sys.executable, "-m", "gms_core.server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
         command += ["--lifeline", str(lifeline), "--ready", str(ready)]
         if self._host_memory is not None:
             command += ["--host-memory", str(self._host_memory)]
