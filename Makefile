@@ -1,0 +1,53 @@
+# Everything starts here; `make` alone lists what there is. Each target sets up what it needs and does that only once.
+
+PYTHON ?= python3
+VENV := .venv
+WHEELS := build/wheels
+VLLM_VERSIONS := 0.26.0 0.30.0 0.33.0
+PYTEST_ARGS ?=
+
+# Run with another Python whose environment has gms, an engine and the tools already: make test-gpu RUN=python3
+RUN ?= $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-gpu bench wheels environment clean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+demo: ## Two stock vLLM engines share one copy of the weights; on the GPU where this Python has a CUDA vLLM, else on CPU.
+	@tools/demo.sh "$(PYTHON)"
+
+test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included.
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+
+lint: environment ## ruff, mypy and the import contracts.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: environment ## Format the code.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test-gpu: ## The tests that need an NVIDIA GPU, in an environment that has one: make test-gpu RUN=python3
+	$(RUN) -m pytest $(PYTEST_ARGS) -m gpu tests
+
+bench: ## How long a new process needs to attach, beside the bare driver.
+	$(RUN) -m gms_core.cli bench attach
+
+wheels: $(WHEELS)/.stamp ## Download the vLLM wheels that the contract tests read.
+
+environment: $(VENV)/.stamp ## Make .venv: a real CPU vLLM, gms, and the tools.
+
+$(VENV)/.stamp: tools/cpu_vllm.sh pyproject.toml
+	tools/cpu_vllm.sh $(VENV) "$(PYTHON)"
+	@touch $@
+
+$(WHEELS)/.stamp: tools/engine_wheels.sh Makefile
+	tools/engine_wheels.sh $(WHEELS) "$(PYTHON)" $(VLLM_VERSIONS)
+	@touch $@
+
+clean: ## Remove what these targets made.
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

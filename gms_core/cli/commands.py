@@ -1,0 +1,25 @@
+"""The built-in commands, as a plugin. Each one's module is imported when it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gms_core.plugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from gms_core.cli.group import GmsGroup
+
+COMMANDS = {
+    "serve": "gms_core.cli.serve:serve",
+    "status": "gms_core.cli.status:status",
+    "doctor": "gms_core.cli.doctor:doctor",
+    "patches": "gms_core.cli.patches:patches",
+    "bench": "gms_core.cli.bench:bench",
+}
+
+
+@hookimpl
+def gms_commands(group: GmsGroup) -> None:
+    """Add them."""
+    for name, target in COMMANDS.items():
+        group.add_lazy(name, target)

@@ -1,0 +1,94 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from gms_core.config import settings
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+OUTPUT = "gms.output"
+"""Key of a context's ``meta`` under which the chosen output format is kept."""
+
+_SIZE = re.compile(r"\A\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?\s*\Z", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``8GiB``, ``512MiB``, ``1.5G`` or ``4096``.
+
+    Raises:
+        ValueError: It is no size, or not a positive whole number of bytes.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write it as 8GiB, 512MiB or a number of bytes")
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()] if "." in match[1] else int(match[1]) * _UNITS[(match[2] or "").lower()]
+    if size < 1 or size != int(size):
+        raise ValueError(f"{text!r} is not a positive whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """Bytes for people, in the largest binary unit that leaves at least 1."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f}".removesuffix(".0") + f" {unit}"
+    return f"{size} B"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it must be."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click only
+    """A number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse what the user wrote."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _keep_output(ctx: click.Context, _: click.Parameter, value: str) -> str:
+    ctx.meta[OUTPUT] = value
+    return value
+
+
+def _directory(_: click.Context, __: click.Parameter, value: Path | None) -> Path:
+    return value.absolute() if value is not None else settings().runtime_dir
+
+
+def output_option(*formats: str) -> Callable[[Command], Command]:
+    """``-o``; the first format is the default. Errors follow it too: they are JSON where the output is."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats),
+        default=formats[0],
+        show_default=True,
+        is_eager=True,
+        callback=_keep_output,
+        help="Format of the output, and of errors.",
+    )
+
+
+runtime_dir_option = click.option(
+    "--runtime-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_directory,
+    help="Directory of the servers' sockets.  [default: GMS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/gms, /run/gms for root, /tmp/gms-UID]",
+)

@@ -1,0 +1,156 @@
+"""``gms status``: what the servers hold, and for whom."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gms_core.cli.exit_codes import ExitCode
+from gms_core.cli.options import count, format_size, output_option, runtime_dir_option
+from gms_core.errors import ServerUnavailable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gms_core.cli.servers import ServerState
+    from gms_core.protocol.messages import SessionStatus, StatusReport
+
+SCHEMA = "gms-status/1"
+CLIENT = "gms status"
+
+
+@click.command(short_help="Show servers, pools and sessions.")
+@click.option(
+    "--device", "devices", multiple=True, metavar="UUID|host", help="Only this device. Can be given several times.  [default: all that have a socket]"
+)
+@runtime_dir_option
+@output_option("table", "json")
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="[SECONDS]",
+    help="Show it again and again, every 2 seconds if not told otherwise; with JSON, one line each time.",
+)
+def status(devices: tuple[str, ...], runtime_dir: Path, output: str, watch: float | None) -> None:
+    """Show the servers of the runtime directory, their pools and their sessions."""
+    if watch is not None:
+        _watch(devices, runtime_dir, output, watch)
+        return
+    states = _states(devices, runtime_dir)
+    if output == "json":
+        click.echo(json.dumps(document(states, runtime_dir), indent=2))
+    else:
+        from gms_core.cli.console import standard_output
+
+        standard_output().print(table(states))
+    if all(state.report is None for state in states):
+        raise click.exceptions.Exit(ExitCode.NO_SERVER)
+
+
+def document(states: list[ServerState], runtime_dir: Path) -> dict[str, object]:
+    """The JSON output."""
+    return {"schema": SCHEMA, "runtime_dir": str(runtime_dir), "servers": [state.as_dict() for state in states]}
+
+
+def _states(devices: tuple[str, ...], runtime_dir: Path) -> list[ServerState]:
+    from gms_core.cli.servers import ask, sockets
+
+    paths = sockets(runtime_dir, devices)
+    if not paths:
+        raise ServerUnavailable(f"no server has a socket in {runtime_dir}", hint="Start one with: gms serve (without a GPU: gms serve --device host)")
+    return [ask(path, CLIENT) for path in paths]
+
+
+def _watch(devices: tuple[str, ...], runtime_dir: Path, output: str, seconds: float) -> None:
+    """Show until Ctrl-C, which is the way to end it and no failure. A server that comes or goes meanwhile is part of the show."""
+    from rich.console import Group
+    from rich.live import Live
+
+    from gms_core.cli.console import standard_output
+    from gms_core.cli.servers import ask, sockets
+
+    console = standard_output()
+    try:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal and output != "json", transient=True) as live:
+            while True:
+                states = [ask(path, CLIENT) for path in sockets(runtime_dir, devices)]
+                if output == "json":
+                    click.echo(json.dumps(document(states, runtime_dir)))
+                elif console.is_terminal:
+                    live.update(Group(table(states), f"{time.strftime('%X')}, every {seconds:g} s; Ctrl-C ends"), refresh=True)
+                else:
+                    console.print(table(states))
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return
+
+
+def table(states: list[ServerState]) -> RenderableType:
+    """The output for people: a line for each server, then its pools and its sessions."""
+    from rich.console import Group
+    from rich.text import Text
+
+    if not states:
+        return Text("no server")
+    parts: list[RenderableType] = []
+    for state in states:
+        if state.report is None:
+            parts.append(Text.assemble((state.socket.stem, "bold"), "  ", ("dead", "bold red"), f"  {state.error.message if state.error else ''}"))
+            continue
+        report = state.report
+        used = f"{format_size(report.allocated_bytes)} in {count(report.allocations, 'allocation')}"
+        free = f"{format_size(report.memory_free)} of {format_size(report.memory_total)} free"
+        line = f"  {report.driver}, pid {report.pid}, up {_age(report.uptime_s)}, gms {report.server}; {used}; {free}"
+        parts.append(Text.assemble((report.device, "bold"), "  ", ("up", "green"), line))
+        if report.waiting_for_memory:
+            parts.append(Text(f"  waiting for memory: {count(report.waiting_for_memory, 'request')}", style="yellow"))
+        parts += [_pools(report)] if report.pools else []
+        # The session that asks for the status is not news.
+        sessions = [session for session in report.sessions if session.leases or session.client != CLIENT]
+        parts += [_sessions(sessions)] if sessions else []
+    return Group(*parts)
+
+
+def _pools(report: StatusReport) -> RenderableType:
+    from rich.table import Table
+
+    pools = Table("pool", "state", "generation", "size", "allocations", "model", "readers", "writer", "waiting", box=None, pad_edge=True)
+    for pool in report.pools:
+        size = format_size(pool.bytes) + "".join(
+            f" + {format_size(extra)} {what}" for extra, what in ((pool.draft_bytes, "draft"), (pool.retired_bytes, "retired")) if extra
+        )
+        pools.add_row(
+            pool.name,
+            pool.state,
+            str(pool.generation or "-"),
+            size,
+            str(pool.allocations),
+            pool.identity.get("model", "-"),
+            str(len(pool.readers)),
+            str(pool.writer or "-"),
+            str(len(pool.waiting)),
+        )
+    return pools
+
+
+def _sessions(found: list[SessionStatus]) -> RenderableType:
+    from rich.table import Table
+
+    sessions = Table("session", "pid", "client", "age", "leases", "waits for", box=None, pad_edge=True)
+    for session in found:
+        leases = ", ".join(f"{lease} {pool}" for pool, lease in sorted(session.leases.items())) or "-"
+        sessions.add_row(str(session.id), str(session.pid), session.client, _age(session.age_s), leases, session.waiting_for or "-")
+    return sessions
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,31 @@
+"""The hooks that a plugin can implement. Each is one sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from gms_core.plugins.engines import EngineAdapter
+    from gms_core.plugins.findings import Check
+
+hookspec = pluggy.HookspecMarker("gms")
+hookimpl = pluggy.HookimplMarker("gms")
+
+
+@hookspec
+def gms_engines() -> list[EngineAdapter]:  # type: ignore[empty-body]
+    """Return the engines that the plugin has an adapter for."""
+
+
+@hookspec
+def gms_doctor_checks() -> list[Check]:  # type: ignore[empty-body]
+    """Return the checks that ``gms doctor`` runs."""
+
+
+@hookspec
+def gms_commands(group: click.Group) -> None:
+    """Add commands to the ``gms`` command."""
