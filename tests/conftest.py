@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -58,12 +59,16 @@ class RunningServer:
         self.supervisor.stdout.close()
 
 
-def start_server(directory: Path, device: str = "host", host_memory: int = 0) -> RunningServer:
-    """Start a supervisor and wait until its device server can be reached."""
+@contextlib.contextmanager
+def running_server(directory: Path, device: str = "host", host_memory: int = 0) -> Iterator[RunningServer]:
+    """A supervisor whose device server can be reached, until the context ends."""
     command = [sys.executable, "-c", SERVE, device, str(directory), str(host_memory)]
     server = RunningServer(DeviceId(device), directory, subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    server.wait_until_ready()
-    return server
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture
@@ -76,9 +81,8 @@ def runtime_dir() -> Iterator[Path]:
 @pytest.fixture
 def server(runtime_dir: Path) -> Iterator[RunningServer]:
     """A device server for the ``host`` device."""
-    running = start_server(runtime_dir)
-    yield running
-    running.stop()
+    with running_server(runtime_dir) as running:
+        yield running
 
 
 def _descriptors() -> dict[str, str]:

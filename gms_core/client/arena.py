@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gms_core.errors import InvalidArgument, SessionClosed
+from gms_core.errors import InvalidArgument, OutOfMemory, SessionClosed
 from gms_core.layout import Allocation
 from gms_core.protocol.framing import close_descriptors
 from gms_core.vmm.driver import Access, Address, Descriptor, Driver, Handle
@@ -126,7 +126,7 @@ class Arena:
         if self._provide is None:
             raise InvalidArgument("this arena is read-only and cannot grow")
         if self.length + sum(sizes) > self.capacity:
-            raise InvalidArgument(f"{sum(sizes)} more bytes are over the arena's {self.capacity} bytes of addresses")
+            raise OutOfMemory(f"{sum(sizes)} more bytes are over the arena's {self.capacity} bytes, which is all that the device has")
         received = self._provide(sizes)
         self.adopt(received, [self.length + sum(sizes[:index]) for index in range(len(sizes))])
 
