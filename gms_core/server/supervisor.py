@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_core.devices import DeviceId
+from gms_core.config import child_environment
+from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, ServerUnavailable, rebuild
 from gms_core.runtime_dir import prepare, socket_path
 
@@ -133,7 +134,9 @@ class _Supervisor:
         if self._host_memory is not None:
             command += ["--host-memory", str(self._host_memory)]
         try:
-            child.process = subprocess.Popen(command, pass_fds=(lifeline, ready), stdin=subprocess.DEVNULL, start_new_session=True)
+            child.process = subprocess.Popen(
+                command, pass_fds=(lifeline, ready), stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(child.device)
+            )
         finally:
             os.close(lifeline)
             os.close(ready)
@@ -167,6 +170,11 @@ class _Supervisor:
         log.error("%s; starting it again in %.1f s", error, child.delay_s)
         child.restart_at = time.monotonic() + child.delay_s
         child.delay_s = min(2 * child.delay_s, LONGEST_DELAY_S)
+
+
+def _environment(device: DeviceId) -> dict[str, str]:
+    """A device server sees its own device alone: CUDA starts faster, and a MIG instance can be seen in no other way."""
+    return child_environment() if device == HOST else child_environment(CUDA_VISIBLE_DEVICES=device)
 
 
 def _failure(child: Child, code: int) -> GmsError:

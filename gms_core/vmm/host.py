@@ -161,7 +161,10 @@ class HostDriver:
 
     def memory_info(self) -> MemoryInfo:
         """See `PhysicalDriver.memory_info`. Memory that this driver made counts until no process refers to it any more."""
-        machine = machine_memory()
+        try:
+            machine = machine_memory()
+        except OSError as error:
+            raise _failure("reading /proc/meminfo and control groups", error.errno or 0, str(error.filename)) from error
         total = machine.total if self._capacity is None else min(machine.total, self._capacity)
         return MemoryInfo(free=max(0, min(machine.free, total - self._ledger.used)), total=total)
 
