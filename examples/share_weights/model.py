@@ -33,7 +33,9 @@ def write_model(directory: Path, shape: str, dtype: str) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     sizes = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))

@@ -1,5 +1,6 @@
 """The codec: every cut of a stream gives the same frames, and nothing that a peer sends costs more than its connection."""
 
+import contextlib
 import os
 
 import pytest
@@ -31,10 +32,8 @@ def open_descriptor():
     reading, writing = os.pipe()
     os.close(writing)
     yield reading
-    try:
+    with contextlib.suppress(OSError):
         os.close(reading)
-    except OSError:
-        pass
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)

@@ -1,0 +1,26 @@
+"""GMS for vLLM: `--load-format gms`.
+
+vLLM calls `register` in each of its processes. It imports nothing of vLLM: what it has to add is added once the module concerned is imported.
+"""
+
+from __future__ import annotations
+
+from gms_patches.on_import import when_imported
+
+
+def register() -> None:
+    """Entry point of the group ``vllm.general_plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
+    when_imported("vllm.model_executor.model_loader", _register_loader)
+    when_imported("vllm.engine.arg_utils", _patch_engine_args)
+
+
+def _register_loader() -> None:
+    from gms_vllm.loader import register_loader
+
+    register_loader()
+
+
+def _patch_engine_args() -> None:
+    from gms_vllm.engine_args import patch_engine_args
+
+    patch_engine_args()

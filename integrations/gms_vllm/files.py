@@ -1,0 +1,58 @@
+"""The weight files of a checkpoint, as far as they lie on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gms_core.errors import CheckpointNotFound
+
+PATTERNS = {
+    "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
+    "hf": ("*.safetensors", "*.bin", "*.pt"),
+    "mistral": ("consolidated*.safetensors",),
+    "npcache": ("*.bin",),
+    "pt": ("*.pt",),
+}
+"""What vLLM's loaders look for, in this order; the first pattern with a match counts (vllm/model_executor/model_loader/default_loader.py)."""
+_OTHERS = ("*.safetensors",)
+
+
+def weight_files(model_config: Any, inner: str, download_dir: str | None = None) -> list[Path]:
+    """The files that the inner loader reads, if the model is a folder or was downloaded already; else none. Reads no file."""
+    folder = _folder(model_config, download_dir)
+    if folder is None or inner == "dummy":
+        return []
+    for pattern in PATTERNS.get(inner, _OTHERS):
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return found
+    return []
+
+
+def check_checkpoint(model_config: Any, inner: str) -> None:
+    """Refuse to load from a folder that has no weights, before anything is allocated.
+
+    Raises:
+        CheckpointNotFound: Names the folder and what was looked for.
+    """
+    folder = Path(model_config.model)
+    if inner == "dummy" or getattr(model_config, "model_weights", "") or not folder.is_dir() or weight_files(model_config, inner):
+        return
+    patterns = ", ".join(PATTERNS.get(inner, _OTHERS))
+    raise CheckpointNotFound(
+        f"{folder} has no weight files ({patterns}), and nothing that fits is published",
+        hint="Restore the files, or start the engine that publishes these weights first.",
+    )
+
+
+def _folder(model_config: Any, download_dir: str | None) -> Path | None:
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return None if getattr(model_config, "model_weights", "") else folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_config.model, revision=model_config.revision, cache_dir=download_dir, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None

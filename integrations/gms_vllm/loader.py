@@ -1,0 +1,95 @@
+"""The load format ``gms``: publish what is not published yet, attach to what is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from gms_core.errors import EngineUnsupported
+from gms_vllm.config import LOAD_FORMAT, LoaderOptions, inner_load_config, loader_options
+
+# vLLM also imports this where it only looks at a model's class: what loading needs is imported when it is needed.
+
+log = logging.getLogger("vllm.gms")
+
+
+def register_loader() -> None:
+    """Tell vLLM about the load format."""
+    register_model_loader(LOAD_FORMAT)(GmsModelLoader)
+
+
+class GmsModelLoader(BaseModelLoader):
+    """Loads a model through GMS. Making one costs nothing and connects to nothing: vLLM makes several in a process."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.options: LoaderOptions = loader_options(load_config.model_loader_extra_config or {})
+
+    def download_model(self, model_config: Any) -> None:
+        """Fetch the checkpoint, unless this engine only ever attaches."""
+        if self.options.gms.mode != "ro":
+            self._inner().download_model(model_config)
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:  # noqa: ARG002 - vLLM's interface
+        """Refused: vLLM calls it to load into a model that is there already, and these weights are shared."""
+        raise EngineUnsupported("weights that GMS shares are not loaded a second time into the same model", hint="Start another engine.")
+
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes of weights that other processes have put on this device already, for vLLM's budget (0.33 on)."""
+        from gms_vllm.accounting import external_bytes
+
+        return external_bytes(vllm_config, self.options.gms)
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        """Publish or attach.
+
+        Raises:
+            GmsError: Neither was possible; the message says why. Nothing of this engine is left in the server.
+        """
+        from gms_core.checkpoint import cached_digest
+        from gms_core.client import WriteLease
+        from gms_vllm import reader, writer
+        from gms_vllm.accounting import free_memory
+        from gms_vllm.files import check_checkpoint, weight_files
+        from gms_vllm.holdings import Holding, keep
+        from gms_vllm.identity import expected_identity
+        from gms_vllm.place import LoadRequest, connect
+        from gms_vllm.roles import acquire
+        from gms_vllm.unsupported import check_config, check_engine, is_draft
+
+        check_engine()
+        request = LoadRequest(vllm_config, model_config, prefix)
+        if is_draft(vllm_config, model_config):
+            log.info("%s is the draft model of speculative decoding: it is loaded into this engine's own memory", model_config.model)
+            return self._inner().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        check_config(vllm_config)
+        options = self.options.gms
+        inner = options.inner.lower()
+        files = weight_files(model_config, inner, self.load_config.download_dir)
+        content = "dummy" if inner == "dummy" else cached_digest(files) or ""
+        identity = expected_identity(vllm_config, model_config, content=content, extra=options.identity)
+        session = connect(options, rank=vllm_config.parallel_config.rank)
+        try:
+            before = free_memory()
+            granted = acquire(vllm_config, options, session, identity)
+            holding = Holding(session, granted.lease, neighbours=before - free_memory())
+            if isinstance(granted.lease, WriteLease):
+                check_checkpoint(model_config, inner)
+                model = writer.load(request, self._inner(), holding, granted, files=files, identity=identity)
+            else:
+                if not content:
+                    log.warning("the digest of the checkpoint is not known here: that the published weights are of the same content is not checked")
+                model = reader.attach(request, holding, granted)
+            keep(holding)
+        except BaseException:
+            session.close()
+            raise
+        return model
+
+    def _inner(self) -> BaseModelLoader:
+        return get_model_loader(inner_load_config(self.load_config, self.options))

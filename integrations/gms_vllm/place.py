@@ -1,0 +1,63 @@
+"""What a rank loads, and where its weights are: which device, which server, which pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from gms_core.client import Session
+from gms_core.client import connect as open_session
+from gms_core.devices import HOST, DeviceId, cuda_uuid
+from gms_core.engine_config import GmsConfig
+from gms_patches.apply import installed_version
+from gms_patches.for_vllm import DISTRIBUTIONS
+
+
+def device_id() -> DeviceId:
+    """The device of this worker: ``host``, or the UUID of the GPU that is current."""
+    return HOST if current_platform.is_cpu() else cuda_uuid(torch.cuda.current_device())
+
+
+def connect(options: GmsConfig, *, rank: int | None = None) -> Session:
+    """Open a session with the server of this worker's device.
+
+    Raises:
+        GmsError: See `gms_core.client.connect`.
+    """
+    name = f"vllm {installed_version(DISTRIBUTIONS)}"
+    return open_session(
+        device_id(),
+        socket_path=options.socket_path,
+        client=name if rank is None else f"{name} rank {rank}",
+        timeout_s=options.connect_timeout_s,
+    )
+
+
+def pool_name(config: Any, options: GmsConfig) -> str:
+    """The pool of this rank. A GPU has one rank of an engine, so the tag names it; on ``host`` all ranks share the device."""
+    parallel = config.parallel_config
+    rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
+    return f"{options.tag}.{rank}" if current_platform.is_cpu() and rank else options.tag
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What vLLM asks a loader for.
+
+    Attributes:
+        config: A ``VllmConfig``.
+        model_config: Of the model that is loaded.
+        prefix: Of the layers' names.
+    """
+
+    config: Any
+    model_config: Any
+    prefix: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights go."""
+        return torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,91 @@
+"""Every further engine: it builds the model without memory and binds its parameters to what is published. No weight is read or copied."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+import vllm.model_executor.model_loader.utils as loader_utils
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from gms_core.client import ReadLease
+from gms_core.errors import LeaseConflict
+from gms_core.pytorch import Slot, check_no_meta, materialise
+from gms_core.pytorch.manifest import StorageRecord, decode
+from gms_vllm.cpu import shared_kernels
+from gms_vllm.holdings import Figures, Holding, report
+from gms_vllm.place import LoadRequest
+from gms_vllm.processed import already_processed, check_model
+from gms_vllm.roles import Granted
+from gms_vllm.tying import follow_publication
+
+log = logging.getLogger("vllm.gms")
+
+DERIVED = ("W_UV", "W_UK_T", "W_K", "W_K_scale", "W_V", "W_V_scale", "W_UK_T_dcp_qrep")
+"""Parameters that MLA attention makes of other weights in each post-processing, the flag notwithstanding, and copies into those that are there
+already (vllm/model_executor/layers/attention/mla_attention.py): into memory that must not be written."""
+
+
+def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn.Module:
+    """Make the model on top of a committed layout.
+
+    Args:
+        request: What to load.
+        holding: What keeps the lease.
+        granted: The read lease.
+
+    Raises:
+        GmsError: The model that this engine builds does not fit what is published, or cannot take it over.
+    """
+    lease = granted.lease
+    if not isinstance(lease, ReadLease):
+        raise LeaseConflict("attaching to a layout needs a read lease")
+    start = time.perf_counter()
+    arena, manifest, device = lease.map(), lease.layout.manifest, request.device
+    storages = decode(manifest)
+    follow_publication(request.model_config, storages)
+    with set_default_torch_dtype(request.model_config.dtype):
+        with torch.device("meta"):
+            model = loader_utils.initialize_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
+        check_model(model)
+        materialise(model, manifest, arena, device=device, rebuilt=_always, allow_changes=True)
+        _forget_derived(model)
+        with already_processed(model), shared_kernels(writer=False):
+            loader_utils.process_weights_after_loading(model, request.model_config, device)
+        _forget_consumed(model, storages)
+        # What post-processing has made anew in private memory, or what can be reached only now, comes from the layout too.
+        materialise(model, manifest, arena, device=device, rebuilt=_is_attribute, allow_changes=True)
+    check_no_meta(model)
+    layout = lease.layout
+    holding.external_bytes = layout.size
+    seconds = time.perf_counter() - start
+    report(holding, Figures("attached", lease.pool, layout.generation, layout.size, seconds, granted.wait_seconds, checkpoint_bytes=0))
+    return model.eval()
+
+
+def _always(slot: Slot) -> bool:  # noqa: ARG001 - a filter of slots
+    """Before post-processing anything may be on one side only."""
+    return True
+
+
+def _is_attribute(slot: Slot) -> bool:
+    """What vLLM's quantisation methods and kernels hold is built by vLLM itself; parameters and buffers have to be those of the writer."""
+    return slot.steps[-1].kind not in ("parameter", "buffer")
+
+
+def _forget_derived(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        for name in DERIVED:
+            module._parameters.pop(name, None)  # noqa: SLF001 - deleting the attribute fails where there is none
+
+
+def _forget_consumed(model: torch.nn.Module, storages: tuple[StorageRecord, ...]) -> None:
+    """Remove parameters and buffers without content that the writer has none of: its post-processing has consumed them."""
+    published = {str(slot) for storage in storages for tensor in storage.tensors for slot in tensor.slots}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for registry in (module._parameters, module._buffers):  # noqa: SLF001 - deleting the attribute would run the module's own code
+            for name, tensor in list(registry.items()):
+                if tensor is not None and tensor.is_meta and f"{prefix}.{name}".lstrip(".") not in published:
+                    log.debug("%s.%s was consumed by the writer's post-processing", prefix, name)
+                    del registry[name]

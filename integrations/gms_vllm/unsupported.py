@@ -1,0 +1,96 @@
+"""What cannot be combined with shared weights, each refused with the reason and what to do about it. Light: the front end asks it too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.utils as executor_utils
+from vllm.platforms import current_platform
+
+from gms_core.config import settings
+from gms_core.errors import EngineUnsupported
+from gms_patches.apply import installed_version
+from gms_patches.check import in_range
+from gms_patches.for_vllm import DISTRIBUTIONS, TESTED
+
+STOCK = "Use vLLM's own --load-format for this engine."
+
+
+def has_processed_flag() -> bool:
+    """Whether this vLLM can be told that weights are post-processed already (from 0.30 on)."""
+    return hasattr(executor_utils, "weights_already_processed")
+
+
+def check_engine() -> None:
+    """Refuse versions of vLLM that nothing was tested with, and devices that GMS has no driver for."""
+    version = installed_version(DISTRIBUTIONS)
+    if not in_range(version, TESTED) and not settings().allow_untested_engine:
+        raise EngineUnsupported(
+            f"--load-format gms was tested with vLLM {TESTED}, not with {version or 'an unknown version'}",
+            hint="Install such a version, update GMS, or set GMS_ALLOW_UNTESTED_ENGINE=1 at your own risk; `gms patches check` shows what differs.",
+        )
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        raise EngineUnsupported(f"--load-format gms works on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}", hint=STOCK)
+    if current_platform.is_cpu() and not has_processed_flag():
+        raise EngineUnsupported(
+            "--load-format gms on CPUs needs a vLLM that can take weights that are post-processed already", hint="Use vLLM 0.30 or later."
+        )
+    if current_platform.is_cpu() and getattr(current_platform, "is_zen_cpu", bool)():
+        raise EngineUnsupported(
+            "zentorch packs weights into memory of its own, which cannot be shared", hint="Uninstall zentorch in this environment."
+        )
+
+
+def check_arguments(arguments: Any) -> None:
+    """Refuse, before a configuration is made, what would silently replace the load format.
+
+    Args:
+        arguments: ``EngineArgs``.
+    """
+    if arguments.quantization == "bitsandbytes":
+        raise EngineUnsupported("bitsandbytes has a load format of its own, which cannot be combined with --load-format gms", hint=STOCK)
+
+
+def check_config(config: Any) -> None:
+    """Refuse what moves, replaces or rewrites weights after they are loaded.
+
+    Args:
+        config: A ``VllmConfig``.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    for refused, what, fix in (
+        (config.load_config.load_format != "gms", f"vLLM chose the load format {config.load_config.load_format!r} by itself", STOCK),
+        (parallel.enable_eplb, "the expert load balancer rewrites expert weights while the engine runs", "Start without --enable-eplb."),
+        (parallel.enable_elastic_ep, "elastic expert parallelism loads weights again while the engine runs", "Start without --enable-elastic-ep."),
+        (
+            _offloads(config),
+            "weights that are offloaded to host memory cannot be shared",
+            "Start without --cpu-offload-gb and the --offload options.",
+        ),
+        (config.weight_transfer_config is not None, "weights that are updated in place cannot be shared", "Start without --weight-transfer-config."),
+        (model.enable_sleep_mode, "vLLM's sleep mode would move weights that it does not own", "Start without --enable-sleep-mode."),
+        (
+            _other_device(config),
+            "weights that are loaded to another device are moved afterwards and cannot be shared",
+            "Leave the load device unset.",
+        ),
+    ):
+        if refused:
+            raise EngineUnsupported(f"--load-format gms: {what}", hint=fix)
+
+
+def _offloads(config: Any) -> bool:
+    offload = config.offload_config
+    return bool(offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0)
+
+
+def _other_device(config: Any) -> bool:
+    asked = config.load_config.device
+    return asked is not None and torch.device(asked).type != current_platform.device_type
+
+
+def is_draft(config: Any, model_config: Any) -> bool:
+    """Whether the model that is loaded is the draft of speculative decoding, which stays private to the engine."""
+    speculative = config.speculative_config
+    return model_config.runner_type == "draft" or (speculative is not None and model_config is speculative.draft_model_config)

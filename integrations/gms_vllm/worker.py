@@ -1,0 +1,85 @@
+"""The worker process of an engine that shares its weights."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from gms_core.errors import EngineUnsupported
+from gms_vllm import accounting, holdings
+from gms_vllm.config import LOAD_FORMAT, loader_options
+
+log = logging.getLogger("vllm.gms")
+
+_PLATFORM_WORKERS = {"cuda": ("vllm.v1.worker.gpu_worker", "Worker"), "cpu": ("vllm.v1.worker.cpu_worker", "CPUWorker")}
+_REFUSED_HINT = "Start another engine with the new weights, and stop this one."
+
+
+class GmsWorkerMixin:
+    """What a worker adds so that memory is accounted for, and weights are published only once the engine is ready.
+
+    To be named before vLLM's worker among the bases of a class. With another load format than ``gms`` it changes nothing.
+    """
+
+    vllm_config: Any
+
+    def _shares(self) -> bool:
+        return bool(self.vllm_config.load_config.load_format == LOAD_FORMAT)
+
+    def init_device(self) -> None:
+        """Set the device up; the start-up check leaves shared weights out."""
+        base: Any = super()
+        if not self._shares() or not current_platform.is_cuda():
+            base.init_device()
+            return
+        # An engine that publishes measures its memory first: a reader that attached meanwhile would be in the measurement.
+        holdings.defer_commits()
+        options = loader_options(self.vllm_config.load_config.model_loader_extra_config or {}).gms
+        with accounting.startup_check(self.vllm_config, options):
+            base.init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load, then correct the memory budget by what loading came to."""
+        base: Any = super()
+        base.load_model(*args, **kwargs)
+        holding = holdings.current()
+        if holding is not None and self._shares() and current_platform.is_cuda():
+            accounting.settle(self, holding)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, which is the last step of the start; then publish."""
+        base: Any = super()
+        result = base.compile_or_warm_up_model()
+        holdings.commit_due()
+        return result
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused where weights are shared."""
+        self._refuse("reload_weights")
+        base: Any = super()
+        base.reload_weights(*args, **kwargs)
+
+    def update_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused where weights are shared."""
+        self._refuse("update_weights")
+        base: Any = super()
+        base.update_weights(*args, **kwargs)
+
+    def _refuse(self, call: str) -> None:
+        if self._shares():
+            raise EngineUnsupported(f"{call} would write weights that other engines read", hint=_REFUSED_HINT)
+
+
+def _platform_worker() -> Any:
+    """VLLM's worker for this platform, from which `GmsWorker` derives."""
+    found = _PLATFORM_WORKERS.get(current_platform.device_type)
+    if found is None:
+        raise EngineUnsupported(f"--load-format gms works on NVIDIA GPUs and on CPUs, not on {current_platform.device_name}")
+    return getattr(importlib.import_module(found[0]), found[1])
+
+
+class GmsWorker(GmsWorkerMixin, _platform_worker()):  # type: ignore[misc]
+    """vLLM's worker for this platform, with shared weights."""

@@ -1,0 +1,93 @@
+"""The first engine: it loads the checkpoint with vLLM's own loader, into memory that the device server owns, and publishes it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from gms_core.checkpoint import content_digest
+from gms_core.client import WriteLease
+from gms_core.errors import LeaseConflict
+from gms_core.layout import Identity
+from gms_core.pytorch import capture, publish
+from gms_core.vmm.driver import Access
+from gms_vllm.cpu import shared_kernels
+from gms_vllm.holdings import Due, Holding, commit
+from gms_vllm.place import LoadRequest
+from gms_vllm.processed import check_model
+from gms_vllm.roles import Granted
+
+
+def load(
+    request: LoadRequest, inner: BaseModelLoader, holding: Holding, granted: Granted, *, files: Sequence[Path], identity: Identity
+) -> torch.nn.Module:
+    """Load with the inner loader and make the result ready to be published.
+
+    From here on the parameters are read-only. They are published now, or once the engine is ready (see `gms_vllm.holdings`).
+
+    Args:
+        request: What to load.
+        inner: vLLM's own loader.
+        holding: What keeps the lease.
+        granted: The write lease.
+        files: The checkpoint, as far as it lies on this machine; its digest is computed meanwhile.
+        identity: What was promised when the lease was asked for.
+
+    Raises:
+        GmsError: A layer cannot be shared, or the memory does not suffice. Nothing is published.
+    """
+    lease = granted.lease
+    if not isinstance(lease, WriteLease):
+        raise LeaseConflict("loading into GMS needs a write lease")
+    start = time.perf_counter()
+    checkpoint_bytes = sum(path.stat().st_size for path in files) if files else -1
+    digest = _in_background(functools.partial(content_digest, files)) if files else None
+    _check_before_reading(inner)
+    with shared_kernels(writer=True), capture(lease.arena, request.device):
+        model = inner.load_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
+    check_model(model)
+    gc.collect()
+    manifest = publish(model, lease.arena, device=request.device, opaque=(GroupCoordinator,))
+    lease.trim()
+    lease.arena.set_access(Access.READ)
+    seconds = time.perf_counter() - start
+    commit(Due(holding, lease, manifest, functools.partial(_final_identity, identity, digest), seconds, granted.wait_seconds, checkpoint_bytes))
+    return model
+
+
+def _check_before_reading(inner: BaseModelLoader) -> None:
+    """Look at the model once it is built, before its weights are read."""
+    load_weights = inner.load_weights
+
+    def checked(model: torch.nn.Module, model_config: Any) -> None:
+        check_model(model)
+        load_weights(model, model_config)
+
+    inner.load_weights = checked  # an attribute of this one loader, which loads once
+
+
+def _in_background(work: Callable[[], str]) -> Future[str]:
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - the root of a thread; raised where the result is asked for
+            result.set_exception(error)
+
+    Thread(target=run, name="gms-digest", daemon=True).start()
+    return result
+
+
+def _final_identity(promised: Identity, digest: Future[str] | None) -> Identity:
+    return promised if digest is None else Identity({**promised.fields, "content": digest.result()})

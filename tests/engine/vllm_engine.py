@@ -1,0 +1,90 @@
+"""One vLLM engine in this process, on CPU: start it, generate greedily, say what was seen in one line of JSON, and stay until told to end.
+
+    python vllm_engine.py MODEL LOAD_FORMAT [EXTRA]
+
+EXTRA is the JSON of ``--model-loader-extra-config``. A line on standard input ends it. An error ends it with a line of JSON too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
+TOKENS = 24
+
+
+def start(model: str, load_format: str, extra: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=model,
+        load_format=load_format,
+        model_loader_extra_config=extra,
+        dtype=os.environ.get("TEST_DTYPE", "float32"),
+        enforce_eager=True,
+        max_model_len=128,
+        kv_cache_memory_bytes=16 * 2**20,
+        max_num_seqs=4,
+        seed=0,
+        disable_log_stats=True,
+        **json.loads(os.environ.get("TEST_ENGINE_ARGUMENTS", "{}")),
+    )
+
+
+def generate(engine: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def pss_of(path: str) -> int:
+    """Bytes of this process's share in mappings whose name contains ``path``."""
+    total, counted = 0, False
+    with open("/proc/self/smaps", encoding="utf-8") as file:
+        for line in file:
+            if "-" in line.split(" ", 1)[0]:
+                counted = path in line
+            elif counted and line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def figures() -> dict[str, Any] | None:
+    import msgspec
+
+    from gms_vllm import holdings
+
+    holding = holdings.current()
+    return None if holding is None or holding.figures is None else msgspec.to_builtins(holding.figures)
+
+
+def main(model: str, load_format: str, extra: str = "{}") -> int:
+    try:
+        engine = start(model, load_format, json.loads(extra))
+        result = {"tokens": generate(engine), "pss": pss_of("memfd:"), "figures": figures() if load_format == "gms" else None}
+    except Exception as error:  # noqa: BLE001 - the test asks what went wrong
+        traceback.print_exc()
+        cause: BaseException | None = error
+        while cause is not None and not hasattr(cause, "hint"):
+            cause = cause.__cause__ or cause.__context__
+        found = cause or error
+        print(json.dumps({"error": getattr(found, "code", type(found).__name__), "message": str(found)}), flush=True)
+        return 1
+    print(json.dumps(result), flush=True)
+    for line in sys.stdin:
+        if line.strip() != "again":
+            break
+        print(json.dumps({"tokens": generate(engine), "pss": pss_of("memfd:")}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # vLLM's own end takes seconds, and is not what is tested
