@@ -54,7 +54,7 @@ def encode(message: Message, descriptors: int = 0) -> bytes:
 def _decode(decoder: msgspec.msgpack.Decoder[Decoded], payload: bytes) -> Decoded:
     try:
         return decoder.decode(payload)
-    except msgspec.DecodeError as error:  # ValidationError is one too
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"the peer sent a message that is not understood: {error}") from error
 
 

@@ -10,6 +10,7 @@ and of the standard library. A tensor that only one of those holds is private to
 
 from __future__ import annotations
 
+import sys
 import types
 import weakref
 from collections.abc import Iterator
@@ -41,14 +42,9 @@ _OPAQUE = (
     weakref.CallableProxyType,
     BaseException,
 )
-_OPAQUE_PACKAGES = frozenset(
-    {
-        "_ctypes", "_io", "_thread", "abc", "asyncio", "builtins", "concurrent", "contextlib", "contextvars", "ctypes", "enum",
-        "functools", "inspect", "io", "itertools", "logging", "multiprocessing", "numpy", "operator", "pathlib", "pydantic",
-        "pydantic_core", "queue", "random", "re", "selectors", "socket", "ssl", "subprocess", "threading", "torch", "triton", "typing",
-        "uuid", "weakref", "zmq",
-    }
-)
+_CONTAINERS = frozenset({"argparse", "collections", "types"})
+"""Of the standard library, those whose objects hold what others put there, such as ``types.SimpleNamespace``."""
+_OPAQUE_PACKAGES = frozenset({*sys.stdlib_module_names, "numpy", "pydantic", "pydantic_core", "torch", "triton", "zmq"}) - _CONTAINERS
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def element(self) -> torch.dtype:
         """The dtype."""
-        found: torch.dtype = getattr(torch, self.dtype)
+        found: torch.dtype = vars(torch)[self.dtype]
         return found
 
     @property
@@ -87,6 +87,12 @@ class TensorManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str = FORMAT
 
 
+# msgspec lets the second and the third of them through.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+_QUANTISED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+
+
 class _Header(msgspec.Struct):
     format: str
 
@@ -104,7 +110,7 @@ def decode(data: bytes) -> tuple[StorageRecord, ...]:
     """
     try:
         header = msgspec.msgpack.decode(data, type=_Header)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise ManifestError(f"this is no tensor manifest: {error}", hint="Something other than gms_core.pytorch published it.") from error
     if header.format != FORMAT:
         raise ManifestError(
@@ -113,7 +119,7 @@ def decode(data: bytes) -> tuple[StorageRecord, ...]:
         )
     try:
         manifest = msgspec.msgpack.decode(data, type=TensorManifest)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise ManifestError(f"the tensor manifest is damaged: {error}", hint="Publish again.") from error
     _check(manifest.storages)
     return manifest.storages
@@ -135,8 +141,8 @@ def _check(storages: tuple[StorageRecord, ...]) -> None:
 def _problem(storage: StorageRecord, tensor: TensorRecord) -> str | None:
     if not tensor.slots or any(not slot.steps or slot.steps[-1].kind == "module" for slot in tensor.slots):
         return "has no slot"
-    dtype = getattr(torch, tensor.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = vars(torch).get(tensor.dtype)
+    if not isinstance(dtype, torch.dtype) or dtype in _QUANTISED:
         return f"has the dtype {tensor.dtype!r}, which this PyTorch does not know"
     if len(tensor.shape) != len(tensor.stride):
         return f"has {len(tensor.shape)} dimensions and {len(tensor.stride)} strides"

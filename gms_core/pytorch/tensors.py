@@ -45,7 +45,7 @@ def is_unpopulated(tensor: torch.Tensor) -> bool:
     """Whether a tensor has elements but no memory: on ``meta``, fake, lazy, or with a storage that was freed."""
     if is_lazy(tensor):
         return True
-    if tensor.numel() == 0 or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+    if tensor.numel() == 0 or tensor.layout != torch.strided or tensor.is_nested or is_traceable_wrapper_subclass(tensor):
         return False
     if tensor.is_meta:
         return True

@@ -36,7 +36,7 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
         CheckpointNotFound: Names the folder and what was looked for.
     """
     folder = Path(model_config.model)
-    if inner == "dummy" or getattr(model_config, "model_weights", "") or not folder.is_dir() or weight_files(model_config, inner):
+    if inner == "dummy" or _is_elsewhere(model_config) or not folder.is_dir() or weight_files(model_config, inner):
         return
     patterns = ", ".join(PATTERNS.get(inner, _OTHERS))
     raise CheckpointNotFound(
@@ -45,10 +45,15 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
     )
 
 
+def _is_elsewhere(model_config: Any) -> bool:
+    """Whether the weights are in an object store, and the folder has only what describes them."""
+    return bool(getattr(model_config, "model_weights", ""))
+
+
 def _folder(model_config: Any, download_dir: str | None) -> Path | None:
     folder = Path(model_config.model)
     if folder.is_dir():
-        return None if getattr(model_config, "model_weights", "") else folder
+        return None if _is_elsewhere(model_config) else folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -17,7 +17,7 @@ from gms_core.layout import Identity
 log = logging.getLogger("vllm.gms")
 """Below vLLM's own logger, whose handlers and level it shares."""
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -139,16 +139,21 @@ def commit_due() -> None:
             )
 
 
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / MIB:.2f} MiB"
+
+
 def report(holding: Holding, figures: Figures) -> None:
     """Remember the figures of a load and say them in one line."""
     holding.figures = figures
     if figures.event == "published":
-        log.info("published generation %d: %.2f GiB in %.2f s [%s]", figures.generation, figures.bytes / GIB, figures.seconds, figures.line())
+        log.info("published generation %d: %s in %.2f s [%s]", figures.generation, amount(figures.bytes), figures.seconds, figures.line())
     else:
         log.info(
-            "attached to generation %d: %.2f GiB in %.1f ms, %d bytes read from the checkpoint [%s]",
+            "attached to generation %d: %s in %.1f ms, %d bytes read from the checkpoint [%s]",
             figures.generation,
-            figures.bytes / GIB,
+            amount(figures.bytes),
             figures.seconds * 1000,
             figures.checkpoint_bytes,
             figures.line(),

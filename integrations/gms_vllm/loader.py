@@ -23,7 +23,7 @@ def register_loader() -> None:
     register_model_loader(LOAD_FORMAT)(GmsModelLoader)
 
 
-class GmsModelLoader(BaseModelLoader):
+class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
     """Loads a model through GMS. Making one costs nothing and connects to nothing: vLLM makes several in a process."""
 
     def __init__(self, load_config: LoadConfig) -> None:

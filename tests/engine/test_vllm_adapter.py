@@ -204,7 +204,9 @@ class Worker:
 
 
 def gpu_worker(free: int, total: int = 100 * GIB, utilization: float = 0.5, kv_bytes: int | None = None) -> Worker:
-    snapshot = MemorySnapshot(free_memory=free, total_memory=total, cuda_memory=total - free, non_torch_memory=total - free, device="cpu", auto_measure=False)
+    snapshot = MemorySnapshot(
+        free_memory=free, total_memory=total, cuda_memory=total - free, non_torch_memory=total - free, device="cpu", auto_measure=False
+    )
     return Worker(snapshot, SimpleNamespace(gpu_memory_utilization=utilization, kv_cache_memory_bytes=kv_bytes))
 
 

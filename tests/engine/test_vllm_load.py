@@ -6,18 +6,23 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from models import SHAPES, write_model
+from safetensors.torch import load_file, save_file
 
-from gms_core.client import Session, connect
+from gms_core.checkpoint import content_digest
 from gms_core.layout import Identity
+from gms_core.protocol.messages import PoolStatus
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -30,6 +35,9 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_PLUGINS": "gms",
 }
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -50,10 +58,13 @@ class Engine:
                 return found
         raise AssertionError(f"the engine ended without an answer:\n{''.join(lines[-20:])}\n{self.log.read_text()[-4000:]}")
 
-    def again(self) -> dict[str, Any]:
+    def tell(self, line: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("again\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def again(self) -> dict[str, Any]:
+        self.tell("again")
         return self.answer()
 
     def end(self) -> int:
@@ -69,21 +80,30 @@ class Site:
     folder: Path
 
     @contextlib.contextmanager
-    def engine(self, model: Path, load_format: str = "gms", gms: dict[str, Any] | None = None, rest: dict[str, Any] | None = None, **extra: str) -> Iterator[Engine]:
-        """Start an engine; it ends with the context."""
-        options = {**(rest or {}), **({"gms": gms or {}} if load_format == "gms" else {})}
+    def engine(
+        self, model: Path, load_format: str = "gms", rest: Mapping[str, Any] = NOTHING, arguments: Mapping[str, Any] = NOTHING, **gms: Any
+    ) -> Iterator[Engine]:
+        """Start an engine; it ends with the context.
+
+        Args:
+            model: Its folder.
+            load_format: ``auto`` for stock vLLM.
+            rest: Options for the inner loader.
+            arguments: Further arguments of the engine.
+            gms: The block for GMS.
+        """
+        options = {**rest, **({"gms": gms} if load_format == "gms" else {})}
         environment = {
             **os.environ,
             **ENVIRONMENT,
             "GMS_RUNTIME_DIR": str(self.runtime_dir),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
             "VLLM_CACHE_ROOT": str(self.folder / "vllm"),
-            **extra,
         }
         log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
         with log.open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, str(RUNNER), str(model), load_format, json.dumps(options)],
+                [sys.executable, str(RUNNER), str(model), load_format, json.dumps(options), json.dumps(dict(arguments))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -139,3 +159,131 @@ def test_tokens_are_equal_when_an_engine_attaches_without_the_checkpoint(shape: 
             both = [writer.again(), reader.again()]
             assert [answer["tokens"] for answer in both] == [stock["tokens"]] * 2
             assert sum(answer["pss"] for answer in both) <= published["figures"]["bytes"] + 2**20
+
+
+def test_tokens_are_equal_when_the_weights_are_bfloat16(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3-moe")
+    arguments = {"dtype": "bfloat16"}
+    stock = site.run(model, "auto", arguments=arguments)
+    published = site.run(model, arguments=arguments)
+    attached = site.run(model, mode="ro", arguments=arguments)
+    assert published.get("tokens") == attached.get("tokens") == stock["tokens"], (published, attached)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tokens_are_equal_when_a_tied_model_has_a_head_in_its_checkpoint(same: bool, site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3-tied")
+    add_head(model, same=same)
+    stock = site.run(model, "auto")
+    published = site.run(model)
+    hide_weights(model)
+    attached = site.run(model, mode="ro")
+    assert published.get("tokens") == attached.get("tokens") == stock["tokens"], (published, attached)
+
+
+def add_head(model: Path, *, same: bool) -> None:
+    (path,) = model.glob("*.safetensors")
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"] = head if same else head.flip(0)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_dummy_weights_are_shared_when_no_checkpoint_is_there_at_all(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    hide_weights(model)
+    published = site.run(model, inner="dummy")
+    attached = site.run(model, inner="dummy", mode="ro")
+    assert published.get("tokens") == attached.get("tokens") is not None, (published, attached)
+
+
+def test_options_reach_the_inner_loader_when_they_are_not_ours(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    published = site.run(model, rest={"enable_multithread_load": True, "num_threads": 2})
+    assert published["figures"]["event"] == "published"
+    refused = site.run(model, rest={"no_such_option": 1}, mode="rw")
+    assert "no_such_option" in refused["message"]
+
+
+def test_one_publishes_and_one_attaches_when_two_engines_start_together(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    with site.engine(model) as first, site.engine(model) as second:
+        answers = [first.answer(), second.answer()]
+    assert sorted(answer["figures"]["event"] for answer in answers) == ["attached", "published"]
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+
+
+def test_waiting_engine_publishes_when_the_writer_dies_half_way(site: Site, server: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    dying = server.connect("dying")
+    dying.acquire("weights", "rw", Identity({}), timeout_s=5)
+    with site.engine(model) as engine:
+        wait_until(server, lambda pool: len(pool.waiting) == 1)
+        dying.close()
+        answer = engine.answer()
+    assert answer["figures"]["event"] == "published"
+    assert answer["figures"]["wait_seconds"] > 0
+
+
+def wait_until(server: Any, condition: Callable[[PoolStatus], bool]) -> None:
+    with server.connect("observer") as session:
+        while not any(condition(pool) for pool in session.status().pools):
+            time.sleep(0.05)
+
+
+def test_process_dies_when_it_writes_to_a_shared_weight(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    for mode in ("rw", "ro"):
+        with site.engine(model, mode=mode) as engine:
+            engine.answer()
+            engine.tell("write")
+            assert engine.process.wait(60) == -signal.SIGSEGV
+
+
+def test_reader_is_refused_when_another_model_is_published(site: Site, tmp_path: Path) -> None:
+    published = site.run(write_model(tmp_path / "one", "llama", seed=1))
+    assert published["figures"]["event"] == "published"
+    other = site.run(write_model(tmp_path / "two", "llama", seed=2), mode="ro")
+    assert other["error"] == "identity_mismatch"
+    assert "model" in other["message"]
+    shape = site.run(write_model(tmp_path / "three", "qwen3-untied"), mode="ro")
+    assert shape["error"] == "identity_mismatch"
+    assert "architecture" in shape["message"]
+
+
+def test_reader_is_refused_when_the_contents_of_the_checkpoint_differ(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", seed=1)
+    site.run(model)
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    content_digest(sorted(moved.glob("*.safetensors")), tmp_path / "cache")
+    assert site.run(moved, mode="ro")["figures"]["event"] == "attached"
+    write_model(model, "llama", seed=2)
+    content_digest(sorted(model.glob("*.safetensors")), tmp_path / "cache")
+    refused = site.run(model, mode="ro")
+    assert refused["error"] == "identity_mismatch"
+    assert "content" in refused["message"]
+
+
+def test_checkpoint_not_found_when_the_first_engine_has_no_weights(site: Site, server: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    hide_weights(model)
+    refused = site.run(model)
+    assert refused["error"] == "checkpoint_not_found"
+    assert str(model) in refused["message"]
+    with server.connect() as session:
+        status = session.status()
+    assert status.allocated_bytes == 0
+    assert [pool.generation for pool in status.pools] in ([], [0])
+
+
+def test_waiting_is_bounded_when_nothing_is_published(site: Site, tmp_path: Path) -> None:
+    refused = site.run(write_model(tmp_path / "model", "llama"), mode="ro", acquire_timeout_s=1.0)
+    assert refused["error"] == "acquire_timeout"
+
+
+def test_server_is_named_when_none_is_running(tmp_path: Path) -> None:
+    nowhere = tmp_path / "run"
+    nowhere.mkdir(mode=0o700)
+    refused = Site(nowhere, tmp_path).run(write_model(tmp_path / "model", "llama"))
+    assert refused["error"] == "server_unavailable"
+    assert "gms serve" in refused["message"]

@@ -1,8 +1,9 @@
 """One vLLM engine in this process, on CPU: start it, generate greedily, say what was seen in one line of JSON, and stay until told to end.
 
-    python vllm_engine.py MODEL LOAD_FORMAT [EXTRA]
+    python vllm_engine.py MODEL LOAD_FORMAT [EXTRA [ARGUMENTS]]
 
-EXTRA is the JSON of ``--model-loader-extra-config``. A line on standard input ends it. An error ends it with a line of JSON too.
+EXTRA is the JSON of ``--model-loader-extra-config``, ARGUMENTS that of further engine arguments. On standard input ``again`` generates again, ``write``
+writes to a weight, and any other line ends it. An error ends it with a line of JSON too.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
 TOKENS = 24
 
 
-def start(model: str, load_format: str, extra: dict[str, Any]) -> Any:
+DEFAULTS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "kv_cache_memory_bytes": 16 * 2**20,
+    "max_num_seqs": 4,
+    "seed": 0,
+    "disable_log_stats": True,
+}
+
+
+def say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def start(model: str, load_format: str, extra: dict[str, Any], arguments: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    return LLM(
-        model=model,
-        load_format=load_format,
-        model_loader_extra_config=extra,
-        dtype=os.environ.get("TEST_DTYPE", "float32"),
-        enforce_eager=True,
-        max_model_len=128,
-        kv_cache_memory_bytes=16 * 2**20,
-        max_num_seqs=4,
-        seed=0,
-        disable_log_stats=True,
-        **json.loads(os.environ.get("TEST_ENGINE_ARGUMENTS", "{}")),
-    )
+    return LLM(model=model, load_format=load_format, model_loader_extra_config=extra, **{**DEFAULTS, **arguments})
 
 
 def generate(engine: Any) -> list[list[int]]:
@@ -64,9 +69,16 @@ def figures() -> dict[str, Any] | None:
     return None if holding is None or holding.figures is None else msgspec.to_builtins(holding.figures)
 
 
-def main(model: str, load_format: str, extra: str = "{}") -> int:
+def write_to_a_weight(engine: Any) -> None:
+    def write(module: Any) -> None:
+        next(module.parameters()).data.zero_()
+
+    engine.apply_model(write)
+
+
+def main(model: str, load_format: str, extra: str = "{}", arguments: str = "{}") -> int:
     try:
-        engine = start(model, load_format, json.loads(extra))
+        engine = start(model, load_format, json.loads(extra), json.loads(arguments))
         result = {"tokens": generate(engine), "pss": pss_of("memfd:"), "figures": figures() if load_format == "gms" else None}
     except Exception as error:  # noqa: BLE001 - the test asks what went wrong
         traceback.print_exc()
@@ -74,17 +86,18 @@ def main(model: str, load_format: str, extra: str = "{}") -> int:
         while cause is not None and not hasattr(cause, "hint"):
             cause = cause.__cause__ or cause.__context__
         found = cause or error
-        print(json.dumps({"error": getattr(found, "code", type(found).__name__), "message": str(found)}), flush=True)
+        say({"error": getattr(found, "code", type(found).__name__), "message": str(found)})
         return 1
-    print(json.dumps(result), flush=True)
+    say(result)
     for line in sys.stdin:
-        if line.strip() != "again":
+        if line.strip() == "write":
+            write_to_a_weight(engine)
+        elif line.strip() != "again":
             break
-        print(json.dumps({"tokens": generate(engine), "pss": pss_of("memfd:")}), flush=True)
+        say({"tokens": generate(engine), "pss": pss_of("memfd:")})
     return 0
 
 
 if __name__ == "__main__":
     code = main(*sys.argv[1:])
-    sys.stdout.flush()
     os._exit(code)  # vLLM's own end takes seconds, and is not what is tested

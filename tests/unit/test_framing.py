@@ -72,6 +72,14 @@ def test_random_bytes_are_refused_or_incomplete_when_they_are_no_frame(data):
     assert MAGIC.startswith(data[:4])
 
 
+@given(st.binary(max_size=100))
+def test_payload_is_refused_when_it_is_no_message(data):
+    with pytest.raises(ProtocolError):
+        decode_reply(b"\x81\xa4type\xa4none" + data)
+    with pytest.raises(ProtocolError):
+        decode_request(b"\x82\xa4type\xa7release\xa4pool\xa1\xff" + data)
+
+
 def test_stream_is_refused_at_its_first_byte_when_it_is_another_protocol():
     with pytest.raises(ProtocolError, match="does not speak"):
         FrameDecoder().feed(b"HTTP/1.1 400 Bad Request")

@@ -73,7 +73,21 @@ _LOAD = (
     *_group(
         "one decision for all ranks",
         "vllm.distributed.parallel_state",
-        {"get_world_group": ("",), "get_tp_group": ("",), "get_pp_group": ("",), "GroupCoordinator": (), "GroupCoordinator.broadcast_object": ("self, obj=, src=",)},
+        {
+        {
+            "get_world_group": ("",),
+            "get_tp_group": ("",),
+            "get_pp_group": ("",),
+            "GroupCoordinator": (),
+            "GroupCoordinator.broadcast_object": ("self, obj=, src=",),
+            "GroupCoordinator.rank_in_group": (),
+            "GroupCoordinator.world_size": (),
+        },
+            "get_tp_group": ("",),
+            "get_pp_group": ("",),
+            "GroupCoordinator": (),
+            "GroupCoordinator.broadcast_object": ("self, obj=, src=",),
+        },
     ),
 )
 

@@ -291,6 +291,45 @@ def test_reader_can_untie_when_the_writer_did(memory):
     assert torch.equal(twin.b.weight, model.b.weight)
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_ties_and_views_come_back_when_the_reader_has_none(memory, device):
+    def make():
+        module = nn.Module()
+        module.a, module.b = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+        module.register_buffer("c", torch.rand(2))
+        module.d = {"scale": torch.rand(2), "pair": (torch.rand(2), torch.rand(4))}
+        return module
+
+    model, arena = make(), memory.writable()
+    model.b = model.a
+    model.register_buffer("c", model.a.detach()[1:3])
+    model.d["scale"] = model.c
+    model.d["pair"] = (model.d["pair"][1][2:], model.d["pair"][1])
+    manifest = publish(model, arena, device=CPU)
+    with torch.device(device):
+        twin = make()
+    materialise(twin, manifest, memory.read_only(arena), device=CPU)
+    assert twin.a is twin.b
+    assert twin.c is twin.d["scale"]
+    assert twin.c.data_ptr() == twin.a.data_ptr() + 4
+    twin.d["pair"][1].zero_()
+    assert twin.d["pair"][0].tolist() == [0.0, 0.0]
+    assert torch.equal(twin.c, model.c)
+
+
+def test_private_tensors_are_apart_when_only_the_reader_has_them_on_one_memory(memory):
+    def make(together):
+        module, content = nn.Linear(2, 2), torch.tensor([1.0, 2.0, 3.0, 4.0])
+        module.register_buffer("low", content[:3])
+        module.register_buffer("high", content[1:] if together else content[1:] * 10)
+        return module
+
+    model, twin, arena = make(together=False), make(together=True), memory.writable()
+    materialise(twin, publish(model, arena, device=CPU), memory.read_only(arena), device=CPU)
+    assert twin.low.tolist() == [1.0, 2.0, 3.0]
+    assert twin.high.tolist() == [20.0, 30.0, 40.0]
+
+
 def test_copy_of_a_module_is_private_when_it_was_made_from_an_attached_one(memory):
     model, arena = nn.Linear(2, 2), memory.writable()
     manifest = publish(model, arena, device=CPU)
