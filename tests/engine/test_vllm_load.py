@@ -74,14 +74,21 @@ class Engine:
 
 @dataclass
 class Site:
-    """A server, and where engines find it and keep their caches."""
+    """Where engines find a server and keep their caches.
+
+    Attributes:
+        runtime_dir: Of the server.
+        folder: Of one test.
+        vllm_cache: Where vLLM remembers what it has seen of its model classes; tests share it, for it saves seconds.
+    """
 
     runtime_dir: Path
     folder: Path
+    vllm_cache: Path
 
     @contextlib.contextmanager
     def engine(
-        self, model: Path, load_format: str = "gms", rest: Mapping[str, Any] = NOTHING, arguments: Mapping[str, Any] = NOTHING, **gms: Any
+        self, model: Path, load_format: str = "gms", *, rest: Mapping[str, Any] = NOTHING, arguments: Mapping[str, Any] = NOTHING, **gms: Any
     ) -> Iterator[Engine]:
         """Start an engine; it ends with the context.
 
@@ -98,7 +105,7 @@ class Site:
             **ENVIRONMENT,
             "GMS_RUNTIME_DIR": str(self.runtime_dir),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
-            "VLLM_CACHE_ROOT": str(self.folder / "vllm"),
+            "VLLM_CACHE_ROOT": str(self.vllm_cache),
         }
         log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
         with log.open("w") as errors:
@@ -126,9 +133,14 @@ class Site:
             return answer
 
 
+@pytest.fixture(scope="module")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
 @pytest.fixture
-def site(server: Any, tmp_path: Path) -> Site:
-    return Site(server.directory, tmp_path)
+def site(server: Any, tmp_path: Path, vllm_cache: Path) -> Site:
+    return Site(server.directory, tmp_path, vllm_cache)
 
 
 def hide_weights(model: Path) -> None:
@@ -281,9 +293,9 @@ def test_waiting_is_bounded_when_nothing_is_published(site: Site, tmp_path: Path
     assert refused["error"] == "acquire_timeout"
 
 
-def test_server_is_named_when_none_is_running(tmp_path: Path) -> None:
+def test_server_is_named_when_none_is_running(tmp_path: Path, vllm_cache: Path) -> None:
     nowhere = tmp_path / "run"
     nowhere.mkdir(mode=0o700)
-    refused = Site(nowhere, tmp_path).run(write_model(tmp_path / "model", "llama"))
+    refused = Site(nowhere, tmp_path, vllm_cache).run(write_model(tmp_path / "model", "llama"))
     assert refused["error"] == "server_unavailable"
     assert "gms serve" in refused["message"]

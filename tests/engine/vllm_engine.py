@@ -2,8 +2,8 @@
 
     python vllm_engine.py MODEL LOAD_FORMAT [EXTRA [ARGUMENTS]]
 
-EXTRA is the JSON of ``--model-loader-extra-config``, ARGUMENTS that of further engine arguments. On standard input ``again`` generates again, ``write``
-writes to a weight, and any other line ends it. An error ends it with a line of JSON too.
+EXTRA is the JSON of ``--model-loader-extra-config``, ARGUMENTS that of further engine arguments. On standard input ``again`` generates again,
+``write`` writes to a weight, and any other line ends it. An error ends it with a line of JSON too.
 """
 
 from __future__ import annotations

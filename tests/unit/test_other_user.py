@@ -1,0 +1,63 @@
+"""Another user of the machine: stopped by the file's mode, and where that was loosened, by both ends themselves."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from gms_core.client import connect
+from gms_core.errors import PermissionRefused
+from gms_core.protocol.channel import Channel
+from gms_core.protocol.messages import Failure, Hello
+
+NOBODY = 65534
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to act as another user")
+
+CONNECT_RAW = """
+import socket, sys
+from gms_core.protocol.channel import Channel
+from gms_core.protocol.messages import Failure, Hello
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+channel = Channel(connection)
+channel.send(Hello((1,)))
+reply, _ = channel.receive(10)
+print(type(reply).__name__, reply.code)
+"""
+
+LISTEN = """
+import socket, sys
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+listening.listen()
+print("ready", flush=True)
+listening.accept()
+"""
+
+
+def run_as_nobody(code, path, **options):
+    return subprocess.Popen([sys.executable, "-c", code, str(path)], user=NOBODY, group=NOBODY, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_connection_is_refused_when_another_user_gets_through_to_the_socket(server):
+    server.directory.chmod(0o711)
+    server.socket.chmod(0o666)
+    with run_as_nobody(CONNECT_RAW, server.socket, env={"PYTHONPATH": os.pathsep.join(sys.path)}) as stranger:
+        told, _ = stranger.communicate(timeout=60)
+    assert told.split() == [Failure.__name__, PermissionRefused.code]
+
+
+def test_socket_is_refused_when_another_user_made_it(runtime_dir):
+    runtime_dir.chmod(0o777)
+    path = runtime_dir / "host.sock"
+    with run_as_nobody(LISTEN, path) as stranger:
+        assert stranger.stdout.readline() == "ready\n"
+        with pytest.raises(PermissionRefused):
+            connect(socket_path=path)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(path))
+            Channel(connection).send(Hello((1,)))
+        stranger.wait(60)
