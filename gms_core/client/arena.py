@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from gms_core.errors import InvalidArgument, OutOfMemory, SessionClosed
 from gms_core.layout import Allocation
-from gms_core.protocol.framing import close_descriptors
 from gms_core.vmm.driver import Access, Address, Descriptor, Driver, Handle
 from gms_core.vmm.undo import UndoStack
 
@@ -22,15 +22,20 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """An allocation as the server sent it; the descriptor is the receiver's to close."""
+    """An allocation as the server sent it. Its descriptor is closed once it has been taken."""
 
     id: int
     size: int
     descriptor: Descriptor
 
 
-Provide = Callable[[Sequence[int]], list[Received]]
-"""Asks the server for allocations of these sizes."""
+Take = Callable[[Sequence[Received]], None]
+"""Makes use of allocations before their descriptors are closed. It is called for some at a time: a process need not have room for thousands of open
+descriptors, and growing its table of them, which costs some ten milliseconds in a process with threads, is not needed either."""
+Receive = Callable[[Take], None]
+"""Gets allocations from the server."""
+Provide = Callable[[Sequence[int], Take], None]
+"""Asks the server for new allocations of these sizes."""
 
 
 def round_up(size: int, unit: int) -> int:
@@ -127,25 +132,32 @@ class Arena:
             raise InvalidArgument("this arena is read-only and cannot grow")
         if self.length + sum(sizes) > self.capacity:
             raise OutOfMemory(f"{sum(sizes)} more bytes are over the arena's {self.capacity} bytes, which is all that the device has")
-        received = self._provide(sizes)
-        self.adopt(received, [self.length + sum(sizes[:index]) for index in range(len(sizes))])
+        provide, offsets = self._provide, accumulate(sizes, initial=self.length)
+        self.adopt(lambda take: provide(sizes, take), lambda _: next(offsets))
 
-    def adopt(self, received: Sequence[Received], offsets: Sequence[int]) -> None:
-        """Map allocations at offsets, with the arena's access, or none of them. The descriptors are closed in any case."""
+    def adopt(self, receive: Receive, place: Callable[[Received], int]) -> None:
+        """Map allocations with the arena's access, or none of them.
+
+        Args:
+            receive: Gets them.
+            place: Tells the offset of each, in the order in which they come.
+        """
         driver = self._driver
-        try:
-            with UndoStack() as undo:
-                added = []
-                for item, offset in zip(received, offsets, strict=True):
+        added: list[Segment] = []
+        with UndoStack() as undo:
+
+            def take(received: Sequence[Received]) -> None:
+                for item in received:
+                    offset = place(item)
                     handle = driver.import_descriptor(item.descriptor, item.size)
                     undo.push(driver.release, handle)
                     driver.map(Address(self.base + offset), item.size, handle)
                     undo.push(driver.unmap, Address(self.base + offset), item.size)
                     added.append(Segment(Allocation(item.id, offset, item.size), handle))
-                self._grant(added)
-                undo.commit()
-        finally:
-            close_descriptors(item.descriptor for item in received)
+
+            receive(take)
+            self._grant(added)
+            undo.commit()
         self._segments = sorted([*self._segments, *added], key=lambda segment: segment.allocation.offset)
         self.length = max((segment.allocation.offset + segment.allocation.size for segment in self._segments), default=0)
 
@@ -194,28 +206,32 @@ class Arena:
             return None
         driver, address = self._driver, Address(self.base + offset)
         driver.synchronize()
-        (received,) = self._provide([size])
-        try:
-            with UndoStack() as undo:
-                handle = driver.import_descriptor(received.descriptor, size)
-                undo.push(driver.release, handle)
-                with UndoStack() as aside:
-                    beside = driver.reserve(size)
-                    aside.push(driver.free_reservation, beside, size)
-                    driver.map(beside, size, handle)
-                    aside.push(driver.unmap, beside, size)
-                    driver.set_access(beside, size, Access.READ_WRITE)
-                    driver.copy(beside, address, size)
-                driver.unmap(address, last.allocation.size)
-                undo.push(self._put_back, last)
-                driver.map(address, size, handle)
-                undo.push(driver.unmap, address, size)
-                driver.set_access(address, size, self._access)
-                undo.commit()
-        finally:
-            close_descriptors([received.descriptor])
+        with UndoStack() as undo:
+            shorter: list[Segment] = []
+
+            def take(received: Sequence[Received]) -> None:
+                for item in received:
+                    handle = driver.import_descriptor(item.descriptor, size)
+                    undo.push(driver.release, handle)
+                    shorter.append(Segment(Allocation(item.id, offset, size), handle))
+
+            self._provide([size], take)
+            (segment,) = shorter
+            with UndoStack() as aside:
+                beside = driver.reserve(size)
+                aside.push(driver.free_reservation, beside, size)
+                driver.map(beside, size, segment.handle)
+                aside.push(driver.unmap, beside, size)
+                driver.set_access(beside, size, Access.READ_WRITE)
+                driver.copy(beside, address, size)
+            driver.unmap(address, last.allocation.size)
+            undo.push(self._put_back, last)
+            driver.map(address, size, segment.handle)
+            undo.push(driver.unmap, address, size)
+            driver.set_access(address, size, self._access)
+            undo.commit()
         driver.release(last.handle)
-        self._segments[-1] = Segment(Allocation(received.id, offset, size), handle)
+        self._segments[-1] = segment
         self.length = offset + size
         return last.allocation.id
 

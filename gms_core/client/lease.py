@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from gms_core.client.arena import Arena, Received
+from gms_core.client.arena import Arena, Take
 from gms_core.errors import ConnectionLost, ForkedSession, OutOfMemory, ProtocolError, SessionClosed
 from gms_core.layout import Identity, Layout
 from gms_core.protocol.messages import Allocate, Commit, Discard, Export, ReadGranted, Release
@@ -27,7 +27,7 @@ class Link(Protocol):
     def perform(self, request: Discard | Release) -> None:
         """Carry out a request that has no result."""
 
-    def receive_allocations(self, request: Allocate | Export) -> list[Received]:
+    def receive_allocations(self, request: Allocate | Export, take: Take) -> None:
         """Carry out a request that is answered by descriptors."""
 
     def commit(self, request: Commit) -> ReadGranted:
@@ -89,8 +89,7 @@ class ReadLease(_Lease):
             offsets = {allocation.id: allocation.offset for allocation in self.layout.allocations}
             arena = Arena(self._link.driver, self.layout.extent, Access.READ)
             try:
-                received = self._link.receive_allocations(Export(self.pool))
-                arena.adopt(received, [offsets[item.id] for item in received])
+                arena.adopt(lambda take: self._link.receive_allocations(Export(self.pool), take), lambda item: offsets[item.id])
             except BaseException:
                 arena.close()
                 raise
@@ -130,9 +129,9 @@ class WriteLease(_Lease):
         self.arena = Arena(link.driver, capacity)
         self.arena.grow_from(self._provide, slab_bytes)
 
-    def _provide(self, sizes: Sequence[int]) -> list[Received]:
+    def _provide(self, sizes: Sequence[int], take: Take) -> None:
         self._check()
-        return self._link.receive_allocations(Allocate(self.pool, tuple(sizes), self._memory_timeout_s))
+        self._link.receive_allocations(Allocate(self.pool, tuple(sizes), self._memory_timeout_s), take)
 
     def trim(self) -> None:
         """Give back what the arena does not use: whole slabs, and the end of the last one. Calls that follow may extend it again."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from gms_core import __version__
-from gms_core.client.arena import Received, round_up
+from gms_core.client.arena import Received, Take, round_up
 from gms_core.client.lease import ReadLease, WriteLease
 from gms_core.config import settings
 from gms_core.devices import DeviceId
@@ -236,37 +237,58 @@ class Session:
         """Publish a draft."""
         return _expect(ReadGranted, self._call(request))
 
-    def receive_allocations(self, request: Allocate | Export) -> list[Received]:
-        """Carry out a request that is answered by descriptors; they are the caller's to close."""
+    def receive_allocations(self, request: Allocate | Export, take: Take) -> None:
+        """Carry out a request that is answered by descriptors.
+
+        Args:
+            request: Which allocations.
+            take: Called for some of them at a time, in order; their descriptors are closed when it returns.
+        """
         wait = request.timeout_s if isinstance(request, Allocate) else 0.0
-        received: list[Received] = []
+        failure: BaseException | None = None
         with self._lock:
-            answer = self._call(request, wait + REPLY_S)
-            try:
-                while True:
-                    reply, descriptors = answer
-                    if not isinstance(reply, Descriptors) or len(reply.ids) != len(descriptors) or len(reply.sizes) != len(descriptors):
-                        close_descriptors(descriptors)
-                        raise ProtocolError(
-                            f"the server answered {type(request).__name__} with {type(reply).__name__} and {len(descriptors)} descriptors"
-                        )
-                    received += map(Received, reply.ids, reply.sizes, map(Descriptor, descriptors))
-                    if not reply.more:
-                        return received
-                    answer = _final(self._channel, REPLY_S, None)
-            except BaseException:
-                close_descriptors(item.descriptor for item in received)
-                raise
+            answer, more = self._call(request, wait + REPLY_S), True
+            while more:
+                received, more = self._allocations(*answer)
+                try:
+                    if failure is None:
+                        take(received)
+                except BaseException as error:  # noqa: BLE001 - raised below: the rest of the answer must be read before anything else can be asked
+                    failure = error
+                finally:
+                    close_descriptors(item.descriptor for item in received)
+                if more:
+                    answer = self._read(REPLY_S)
+        if failure is not None:
+            raise failure
+
+    def _allocations(self, reply: Message, descriptors: tuple[int, ...]) -> tuple[list[Received], bool]:
+        """The allocations of one reply, and whether more replies follow."""
+        if not isinstance(reply, Descriptors) or not len(reply.ids) == len(reply.sizes) == len(descriptors):
+            close_descriptors(descriptors)
+            self.close()
+            raise ProtocolError(f"the server answered with {type(reply).__name__} and {len(descriptors)} descriptors")
+        return [*map(Received, reply.ids, reply.sizes, map(Descriptor, descriptors))], reply.more
 
     def _call(self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None) -> tuple[Message, tuple[int, ...]]:
         with self._lock:
             self._check()
-            try:
+            with self._closed_when_broken():
                 self._channel.send(request)
-                return _final(self._channel, timeout_s, on_wait)
-            except (ConnectionLost, ProtocolError, KeyboardInterrupt):
-                self.close()  # what the server did is unknown, and its answer may still come: no other request may read it
-                raise
+            return self._read(timeout_s, on_wait)
+
+    def _read(self, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> tuple[Message, tuple[int, ...]]:
+        with self._closed_when_broken():
+            return _final(self._channel, timeout_s, on_wait)
+
+    @contextlib.contextmanager
+    def _closed_when_broken(self) -> Iterator[None]:
+        """Close the session when a request was broken off: what the server did is unknown, and no later request may read its answer."""
+        try:
+            yield
+        except (ConnectionLost, ProtocolError, KeyboardInterrupt):
+            self.close()
+            raise
 
     def _check(self) -> None:
         if os.getpid() != self._pid:

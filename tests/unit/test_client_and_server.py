@@ -27,6 +27,7 @@ from gms_core.errors import (
 )
 from gms_core.layout import Identity
 from gms_core.protocol.framing import HEADER, MAGIC
+from gms_core.protocol.messages import Export
 from tests.conftest import running_server
 
 MODEL = Identity({"content": "abc", "dtype": "bf16"})
@@ -216,6 +217,26 @@ def test_many_descriptors_arrive_when_a_layout_has_hundreds_of_allocations(serve
         lease.release()
 
 
+def test_session_stays_in_step_when_taking_fails_amid_hundreds_of_allocations(server):
+    with server.connect() as writer, server.connect() as reader:
+        lease = publish(writer, b"x" * 600 * PAGE, slab=PAGE)
+        other = reader.acquire("weights", "ro", MODEL, timeout_s=1)
+        taken = []
+
+        def fail_at_the_second_batch(received):
+            taken.append(len(received))
+            if len(taken) == 2:
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            reader.receive_allocations(Export("weights"), fail_at_the_second_batch)
+        assert taken == [253, 253]
+        assert reader.status().allocations == 600
+        assert read_all(reader, other, 1) == b"x"
+        other.release()
+        lease.release()
+
+
 def test_memory_waits_when_another_process_is_about_to_release(runtime_dir):
     with running_server(runtime_dir, host_memory=64 * PAGE) as server, server.connect() as first, server.connect() as second:
         holding = first.acquire("a", "rw", MODEL, timeout_s=1, slab_bytes=PAGE)
@@ -348,10 +369,8 @@ def test_second_lease_is_refused_when_the_session_has_one(server):
 
 
 def test_pool_is_not_found_when_nobody_ever_wrote_it(server):
-    from gms_core.protocol.messages import Export
-
     with server.connect() as session, pytest.raises(PoolNotFound):
-        session.receive_allocations(Export("nothing"))
+        session.receive_allocations(Export("nothing"), lambda _: None)
 
 
 def test_mapped_memory_stays_usable_when_the_server_dies(server):
