@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gms_core.client.arena import Arena, Received
+from gms_core.client.arena import Arena, Received, Take
+from gms_core.protocol.framing import close_descriptors
 from gms_core.vmm.driver import Access, Driver, Handle
 
 MIB = 2**20
@@ -32,23 +33,27 @@ class Memory:
     def read_only(self, written: Arena) -> Arena:
         """The arena of a reader, with the memory of a writer."""
         arena = Arena(self.driver, max(written.length, 1), Access.READ)
-        received = [Received(one.id, one.size, self.driver.export(self.handles[one.id][0])) for one in written.allocations]
-        arena.adopt(received, [one.offset for one in written.allocations])
+        offsets = {one.id: one.offset for one in written.allocations}
+        arena.adopt(lambda take: self._hand_over(list(offsets), take), lambda item: offsets[item.id])
         self.arenas.append(arena)
         return arena
 
-    def _provide(self, sizes: Sequence[int]) -> list[Received]:
+    def _provide(self, sizes: Sequence[int], take: Take) -> None:
         from gms_core.errors import OutOfMemory
 
         if self.refuse:
             raise OutOfMemory("the device is full, says the test")
-        received = []
-        for size in sizes:
-            handle = self.driver.create(size)
-            number = len(self.handles)
-            self.handles[number] = (handle, size)
-            received.append(Received(number, size, self.driver.export(handle)))
-        return received
+        first = len(self.handles)
+        for number, size in enumerate(sizes, start=first):
+            self.handles[number] = (self.driver.create(size), size)
+        self._hand_over(range(first, len(self.handles)), take)
+
+    def _hand_over(self, numbers: Iterable[int], take: Take) -> None:
+        received = [Received(number, self.handles[number][1], self.driver.export(self.handles[number][0])) for number in numbers]
+        try:
+            take(received)
+        finally:
+            close_descriptors(item.descriptor for item in received)
 
     def close(self) -> None:
         for arena in self.arenas:
