@@ -5,7 +5,11 @@ vLLM calls `register` in each of its processes. It imports nothing of vLLM: what
 
 from __future__ import annotations
 
+import logging
+
 from gms_patches.on_import import when_imported
+
+log = logging.getLogger("vllm.gms")
 
 
 def register() -> None:
@@ -15,12 +19,18 @@ def register() -> None:
 
 
 def _register_loader() -> None:
-    from gms_vllm.loader import register_loader
+    try:
+        from gms_vllm.loader import register_loader
 
-    register_loader()
+        register_loader()
+    except Exception:  # a damaged GMS must not stop engines that do not use it
+        log.exception("--load-format gms is not available")
 
 
 def _patch_engine_args() -> None:
-    from gms_vllm.engine_args import patch_engine_args
+    try:
+        from gms_vllm.engine_args import patch_engine_args
 
-    patch_engine_args()
+        patch_engine_args()
+    except Exception:  # as above
+        log.exception("--load-format gms is not available")

@@ -40,7 +40,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         raise EngineUnsupported("weights that GMS shares are not loaded a second time into the same model", hint="Start another engine.")
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
-        """Bytes of weights that other processes have put on this device already, for vLLM's budget (0.33 on)."""
+        """Bytes of weights that other processes have put on this device already, for vLLM's budget (0.32 on)."""
         from gms_vllm.accounting import external_bytes
 
         return external_bytes(vllm_config, self.options.gms)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from gms_core.engine_config import GmsConfig
 from gms_core.errors import CheckpointNotFound, ConfigurationError, EngineUnsupported, OutOfMemory
+from gms_core.layout import Identity
+from gms_patches.apply import apply
+from gms_patches.for_vllm import CREATE_ENGINE_CONFIG
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +32,7 @@ with warnings.catch_warnings():
     from gms_vllm.engine_args import WORKER
     from gms_vllm.holdings import Figures, Holding
     from gms_vllm.loader import GmsModelLoader
-    from gms_vllm.processed import check_model
+    from gms_vllm.processed import already_processed, check_model
     from gms_vllm.unsupported import check_config
     from gms_vllm.worker import GmsWorker, GmsWorkerMixin
 
@@ -41,9 +47,11 @@ class ForeignWorker:
     """A user's worker that does not."""
 
 
-@pytest.fixture(autouse=True)
-def registered() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> Iterator[None]:
     gms_vllm.register()
+    yield
+    apply(CREATE_ENGINE_CONFIG, lambda original: original).revert()
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +211,7 @@ class Worker:
     requested_memory: int = field(default=0)
 
 
-def gpu_worker(free: int, total: int = 100 * GIB, utilization: float = 0.5, kv_bytes: int | None = None) -> Worker:
+def gpu_worker_with(free: int, total: int = 100 * GIB, utilization: float = 0.5, kv_bytes: int | None = None) -> Worker:
     snapshot = MemorySnapshot(
         free_memory=free, total_memory=total, cuda_memory=total - free, non_torch_memory=total - free, device="cpu", auto_measure=False
     )
@@ -215,20 +223,20 @@ def holding(neighbours: int = 0, external: int = 0) -> Holding:
 
 
 def test_budget_is_the_whole_share_when_this_engine_published() -> None:
-    worker = gpu_worker(free=90 * GIB)
+    worker = gpu_worker_with(free=90 * GIB)
     accounting.settle(worker, holding())
     assert worker.requested_memory == 50 * GIB
     assert worker.init_snapshot.free_memory == 90 * GIB
 
 
 def test_shared_weights_leave_the_budget_when_this_engine_attached() -> None:
-    worker = gpu_worker(free=45 * GIB)
+    worker = gpu_worker_with(free=45 * GIB)
     accounting.settle(worker, holding(external=10 * GIB))
     assert worker.requested_memory == 40 * GIB
 
 
 def test_what_others_took_is_not_this_engines_when_it_waited() -> None:
-    worker = gpu_worker(free=98 * GIB)
+    worker = gpu_worker_with(free=98 * GIB)
     accounting.settle(worker, holding(neighbours=50 * GIB, external=10 * GIB))
     assert worker.requested_memory == 40 * GIB
     snapshot = worker.init_snapshot
@@ -239,13 +247,78 @@ def test_what_others_took_is_not_this_engines_when_it_waited() -> None:
 
 def test_out_of_memory_when_the_budget_does_not_fit_beside_the_neighbours() -> None:
     with pytest.raises(OutOfMemory, match="gpu-memory-utilization"):
-        accounting.settle(gpu_worker(free=98 * GIB), holding(neighbours=70 * GIB, external=10 * GIB))
+        accounting.settle(gpu_worker_with(free=98 * GIB), holding(neighbours=70 * GIB, external=10 * GIB))
     with pytest.raises(OutOfMemory):
-        accounting.settle(gpu_worker(free=98 * GIB, utilization=0.05), holding(external=10 * GIB))
+        accounting.settle(gpu_worker_with(free=98 * GIB, utilization=0.05), holding(external=10 * GIB))
 
 
 def test_budget_is_not_checked_when_the_user_gave_the_size_of_the_kv_cache() -> None:
-    accounting.settle(gpu_worker(free=1 * GIB, kv_bytes=GIB), holding(external=10 * GIB))
+    accounting.settle(gpu_worker_with(free=1 * GIB, kv_bytes=GIB), holding(external=10 * GIB))
+
+
+def request_memory_without_seam(init_snapshot: Any, cache_config: Any) -> int:
+    """As vLLM had it before it knew of weights in other processes."""
+    requested = math.ceil(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
+    if init_snapshot.free_memory < requested:
+        raise ValueError("less than desired")
+    return requested
+
+
+def test_start_up_check_leaves_shared_weights_out_when_vllm_has_no_seam_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.v1.worker.gpu_worker as gpu_worker
+
+    monkeypatch.setattr(gpu_worker, "request_memory", request_memory_without_seam)
+    monkeypatch.setattr(accounting, "external_bytes", lambda config, options: 10 * GIB)
+    worker = gpu_worker_with(free=45 * GIB)
+    with pytest.raises(ValueError, match="less than desired"):
+        gpu_worker.request_memory(worker.init_snapshot, worker.cache_config)
+    with accounting.startup_check(SimpleNamespace(), GmsConfig()):
+        assert gpu_worker.request_memory(worker.init_snapshot, worker.cache_config) == 40 * GIB
+        small = gpu_worker_with(free=39 * GIB)
+        with pytest.raises(ValueError, match="less than desired"):
+            gpu_worker.request_memory(small.init_snapshot, small.cache_config)
+    assert gpu_worker.request_memory is request_memory_without_seam
+    assert worker.init_snapshot.free_memory == 45 * GIB
+
+
+def test_start_up_check_is_vllms_own_when_it_has_a_seam() -> None:
+    import vllm.v1.worker.gpu_worker as gpu_worker
+
+    before = gpu_worker.request_memory
+    with accounting.startup_check(SimpleNamespace(), GmsConfig()):
+        assert gpu_worker.request_memory is before
+
+
+def test_external_bytes_are_those_of_the_pool_when_something_is_published_or_being_written(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMS_RUNTIME_DIR", str(server.directory))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_rank=0, world_size=1, rank=0))
+    assert accounting.external_bytes(config, GmsConfig()) == 0
+    with server.connect() as session, session.acquire("weights", "rw", Identity({}), timeout_s=5) as lease:
+        lease.arena.allocate(8192)
+        assert accounting.external_bytes(config, GmsConfig()) == lease.arena.length
+        with lease.commit(b"", Identity({})) as published:
+            assert accounting.external_bytes(config, GmsConfig()) == published.layout.size
+            assert accounting.external_bytes(config, GmsConfig(mode="rw")) == 0
+            assert accounting.external_bytes(config, GmsConfig(tag="other")) == 0
+
+
+def test_scales_are_taken_over_when_vllm_knows_no_processed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    monkeypatch.setattr("gms_vllm.processed.has_processed_flag", lambda: False)
+    layer = torch.nn.Module()
+    for name, value in (("_k_scale", 0.5), ("_v_scale", 0.25), ("_q_scale", 2.0)):
+        layer.register_buffer(name, torch.tensor(value))
+    layer.k_scale = torch.nn.Parameter(torch.tensor(-1.0), requires_grad=False)
+    method = layer.quant_method = BaseKVCacheMethod(None)
+    check_model(layer)
+    with already_processed(layer):
+        layer.quant_method.process_weights_after_loading(layer)
+    assert (layer._k_scale_float, layer._v_scale_float, layer._q_scale_float) == (0.5, 0.25, 2.0)
+    assert layer._k_scale_cpu.item() == 0.5
+    assert not hasattr(layer, "k_scale")
+    assert "process_weights_after_loading" not in vars(method)
 
 
 def test_figures_are_key_value_pairs_when_they_are_logged() -> None:

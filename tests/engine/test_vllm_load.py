@@ -88,7 +88,14 @@ class Site:
 
     @contextlib.contextmanager
     def engine(
-        self, model: Path, load_format: str = "gms", *, rest: Mapping[str, Any] = NOTHING, arguments: Mapping[str, Any] = NOTHING, **gms: Any
+        self,
+        model: Path,
+        load_format: str = "gms",
+        *,
+        rest: Mapping[str, Any] = NOTHING,
+        arguments: Mapping[str, Any] = NOTHING,
+        environment: Mapping[str, str] = NOTHING,
+        **gms: Any,
     ) -> Iterator[Engine]:
         """Start an engine; it ends with the context.
 
@@ -97,15 +104,17 @@ class Site:
             load_format: ``auto`` for stock vLLM.
             rest: Options for the inner loader.
             arguments: Further arguments of the engine.
+            environment: Further variables.
             gms: The block for GMS.
         """
         options = {**rest, **({"gms": gms} if load_format == "gms" else {})}
-        environment = {
+        variables = {
             **os.environ,
             **ENVIRONMENT,
             "GMS_RUNTIME_DIR": str(self.runtime_dir),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
             "VLLM_CACHE_ROOT": str(self.vllm_cache),
+            **environment,
         }
         log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
         with log.open("w") as errors:
@@ -115,14 +124,16 @@ class Site:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=environment,
+                env=variables,
+                start_new_session=True,
             )
         engine = Engine(process, log)
         try:
             yield engine
         finally:
-            if process.poll() is None:
-                process.kill()
+            # An engine with several ranks has processes that outlive the first one.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
     def run(self, model: Path, load_format: str = "gms", **options: Any) -> dict[str, Any]:
@@ -299,3 +310,24 @@ def test_server_is_named_when_none_is_running(tmp_path: Path, vllm_cache: Path) 
     refused = Site(nowhere, tmp_path, vllm_cache).run(write_model(tmp_path / "model", "llama"))
     assert refused["error"] == "server_unavailable"
     assert "gms serve" in refused["message"]
+
+
+def test_all_ranks_attach_when_the_model_is_split_over_two(site: Site, server: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "qwen3-moe")
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    ranks: dict[str, Any] = {
+        "arguments": {"tensor_parallel_size": 2},
+        "environment": {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        },
+    }
+    with site.engine(model, **ranks) as first:
+        published = first.answer()
+        hide_weights(model)
+        with site.engine(model, **ranks) as second, server.connect() as session:
+            attached = second.answer()
+            pools = {pool.name: (pool.generation, len(pool.readers)) for pool in session.status().pools}
+    assert attached.get("tokens") == published.get("tokens") is not None, (published, attached)
+    assert pools == {"weights": (1, 2), "weights.1": (1, 2)}

@@ -98,10 +98,11 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
         path.write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
+    before = in_force()
     yield Source(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == "fakeengine"]:
         del sys.modules[name]
-    assert in_force() == []
+    assert in_force() == before
 
 
 def doubled(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,7 +203,7 @@ def test_function_is_changed_and_restored_when_a_patch_is_applied_and_reverted()
     result = apply(PATCH, doubled)
     assert module.helper(1) == [(1, 2, None)] * 2
     assert getattr(module.helper, MARKER) == PATCH.name
-    assert in_force() == [PATCH.name]
+    assert PATCH.name in in_force()
     result.revert()
     result.revert()
     assert module.helper is original
@@ -258,7 +259,7 @@ def test_nothing_is_changed_when_the_engine_is_not_as_the_patch_knows_it(change:
         apply(replace(PATCH, **change), doubled)
     assert caught.value.hint
     assert module.helper is original
-    assert in_force() == []
+    assert PATCH.name not in in_force()
 
 
 @pytest.mark.usefixtures("engine")

@@ -29,7 +29,7 @@ REQUEST_MEMORY = Patch(
     signatures=("init_snapshot, cache_config", "init_snapshot, cache_config, external_weight_memory="),
     reason="The start-up check and the budget must leave out weights that another process has put on the device already.",
     upstream="vLLM has the seam itself where request_memory takes external_weight_memory; it is patched only where it does not.",
-    unnecessary_from="0.33",
+    unnecessary_from="0.32",
 )
 
 CPU_GEMM_DISPATCH = Patch(

@@ -34,7 +34,7 @@ _LOAD = (
         "vllm.model_executor.model_loader.base_loader:BaseModelLoader.get_external_weight_memory",
         "memory accounting through vLLM's own seam",
         ("self, vllm_config",),
-        ">=0.33",
+        ">=0.32",
     ),
     *_group(
         "options of the loader",
@@ -74,7 +74,6 @@ _LOAD = (
         "one decision for all ranks",
         "vllm.distributed.parallel_state",
         {
-        {
             "get_world_group": ("",),
             "get_tp_group": ("",),
             "get_pp_group": ("",),
@@ -82,11 +81,6 @@ _LOAD = (
             "GroupCoordinator.broadcast_object": ("self, obj=, src=",),
             "GroupCoordinator.rank_in_group": (),
             "GroupCoordinator.world_size": (),
-        },
-            "get_tp_group": ("",),
-            "get_pp_group": ("",),
-            "GroupCoordinator": (),
-            "GroupCoordinator.broadcast_object": ("self, obj=, src=",),
         },
     ),
 )
