@@ -82,11 +82,9 @@ def _old_objects_frozen() -> Iterator[None]:
     """Leave the objects that are there already out of garbage collections.
 
     VLLM collects three times while it measures what loading takes (vllm/utils/mem_utils.py, DeviceMemoryProfiler), a quarter of a second each over
-    a million objects of imported modules. That is more than attaching takes, and loading makes none of those objects garbage.
+    a million objects of imported modules. That is more than attaching takes, and loading makes none of those objects garbage. Nothing is frozen for
+    good at this point: vLLM does that once the engine is ready.
     """
-    if gc.get_freeze_count():
-        yield
-        return
     gc.freeze()
     try:
         yield
