@@ -77,6 +77,11 @@ def prepare(directory: Path) -> Path:
     return directory
 
 
+def start_hint(path: Path) -> str:
+    """How to start the server that is to listen at a path."""
+    return f"Start it with: {'gms serve --device host' if path.name == f'{HOST}.sock' else 'gms serve'}"
+
+
 def check_socket(path: Path) -> None:
     """Check, as a client, that it is safe to connect to a socket.
 
@@ -91,8 +96,7 @@ def check_socket(path: Path) -> None:
     except PermissionError as error:
         raise PermissionRefused(f"{path} may not be looked at by this user: {error.strerror}") from error
     except OSError as error:
-        command = "gms serve --device host" if path.name == f"{HOST}.sock" else "gms serve"
-        raise ServerUnavailable(f"no server listens at {path}: {error.strerror}", hint=f"Start it with: {command}") from error
+        raise ServerUnavailable(f"no server listens at {path}: {error.strerror}", hint=start_hint(path)) from error
     if not stat.S_ISSOCK(found.st_mode):
         raise ProtocolError(f"{path} is not a socket", hint="Name the socket of a GMS server.")
     if found.st_uid not in (os.getuid(), 0):

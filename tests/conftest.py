@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from gms_core.client import Session, connect
 from gms_core.devices import DeviceId
+
+# The same examples in every run, so that a change that breaks nothing fails nothing. To look further: pytest --hypothesis-profile=explore
+settings.register_profile("repeatable", derandomize=True, print_blob=True)
+settings.register_profile("explore", max_examples=2000, print_blob=True)
+settings.load_profile("repeatable")
 
 SERVE = """
 import sys

@@ -153,7 +153,7 @@ def _write_lease(session: Session, pool: str, slab: int, replace: int | None) ->
 
 
 def _run_worker(kind: str, socket: Path, pool: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "gms_core.cli.attach_worker", kind, os.fspath(socket), pool]
+    command = [sys.executable, "-P", "-m", "gms_core.cli.attach_worker", kind, os.fspath(socket), pool]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_S, check=False, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as error:
@@ -184,7 +184,7 @@ def private_server(device: DeviceId) -> Iterator[Path]:
         ServerUnavailable: It did not start; what it said is part of the message.
     """
     with tempfile.TemporaryDirectory(prefix="gms-bench-") as directory, tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "gms_core.cli", "serve", "--device", device, "--runtime-dir", directory]
+        command = [sys.executable, "-P", "-m", "gms_core.cli", "serve", "--device", device, "--runtime-dir", directory]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:
             try:

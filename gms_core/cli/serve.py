@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,4 +73,5 @@ def resolve(names: tuple[str, ...]) -> list[DeviceId]:
 
 
 def _announce(device: DeviceId, path: Path) -> None:
-    click.echo(f"{device} ready at {path}")
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: that is no reason to end servers
+        click.echo(f"{device} ready at {path}")

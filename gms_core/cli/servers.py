@@ -11,7 +11,7 @@ import msgspec
 from gms_core.cli.refusal import as_dict
 from gms_core.client import connect
 from gms_core.devices import DeviceId
-from gms_core.errors import ConnectionLost, GmsError, PermissionRefused, ProtocolError, ServerUnavailable
+from gms_core.errors import GmsError, PermissionRefused
 from gms_core.protocol.messages import StatusReport
 from gms_core.runtime_dir import socket_path
 
@@ -56,5 +56,5 @@ def ask(path: Path, client: str) -> ServerState:
     try:
         with connect(socket_path=path, client=client, timeout_s=CONNECT_S) as session:
             return ServerState(path, report=session.status())
-    except (ServerUnavailable, ConnectionLost, PermissionRefused, ProtocolError) as error:
+    except GmsError as error:
         return ServerState(path, error=error)

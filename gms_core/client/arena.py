@@ -179,14 +179,14 @@ class Arena:
 
     def drop_unused(self) -> list[int]:
         """Unmap the allocations that lie wholly behind the used bytes; returns their ids."""
-        unused = [segment for segment in self._segments if segment.allocation.offset >= self.used]
-        for segment in unused:
-            self._driver.unmap(Address(self.base + segment.allocation.offset), segment.allocation.size)
-            self._driver.release(segment.handle)
-            self._segments.remove(segment)
-        if unused:
-            self.length = unused[0].allocation.offset
-        return [segment.allocation.id for segment in unused]
+        dropped = []
+        while self._segments and (last := self._segments[-1]).allocation.offset >= self.used:
+            self._driver.unmap(Address(self.base + last.allocation.offset), last.allocation.size)
+            self._segments.pop()
+            self.length = last.allocation.offset
+            dropped.append(last.allocation.id)
+            self._driver.release(last.handle)
+        return dropped
 
     def trim_last(self) -> int | None:
         """Replace the last slab by an allocation that is just long enough, at the same address, and copy what is used of it.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from gms_core.client.arena import Arena, Take
-from gms_core.errors import ConnectionLost, ForkedSession, OutOfMemory, ProtocolError, SessionClosed
+from gms_core.client.arena import Arena, Received, Take
+from gms_core.errors import ConnectionLost, ForkedSession, GmsError, OutOfMemory, ProtocolError, SessionClosed
 from gms_core.layout import Identity, Layout
 from gms_core.protocol.messages import Allocate, Commit, Discard, Export, ReadGranted, Release
 from gms_core.vmm.driver import Access, Driver
@@ -50,9 +50,9 @@ class _Lease(abc.ABC):
         """Give the lease and its memory up. Idempotent; an already lost connection is no error, for it released everything."""
         if self._ended:
             return
+        self._let_go()  # memory that cannot be unmapped keeps its lease
         self._ended = True
         try:
-            self._let_go()
             self._link.perform(Release(self.pool))
         except (ConnectionLost, SessionClosed, ForkedSession) as error:
             log.debug("lease on pool %s: %s", self.pool, error)
@@ -88,8 +88,16 @@ class ReadLease(_Lease):
         if self.arena is None:
             offsets = {allocation.id: allocation.offset for allocation in self.layout.allocations}
             arena = Arena(self._link.driver, self.layout.extent, Access.READ)
+
+            def place(item: Received) -> int:
+                if item.id not in offsets:
+                    raise ProtocolError(f"the server sent allocation {item.id}, which the layout does not name, or sent it twice")
+                return offsets.pop(item.id)
+
             try:
-                arena.adopt(lambda take: self._link.receive_allocations(Export(self.pool), take), lambda item: offsets[item.id])
+                arena.adopt(lambda take: self._link.receive_allocations(Export(self.pool), take), place)
+                if offsets:
+                    raise ProtocolError(f"the server did not send allocations {sorted(offsets)[:5]} of the layout")
             except BaseException:
                 arena.close()
                 raise
@@ -158,6 +166,7 @@ class WriteLease(_Lease):
             The read lease that this lease has become. It has the same arena at the same addresses.
 
         Raises:
+            DriverError: What is published now cannot be mapped for good in this process: the lease has ended.
             GmsError: Nothing was published; the lease and its writable arena are as before, unless the connection was lost.
         """
         self._check()
@@ -165,19 +174,24 @@ class WriteLease(_Lease):
         self.arena.set_access(Access.READ)
         try:
             granted = self._link.commit(Commit(self.pool, self.arena.allocations, manifest, identity))
-        except ConnectionLost:
+        except (ConnectionLost, ProtocolError):  # whether it was published is unknown, and published memory is not written to
             raise
-        except BaseException:
+        except GmsError:
             self.arena.set_access(Access.READ_WRITE)
             raise
         self._ended = True
         self.arena.stop_growing()
-        if granted.sealed:
-            self.arena.set_access(Access.READ)  # mapped anew from sealed memory: the kernel forgets that this process could write
         layout = granted.layout
-        if (layout.generation, layout.allocations) != (self.generation, self.arena.allocations):
-            raise ProtocolError(f"the server committed generation {layout.generation} with a layout that is not this draft's")
-        return ReadLease(self._link, self.pool, Layout(layout.generation, identity, layout.allocations, manifest, layout.digest), self.arena)
+        lease = ReadLease(self._link, self.pool, Layout(layout.generation, identity, layout.allocations, manifest, layout.digest), self.arena)
+        try:
+            if (layout.generation, layout.allocations) != (self.generation, self.arena.allocations):
+                raise ProtocolError(f"the server committed generation {layout.generation} with a layout that is not this draft's")
+            if granted.sealed:
+                self.arena.set_access(Access.READ)  # mapped anew from sealed memory: the kernel forgets that this process could write
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
     def _let_go(self) -> None:
         self.arena.close()

@@ -54,7 +54,7 @@ from gms_core.protocol.messages import (
     WriteGranted,
 )
 from gms_core.protocol.peer import peer_credentials
-from gms_core.runtime_dir import check_socket, socket_path
+from gms_core.runtime_dir import check_socket, socket_path, start_hint
 from gms_core.vmm import open_driver
 from gms_core.vmm.driver import Descriptor, Driver
 
@@ -65,6 +65,8 @@ SLAB_BYTES = {"cuda": 2**30, "host": 64 * 2**20}
 REPLY_S = 60.0
 """Seconds for a reply to a request that does not wait for anybody."""
 
+Answer = tuple[Message, tuple[int, ...]]
+"""A reply and its descriptors."""
 AnyReply = TypeVar("AnyReply", bound=Message)
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -91,7 +93,7 @@ def connect(device: DeviceId | None = None, *, socket_path: Path | None = None, 
     try:
         _dial(connection, path, timeout_s)
         channel.send(Hello((PROTOCOL_VERSION,), client or f"gms {__version__}", device or ""))
-        welcome = _expect(Welcome, _final(channel, timeout_s, None))
+        welcome = _expect(Welcome, _accepted(_final(channel, timeout_s, None)))
     except ConnectionLost as error:
         channel.close()
         raise ServerUnavailable(f"{path} does not answer as a GMS server: {error}") from error
@@ -116,26 +118,32 @@ def _dial(connection: socket.socket, path: Path, timeout_s: float) -> None:
     except PermissionError as error:
         raise PermissionRefused(f"{path} may not be used by this user: {error.strerror}") from error
     except OSError as error:
-        raise ServerUnavailable(f"nothing listens at {path}: {error.strerror or error}", hint="Start the server with: gms serve") from error
+        raise ServerUnavailable(f"nothing listens at {path}: {error.strerror or error}", hint=start_hint(path)) from error
     owner = peer_credentials(connection).uid
     if owner not in (os.getuid(), 0):
         raise PermissionRefused(f"the server behind {path} runs as user {owner}, which is neither this user nor root")
 
 
-def _final(channel: Channel, timeout_s: float | None, on_wait: Callable[[str], None] | None) -> tuple[Message, tuple[int, ...]]:
-    """The next reply that is no notice. A refusal is raised as the error that it names."""
+def _final(channel: Channel, timeout_s: float | None, on_wait: Callable[[str], None] | None) -> Answer:
+    """The next reply that is no notice."""
     while True:
         reply, descriptors = channel.receive(timeout_s)
-        if isinstance(reply, Waiting):
-            if on_wait is not None:
-                on_wait(reply.reason)
-        elif isinstance(reply, Failure):
-            raise rebuild(reply.code, reply.message, reply.hint, reply.details)
-        else:
+        if not isinstance(reply, Waiting):
             return reply, descriptors
+        if on_wait is not None:
+            on_wait(reply.reason)
 
 
-def _expect(kind: type[AnyReply], answer: tuple[Message, tuple[int, ...]]) -> AnyReply:
+def _accepted(answer: Answer) -> Answer:
+    """The same answer, unless it is a refusal: that is raised as the error that it names."""
+    reply, descriptors = answer
+    if isinstance(reply, Failure):
+        close_descriptors(descriptors)
+        raise rebuild(reply.code, reply.message, reply.hint, reply.details)
+    return answer
+
+
+def _expect(kind: type[AnyReply], answer: Answer) -> AnyReply:
     reply, descriptors = answer
     if not isinstance(reply, kind) or descriptors:
         close_descriptors(descriptors)
@@ -206,6 +214,8 @@ class Session:
         """
         if not (math.isfinite(timeout_s) and timeout_s >= 0):
             raise InvalidArgument(f"a timeout of {timeout_s} s is not a finite, non-negative number")
+        if slab_bytes is not None and slab_bytes <= 0:
+            raise InvalidArgument(f"a slab of {slab_bytes} bytes is not positive")
         granted, _ = self._call(Acquire(pool, mode, identity, timeout_s, replace), timeout_s + REPLY_S, on_wait)
         if isinstance(granted, ReadGranted):
             return ReadLease(self, pool, granted.layout)
@@ -270,23 +280,25 @@ class Session:
             raise ProtocolError(f"the server answered with {type(reply).__name__} and {len(descriptors)} descriptors")
         return [*map(Received, reply.ids, reply.sizes, map(Descriptor, descriptors))], reply.more
 
-    def _call(self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None) -> tuple[Message, tuple[int, ...]]:
+    def _call(self, request: Message, timeout_s: float = REPLY_S, on_wait: Callable[[str], None] | None = None) -> Answer:
         with self._lock:
             self._check()
             with self._closed_when_broken():
                 self._channel.send(request)
-            return self._read(timeout_s, on_wait)
+                answer = _final(self._channel, timeout_s, on_wait)
+            return _accepted(answer)
 
-    def _read(self, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> tuple[Message, tuple[int, ...]]:
+    def _read(self, timeout_s: float) -> Answer:
         with self._closed_when_broken():
-            return _final(self._channel, timeout_s, on_wait)
+            answer = _final(self._channel, timeout_s, None)
+        return _accepted(answer)
 
     @contextlib.contextmanager
     def _closed_when_broken(self) -> Iterator[None]:
-        """Close the session when a request was broken off: what the server did is unknown, and no later request may read its answer."""
+        """Close the session when a request was broken off, by whatever: what the server did is unknown, and no later request may read its answer."""
         try:
             yield
-        except (ConnectionLost, ProtocolError, KeyboardInterrupt):
+        except BaseException:
             self.close()
             raise
 
@@ -297,14 +309,17 @@ class Session:
             raise SessionClosed("the session is closed")
 
     def close(self) -> None:
-        """End the connection, and with it every lease. Memory that is mapped stays mapped. Idempotent."""
+        """End the connection, and with it every lease, also while another thread waits for one. Memory that is mapped stays mapped. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._channel.close()
+            self._channel.shut_down()
+            with self._lock:
+                self._channel.close()
 
     def forget(self) -> None:
         """In a forked child: close its copy of the connection, so that the parent's end is the end."""
         self._closed = True
+        self._lock = threading.RLock()  # a thread that the child does not have may hold the parent's
         self._channel.close()
 
     def __enter__(self) -> Self:

@@ -133,7 +133,7 @@ def limits(_: Settings) -> Iterator[Finding]:
     """Limits of this process that GMS can run into."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     enough = hard == resource.RLIM_INFINITY or hard >= ENOUGH_DESCRIPTORS
-    fix = "" if enough else f"Raise the hard limit (ulimit -Hn) to at least {ENOUGH_DESCRIPTORS}: a server holds one descriptor per session."
+    fix = "" if enough else f"Raise the hard limit (ulimit -Hn) to at least {ENOUGH_DESCRIPTORS}: a server holds one per allocation and per session."
     yield Finding(Status.OK if enough else Status.WARN, "open files", f"hard limit {_limit(hard)}", fix)
     addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
     free = addresses == resource.RLIM_INFINITY

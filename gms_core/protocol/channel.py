@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections import deque
@@ -10,6 +11,9 @@ from gms_core.errors import ConnectionLost, ProtocolError
 from gms_core.protocol.framing import Frame, FrameDecoder, close_descriptors, decode_reply, encode
 from gms_core.protocol.messages import Message, Reply
 from gms_core.protocol.peer import receive, send
+
+SEND_S = 60.0
+"""Seconds for which the server may take no byte of a request."""
 
 
 class Channel:
@@ -24,15 +28,15 @@ class Channel:
         """Send one message, whole.
 
         Raises:
-            ConnectionLost: The server has gone.
+            ConnectionLost: The server has gone, or takes nothing any more.
         """
         data = memoryview(encode(message))
-        self._socket.settimeout(None)
         try:
+            self._socket.settimeout(SEND_S)
             while data:
                 data = data[send(self._socket, data) :]
         except OSError as error:
-            raise ConnectionLost(f"the server's connection ended while a request was sent: {error.strerror}") from error
+            raise ConnectionLost(f"the server's connection ended while a request was sent: {error.strerror or error}") from error
 
     def receive(self, timeout_s: float | None) -> tuple[Reply, tuple[int, ...]]:
         """Wait for one message and its descriptors, which the caller then owns.
@@ -55,7 +59,7 @@ class Channel:
             except TimeoutError:
                 continue
             except OSError as error:
-                raise ConnectionLost(f"the server's connection ended while a reply was due: {error.strerror}") from error
+                raise ConnectionLost(f"the server's connection ended while a reply was due: {error.strerror or error}") from error
             if not data:
                 raise ConnectionLost("the server closed the connection while a reply was due")
             self._frames.extend(self._decoder.feed(data, descriptors))
@@ -65,6 +69,11 @@ class Channel:
         except ProtocolError:
             close_descriptors(frame.descriptors)
             raise
+
+    def shut_down(self) -> None:
+        """End the connection while another thread may be waiting on it; that thread gets `ConnectionLost`. Close the channel afterwards."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket and every descriptor that was not handed out."""

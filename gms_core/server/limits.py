@@ -18,7 +18,8 @@ class Limits:
         pools: Names of pools.
         allocations: Allocations in all pools together.
         batch: Allocations of one request.
-        acquire_s: Seconds that a request may ask to wait.
+        metadata_bytes: Of an identity and a manifest together; less than a message may have, since readers get them in one.
+        wait_s: Seconds that a request may ask to wait.
     """
 
     handshake_s: float = 5.0
@@ -29,4 +30,5 @@ class Limits:
     pools: int = 256
     allocations: int = 65536
     batch: int = 8192
-    acquire_s: float = 24 * 3600.0
+    metadata_bytes: int = 48 * 2**20
+    wait_s: float = 24 * 3600.0

@@ -30,8 +30,10 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
 
     Raises:
         ServerUnavailable: Another server owns the path.
+        PermissionRefused: The lock or the socket cannot be made.
     """
-    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with _refused_by_the_directory(path):
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,22 +42,33 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
             raise ServerUnavailable(
                 f"another server (pid {owner}) already owns {path}", hint="Stop it first, or use another --runtime-dir."
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-        staging = path.with_suffix(f".{os.getpid()}")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
-            staging.unlink(missing_ok=True)
-            listening.bind(os.fspath(staging))
-            staging.chmod(0o600)
-            listening.listen(BACKLOG)
-            listening.setblocking(False)
-            staging.rename(path)
+            with _refused_by_the_directory(path):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+                staging = path.with_suffix(".new")  # not longer than the path itself; the lock makes it this server's own
+                staging.unlink(missing_ok=True)
+                listening.bind(os.fspath(staging))
+                staging.chmod(0o600)
+                listening.listen(BACKLOG)
+                listening.setblocking(False)
+                staging.rename(path)
             try:
                 yield listening
             finally:
                 path.unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _refused_by_the_directory(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PermissionRefused(
+            f"the socket {path} cannot be made: {error}", hint="Remove what another user left there, or use another --runtime-dir."
+        ) from error
 
 
 class Listener:
@@ -111,8 +124,6 @@ class Listener:
                     self._service.close(session)
 
     async def _shake_hands(self, connection: Connection) -> Session | None:
-        if connection.peer.uid not in self._allowed:
-            raise PermissionRefused(f"user {connection.peer.uid} may not use this server")
         limit = self._service.limits.handshake_s
         try:
             async with asyncio.timeout(limit):
@@ -121,6 +132,8 @@ class Listener:
             raise ProtocolError(f"no handshake within {limit:g} s") from None
         if hello is None:
             return None
+        if connection.peer.uid not in self._allowed:  # only now: a client that is still sending would not read why it is refused
+            raise PermissionRefused(f"user {connection.peer.uid} may not use this server")
         if not isinstance(hello, Hello):
             raise ProtocolError("the first message is not a handshake")
         session = await self._service.open(hello, connection.peer, lambda message, descriptors: connection.send(message, descriptors))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from gms_core.errors import AllocationTooLarge, InvalidArgument, OutOfMemory, QuotaExceeded
+from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, OutOfMemory, QuotaExceeded
 from gms_core.server.limits import Limits
 from gms_core.vmm.driver import Descriptor, Handle, MemoryInfo, PhysicalDriver
 from gms_core.vmm.undo import UndoStack
+
+log = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 """Seconds between looks at a full device: memory that other processes release is announced by nobody."""
@@ -47,30 +50,31 @@ class Memory:
     @property
     def bytes(self) -> int:
         """Bytes of all allocations."""
-        return sum(owned.size for owned in self._owned.values())
+        return sum(owned.size for owned in list(self._owned.values()))  # a copy: the driver's thread adds to it
 
     async def info(self) -> MemoryInfo:
         """Free and total bytes of the device."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.driver.memory_info)
 
-    async def create(self, sizes: Sequence[int], timeout_s: float) -> list[tuple[int, Owned]]:
+    async def create(self, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event) -> list[tuple[int, Owned]]:
         """Create all of these allocations or none, waiting for memory that others release.
 
         Args:
             sizes: Bytes of each.
             timeout_s: Seconds to wait while the device is full.
+            ended: Set when nobody wants them any more: the wait is over then.
 
         Raises:
             InvalidArgument: A size is not a positive multiple of the granularity.
             QuotaExceeded: Too many allocations.
             AllocationTooLarge: They can never fit.
-            OutOfMemory: There was no room in time.
+            OutOfMemory: There was no room in time, or for as long as anybody wanted it.
         """
         granularity = self.driver.granularity
         if wrong := [size for size in sizes if size <= 0 or size % granularity]:
             raise InvalidArgument(f"sizes {wrong[:5]} are not positive multiples of {granularity} bytes")
-        if len(sizes) > self._limits.batch or len(self._owned) + len(sizes) > self._limits.allocations:
-            raise QuotaExceeded(f"{len(sizes)} more allocations are over the limit ({self._limits.allocations} in all)", hint="Use larger slabs.")
+        if len(sizes) > self._limits.batch:
+            raise QuotaExceeded(f"{len(sizes)} allocations are over the limit of {self._limits.batch} at once", hint="Use larger slabs.")
         wanted, total = sum(sizes), (await self.info()).total
         if wanted > total:
             raise AllocationTooLarge(f"{wanted} bytes can never fit: the device has {total}")
@@ -84,7 +88,7 @@ class Memory:
                 except AllocationTooLarge:
                     raise
                 except OutOfMemory:
-                    if time.monotonic() >= deadline:
+                    if time.monotonic() >= deadline or ended.is_set():
                         raise
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._freed.wait(), RETRY_S)
@@ -92,6 +96,12 @@ class Memory:
             self.waiting -= 1
 
     def _create_all(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
+        if len(self._owned) + len(sizes) > self._limits.allocations:
+            raise QuotaExceeded(f"{len(sizes)} more allocations are over the limit ({self._limits.allocations} in all)", hint="Use larger slabs.")
+        # A try that must fail takes no memory, not even for a moment: engines on the same device may be allocating too.
+        wanted, free = sum(sizes), self.driver.memory_info().free
+        if wanted > free:
+            raise OutOfMemory(f"no room for {wanted} bytes: {free} are free")
         with UndoStack() as undo:
             made = []
             for size in sizes:
@@ -114,15 +124,22 @@ class Memory:
         return all(sealed)
 
     def free(self, ids: Iterable[int]) -> None:
-        """Give allocations up. The memory is free when the last process that maps them has gone."""
-        for identifier in ids:
-            owned = self._owned.pop(identifier)
-            os.close(owned.descriptor)
-            self.driver.release(owned.handle)
-        self._freed.set()
+        """Give allocations up, in the driver's thread. The memory is free when the last process that maps them has gone."""
+        owned = [self._owned.pop(identifier) for identifier in ids]
+        loop = asyncio.get_running_loop()
+        self._thread.submit(self._give_up, owned).add_done_callback(lambda _: loop.call_soon_threadsafe(self._freed.set))
+
+    def _give_up(self, owned: Sequence[Owned]) -> None:
+        for one in owned:
+            try:
+                os.close(one.descriptor)
+                self.driver.release(one.handle)
+            except (OSError, GmsError):  # the others can be given up all the same
+                log.exception("an allocation of %d bytes could not be given up", one.size)
 
     def close(self) -> None:
         """Free everything."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self.free(list(self._owned))
+        self._thread.shutdown(wait=True)  # what waits there gives memory up: it is not cancelled
+        self._give_up(list(self._owned.values()))
+        self._owned.clear()
         self.driver.close()

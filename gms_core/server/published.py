@@ -202,8 +202,13 @@ class PublishedPool:
 
     @property
     def idle(self) -> bool:
-        """Whether the pool holds nothing and nobody: it can be forgotten."""
-        return self.committed is None and self.draft is None and not self.queue and not self.readers and self._generation == 0
+        """Whether the pool was never anything: nothing is lost when it is forgotten."""
+        return self.empty and self._generation == 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether the pool holds nothing and nobody; it may still know its last generation."""
+        return self.committed is None and self.draft is None and not self.queue and not self.readers
 
     def _layout(self, generation: int) -> Layout:
         if self.committed is not None and self.committed.generation == generation:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gms_core import __version__
 from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded, VersionMismatch, WrongDevice
-from gms_core.layout import Layout
+from gms_core.layout import Identity, Layout
 from gms_core.protocol.framing import batches
 from gms_core.protocol.messages import (
     PROTOCOL_VERSION,
@@ -98,9 +98,9 @@ class Service:
         if len(self.sessions) >= self.limits.sessions:
             raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
         session = Session(SessionId(next(self._numbers)), peer, hello.client, send)
-        self.sessions[session.id] = session
         driver = self.memory.driver
         await send(Welcome(PROTOCOL_VERSION, __version__, self.device, driver.name, driver.granularity, session.id), ())
+        self.sessions[session.id] = session  # only now: a client that has gone meanwhile has no session that could be closed
         log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, hello.client)
         return session
 
@@ -122,7 +122,7 @@ class Service:
             case Acquire():
                 await self._acquire(session, request, ended)
             case Allocate():
-                await self._allocate(session, request)
+                await self._allocate(session, request, ended)
             case Export():
                 await self._export(session, request)
             case Discard():
@@ -139,8 +139,8 @@ class Service:
                 raise ProtocolError("the handshake is over")
 
     async def _acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
-        if not 0 <= request.timeout_s <= self.limits.acquire_s:
-            raise InvalidArgument(f"a wait of {request.timeout_s} s is not between 0 and {self.limits.acquire_s:g}")
+        self._check_wait(request.timeout_s)
+        self._check_metadata(request.identity)
         pool = self._pool(request.pool, create=True)
         deadline = time.monotonic() + request.timeout_s
         self._apply(pool.acquire(session.id, request.mode, request.identity, request.replace))
@@ -150,7 +150,8 @@ class Service:
                 await session.send(Waiting(answer.reason), ())
             if answer is None:
                 self._apply(pool.withdraw(session.id, request.timeout_s))
-                answer = await session.answers.get()
+                while isinstance(answer := await session.answers.get(), Wait):
+                    pass  # news that came as the time ended
         finally:
             session.waiting_for = ""
             self._forget_if_idle(pool)
@@ -183,10 +184,11 @@ class Service:
             answer.cancel()
             gone.cancel()
 
-    async def _allocate(self, session: Session, request: Allocate) -> None:
+    async def _allocate(self, session: Session, request: Allocate, ended: asyncio.Event) -> None:
+        self._check_wait(request.timeout_s)
         pool = self._pool(request.pool)
         pool.add(session.id, ())  # refuses who is not the writer, before any memory is made
-        made = await self.memory.create(request.sizes, min(max(request.timeout_s, 0.0), self.limits.acquire_s))
+        made = await self.memory.create(request.sizes, request.timeout_s, ended)
         try:
             pool.add(session.id, [(identifier, owned.size) for identifier, owned in made])
         except LeaseConflict:
@@ -207,8 +209,12 @@ class Service:
             await session.send(Descriptors(ids, sizes, more=number < len(pieces)), tuple(self.memory.descriptors(ids)))
 
     async def _commit(self, session: Session, request: Commit) -> None:
+        self._check_metadata(request.identity, request.manifest)
         pool = self._pool(request.pool)
         pool.check_commit(session.id, request.allocations)
+        granularity = self.memory.driver.granularity
+        if wrong := [allocation.id for allocation in request.allocations if allocation.offset % granularity]:
+            raise InvalidArgument(f"the offsets of allocations {wrong[:5]} are not multiples of {granularity} bytes: no reader could map them")
         sealed = self.memory.seal(allocation.id for allocation in request.allocations)  # before any reader can map it
         self._apply(pool.commit(session.id, request.allocations, request.manifest, request.identity))
         granted = session.answers.get_nowait()
@@ -240,13 +246,24 @@ class Service:
             if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
                 raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
             if len(self.pools) >= self.limits.pools:
+                self.pools = {known: pool for known, pool in self.pools.items() if not pool.empty}
+            if len(self.pools) >= self.limits.pools:
                 raise QuotaExceeded(f"{self.limits.pools} pools exist already")
             pool = self.pools[name] = PublishedPool(name)
         return pool
 
     def _forget_if_idle(self, pool: PublishedPool) -> None:
-        if pool.idle:
-            self.pools.pop(pool.name, None)
+        if pool.idle and self.pools.get(pool.name) is pool:  # another of its name may have been made since
+            del self.pools[pool.name]
+
+    def _check_wait(self, timeout_s: float) -> None:
+        if not 0 <= timeout_s <= self.limits.wait_s:
+            raise InvalidArgument(f"a wait of {timeout_s} s is not between 0 and {self.limits.wait_s:g}")
+
+    def _check_metadata(self, identity: Identity, manifest: bytes = b"") -> None:
+        size = len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
+        if size > self.limits.metadata_bytes:
+            raise QuotaExceeded(f"{size} bytes of metadata are over the limit of {self.limits.metadata_bytes}")
 
     async def report(self) -> StatusReport:
         """The state at one instant."""

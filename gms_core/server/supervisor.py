@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gms_core.config import child_environment
@@ -37,8 +37,11 @@ class Child:
         lifeline: Write end of a pipe that the process watches: it ends when this process does.
         ready: Read end of the pipe on which it reports; None once it has.
         message: What has come on it so far.
+        started_at: When it was started last, on the monotonic clock.
         restart_at: When to start it again, on the monotonic clock.
         delay_s: Seconds before the next restart.
+        was_ready: Whether clients could ever connect to it.
+        failed: Whether it has ended, or could not be started, since the supervisor began.
     """
 
     device: DeviceId
@@ -47,9 +50,11 @@ class Child:
     lifeline: int = -1
     ready: int | None = None
     message: bytes = b""
+    started_at: float = 0.0
     restart_at: float = 0.0
     delay_s: float = FIRST_DELAY_S
-    was_ready: bool = field(default=False)
+    was_ready: bool = False
+    failed: bool = False
 
 
 def serve(devices: Sequence[DeviceId], runtime_dir: Path, host_memory: int | None, on_ready: Callable[[DeviceId, Path], None]) -> int:
@@ -127,9 +132,10 @@ class _Supervisor:
         return max(0.0, min(waits)) if waits else None
 
     def _start(self, child: Child, selector: selectors.BaseSelector) -> None:
+        child.started_at = time.monotonic()
         lifeline, child.lifeline = os.pipe()
         child.ready, ready = os.pipe()
-        command = [sys.executable, "-m", "gms_core.server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
+        command = [sys.executable, "-P", "-m", "gms_core.server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
         command += ["--lifeline", str(lifeline), "--ready", str(ready)]
         if self._host_memory is not None:
             command += ["--host-memory", str(self._host_memory)]
@@ -137,6 +143,12 @@ class _Supervisor:
             child.process = subprocess.Popen(
                 command, pass_fds=(lifeline, ready), stdin=subprocess.DEVNULL, start_new_session=True, env=_environment(child.device)
             )
+        except OSError as error:  # no more processes, or Python is being replaced: the other servers must live
+            os.close(child.lifeline)
+            os.close(child.ready)
+            child.ready = None
+            self._try_later(child, ServerUnavailable(f"the device server of {child.device} cannot be started: {error}"))
+            return
         finally:
             os.close(lifeline)
             os.close(ready)
@@ -156,7 +168,7 @@ class _Supervisor:
         os.close(child.ready)
         child.ready = None
         if child.message == b"ready\n":
-            child.was_ready, child.delay_s = True, FIRST_DELAY_S
+            child.was_ready = True
             self._on_ready(child.device, socket_path(child.device, self._directory))
 
     def _ended(self, child: Child, selector: selectors.BaseSelector) -> None:
@@ -164,8 +176,13 @@ class _Supervisor:
             self._read_ready(child, selector)
         selector.unregister(child.pidfd)
         code = _reap(child)
-        error = _failure(child, code)
-        if not child.was_ready and len(self._children) == 1:
+        self._try_later(child, _failure(child, code))
+
+    def _try_later(self, child: Child, error: GmsError) -> None:
+        child.failed = True
+        if time.monotonic() - child.started_at > LONGEST_DELAY_S:  # one that dies as soon as it is ready is not started again at full speed
+            child.delay_s = FIRST_DELAY_S
+        if all(other.failed and not other.was_ready for other in self._children):
             raise error
         log.error("%s; starting it again in %.1f s", error, child.delay_s)
         child.restart_at = time.monotonic() + child.delay_s

@@ -17,6 +17,7 @@ _STATISTICS = {True: "inactive_file ", False: "total_inactive_file "}
 
 _DELETE_SELF = 0x400
 _IGNORED = 0x8000
+_OVERFLOW = 0x4000
 _EVENT = struct.Struct("iIII")
 
 
@@ -101,7 +102,15 @@ class Ledger:
                 for entry, mask, _, _ in _EVENT.iter_unpack(events):
                     if mask & _IGNORED:
                         self._sizes.pop(entry, None)
+                    elif mask & _OVERFLOW:
+                        self._look_again()
             return sum(self._sizes.values())
+
+    def _look_again(self) -> None:
+        """Find out what still exists when more files have gone at once than the kernel tells of: it lists the watches that are left."""
+        lines = Path(f"/proc/self/fdinfo/{self._inotify}").read_text().splitlines()
+        left = {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify ")}
+        self._sizes = {entry: size for entry, size in self._sizes.items() if entry < 0 or entry in left}
 
     def _read(self) -> bytes:
         try:

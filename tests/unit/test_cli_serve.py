@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import WriteLease, connect
+from gms_core.errors import ConnectionLost, ServerUnavailable
 from gms_core.layout import Identity
 
 GMS = [sys.executable, "-m", "gms_core.cli"]
@@ -48,6 +49,23 @@ def test_serve_ends_well_and_leaves_no_socket_when_it_is_told_to_stop(runtime_di
         process.send_signal(number)
         assert process.wait(20) == 0
     assert not (runtime_dir / "host.sock").exists()
+
+
+def test_server_comes_back_when_nobody_reads_what_serve_prints(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        with connect(socket_path=runtime_dir / "host.sock") as session:
+            killed = session.status().pid
+        subprocess.run(["kill", "-KILL", str(killed)], check=True)
+        while True:
+            try:
+                with connect(socket_path=runtime_dir / "host.sock") as session:
+                    assert session.status().pid != killed
+                    break
+            except (ServerUnavailable, ConnectionLost):
+                assert process.poll() is None
+        assert process.poll() is None
 
 
 def test_host_memory_is_bounded_when_serve_is_told_so(runtime_dir: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from gms_core.errors import DeviceNotFound, DriverError  # noqa: E402
 from gms_core.vmm import open_driver, open_physical_driver  # noqa: E402
 from gms_core.vmm.driver import Access, Address, Descriptor  # noqa: E402
 from gms_core.vmm.host import HostDriver  # noqa: E402
+from gms_core.vmm.host_memory import Ledger  # noqa: E402
 
 CAPACITY = 256 * HostDriver.granularity
 
@@ -147,3 +149,17 @@ def test_total_is_the_capacity_when_one_is_given() -> None:
 def test_device_is_refused_when_its_name_is_no_uuid(name: str) -> None:
     with pytest.raises(DeviceNotFound, match="UUID"):
         open_driver(name)
+
+
+def test_memory_is_free_again_when_more_files_go_than_the_kernel_tells_of() -> None:
+    ledger = Ledger()
+    kept = os.memfd_create("kept")
+    ledger.add(kept, 7)
+    for _ in range(int(Path("/proc/sys/fs/inotify/max_queued_events").read_text()) // 2 + 1):
+        gone = os.memfd_create("gone")
+        ledger.add(gone, 1)
+        os.close(gone)
+    assert ledger.used == 7
+    os.close(kept)
+    assert ledger.used == 0
+    ledger.close()

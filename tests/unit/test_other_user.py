@@ -9,8 +9,7 @@ import pytest
 
 from gms_core.client import connect
 from gms_core.errors import PermissionRefused
-from gms_core.protocol.channel import Channel
-from gms_core.protocol.messages import Failure, Hello
+from gms_core.protocol.messages import Failure
 
 NOBODY = 65534
 
@@ -69,5 +68,4 @@ def test_socket_is_refused_when_another_user_made_it(runtime_dir):
             connect(socket_path=path)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))
-            Channel(connection).send(Hello((1,)))
         stranger.wait(60)

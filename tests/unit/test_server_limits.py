@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from gms_core.cli.servers import ask
 from gms_core.client import connect
 from gms_core.errors import InvalidArgument, ProtocolError, QuotaExceeded, VersionMismatch
 from gms_core.layout import Identity
@@ -20,7 +21,7 @@ from gms_core.server.memory import Memory
 from gms_core.server.service import Service
 from gms_core.vmm.host import HostDriver
 
-SMALL = Limits(handshake_s=0.1, frame_s=0.1, sessions=3, pools=2, allocations=4, batch=3, acquire_s=60)
+SMALL = Limits(handshake_s=0.1, frame_s=0.1, sessions=3, pools=2, allocations=4, batch=3, wait_s=60)
 PAGE = 4096
 
 
@@ -98,6 +99,13 @@ def test_session_is_refused_when_there_are_too_many(socket_path):
             stack.enter_context(connect(socket_path=socket_path))
         with pytest.raises(QuotaExceeded):
             connect(socket_path=socket_path)
+
+
+def test_status_tells_why_when_a_server_takes_no_more_sessions(socket_path):
+    with contextlib.ExitStack() as stack:
+        for _ in range(SMALL.sessions):
+            stack.enter_context(connect(socket_path=socket_path))
+        assert isinstance(ask(socket_path, "test").error, QuotaExceeded)
 
 
 def test_pool_is_refused_when_there_are_too_many(socket_path):

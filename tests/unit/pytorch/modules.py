@@ -206,7 +206,8 @@ def build(operations: list[Operation], device: str, seed: int = 0) -> Builder:
 
 def content(tensor: torch.Tensor) -> bytes:
     """The elements' bytes, in order of indices."""
-    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).tolist()) if tensor.numel() else b""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach().reshape(-1))
+    return bytes(flat.view(torch.uint8).tolist())
 
 
 def state(builder: Builder) -> list[tuple[Any, ...]]:
