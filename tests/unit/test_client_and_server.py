@@ -2,50 +2,26 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from gms_core.client import ReadLease, WriteLease, connect
+from gms_core.client import ReadLease, WriteLease
 from gms_core.errors import (
     AcquireTimeout,
     AllocationTooLarge,
     ConnectionLost,
     ForkedSession,
     IdentityMismatch,
-    InvalidArgument,
-    LeaseConflict,
     OutOfMemory,
-    PoolNotFound,
-    ProtocolError,
-    ServerUnavailable,
     SessionClosed,
-    WrongDevice,
 )
 from gms_core.layout import Identity
-from gms_core.protocol.framing import HEADER, MAGIC
 from gms_core.protocol.messages import Export
-from tests.conftest import running_server
-
-MODEL = Identity({"content": "abc", "dtype": "bf16"})
-PAGE = 4096
-
-
-def publish(session, data, pool="weights", identity=MODEL, manifest=b"manifest", slab=16 * PAGE, mode="rw"):
-    """Write ``data`` and commit it; returns the read lease."""
-    lease = session.acquire(pool, mode, identity, timeout_s=10, slab_bytes=slab)
-    assert isinstance(lease, WriteLease)
-    offset = lease.arena.allocate(len(data))
-    session.driver.write(lease.arena.address(offset), data)
-    return lease.commit(manifest, identity)
-
-
-def read_all(session, lease, size):
-    arena = lease.map()
-    return session.driver.read(arena.base, size)
+from tests.conftest import SERVE, running_server
+from tests.unit.publishing import MODEL, PAGE, publish, read_all
 
 
 def test_reader_sees_the_bytes_when_the_writer_has_committed(server):
@@ -304,75 +280,6 @@ def test_lease_ends_with_its_process_when_a_forked_child_lives_on(server):
         lease.release()
 
 
-def test_command_is_named_when_no_server_runs(runtime_dir):
-    with pytest.raises(ServerUnavailable, match="gms serve"):
-        connect(socket_path=runtime_dir / "host.sock")
-
-
-def test_socket_is_refused_when_something_else_listens(runtime_dir):
-    path = runtime_dir / "host.sock"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
-        path.chmod(0o600)
-        listening.listen()
-
-        def answer():
-            with listening.accept()[0] as connection:
-                connection.recv(10)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with pytest.raises(ProtocolError, match="does not speak"):
-            connect(socket_path=path)
-        thread.join()
-
-
-def test_device_is_checked_when_the_server_has_another(server):
-    with pytest.raises(WrongDevice):
-        connect("GPU-11111111-2222-3333-4444-555555555555", socket_path=server.socket)
-
-
-def test_other_connections_live_when_a_client_talks_nonsense(server):
-    with server.connect() as session:
-        for nonsense in (b"\x00" * 100, HEADER.pack(MAGIC, 2**31, 0), HEADER.pack(MAGIC, 10, 200), HEADER.pack(MAGIC, 3, 0) + b"\xff\xff\xff"):
-            with socket.socket(socket.AF_UNIX) as rude:
-                rude.settimeout(10)
-                rude.connect(str(server.socket))
-                rude.sendall(nonsense)
-                while rude.recv(65536):
-                    pass
-        assert [other.id for other in session.status().sessions] == [1]
-
-
-def test_connection_is_refused_when_it_sends_descriptors(server):
-    with socket.socket(socket.AF_UNIX) as rude:
-        rude.settimeout(10)
-        rude.connect(str(server.socket))
-        socket.send_fds(rude, [HEADER.pack(MAGIC, 3, 1)], [0])
-        while rude.recv(65536):
-            pass
-
-
-@pytest.mark.parametrize("name", ["", "a" * 65, "../etc", "a b", "ä"])
-def test_pool_is_refused_when_its_name_is_odd(server, name):
-    with server.connect() as session, pytest.raises(InvalidArgument):
-        session.acquire(name, "auto", MODEL, timeout_s=0)
-
-
-def test_second_lease_is_refused_when_the_session_has_one(server):
-    with server.connect() as session:
-        lease = publish(session, b"x")
-        with pytest.raises(LeaseConflict):
-            session.acquire("weights", "ro", MODEL, timeout_s=0)
-        lease.release()
-
-
-def test_pool_is_not_found_when_nobody_ever_wrote_it(server):
-    with server.connect() as session, pytest.raises(PoolNotFound):
-        session.receive_allocations(Export("nothing"), lambda _: None)
-
-
 def test_mapped_memory_stays_usable_when_the_server_dies(server):
     with server.connect() as session:
         lease = publish(session, b"weights")
@@ -387,8 +294,6 @@ def test_mapped_memory_stays_usable_when_the_server_dies(server):
 
 
 def test_second_server_is_refused_when_one_runs(server):
-    from tests.conftest import SERVE
-
     second = subprocess.run([sys.executable, "-c", SERVE, "host", str(server.directory), "0"], capture_output=True, text=True, check=False)
     assert second.returncode != 0
     assert "already owns" in second.stderr
