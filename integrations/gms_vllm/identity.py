@@ -55,6 +55,7 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
         "architecture": ",".join(getattr(model_config.hf_config, "architectures", None) or ()),
         "model_config": _hash(_plain(model_config.hf_config)),
         "model_impl": str(model_config.model_impl),
+        "max_model_len": str(model_config.max_model_len),  # sizes rotary caches, which are published with the weights, and chooses their variant
         **_parallel(config),
         **_kernels(config),
         **{f"x-{name}": value for name, value in extra.items()},

@@ -10,9 +10,10 @@ import vllm.model_executor.model_loader.utils as loader_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from gms_core.client import ReadLease
-from gms_core.errors import LeaseConflict
+from gms_core.errors import EngineUnsupported, LeaseConflict
 from gms_core.pytorch import Slot, check_no_meta, materialise
 from gms_core.pytorch.manifest import StorageRecord, decode
+from gms_core.pytorch.slots import read
 from gms_vllm.cpu import shared_kernels
 from gms_vllm.holdings import Figures, Holding, report
 from gms_vllm.place import LoadRequest
@@ -49,6 +50,7 @@ def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn
         with torch.device("meta"):
             model = loader_utils.initialize_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
         check_model(model)
+        check_sizes(model, storages)
         materialise(model, manifest, arena, device=device, rebuilt=_always, allow_changes=True)
         _forget_derived(model)
         with already_processed(model), shared_kernels(writer=False):
@@ -62,6 +64,29 @@ def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn
     seconds = time.perf_counter() - start
     report(holding, Figures("attached", lease.pool, layout.generation, layout.size, seconds, granted.wait_seconds, checkpoint_bytes=0))
     return model.eval()
+
+
+def check_sizes(model: torch.nn.Module, storages: tuple[StorageRecord, ...]) -> None:
+    """Refuse caches and work buffers that the writer's engine has sized for other options than this engine's.
+
+    A kernel that believes in this engine's size would read or write behind the end of the writer's.
+
+    Raises:
+        EngineUnsupported: Names them, with both shapes.
+    """
+    differing = [
+        f"{slot} is {list(tensor.shape)} and here {list(here.shape)}"
+        for storage in storages
+        if not storage.shared
+        for tensor in storage.tensors
+        for slot in tensor.slots
+        if isinstance(here := read(model, slot.steps), torch.Tensor) and here.numel() and tuple(here.shape) != tensor.shape
+    ]
+    if differing:
+        raise EngineUnsupported(
+            f"published tensors that are no weights have other sizes in this engine: {'; '.join(differing[:5])}",
+            hint="Start all engines of a pool with the same --max-model-len, --max-num-batched-tokens and --max-num-seqs, or use another tag.",
+        )
 
 
 def _always(slot: Slot) -> bool:  # noqa: ARG001 - a filter of slots

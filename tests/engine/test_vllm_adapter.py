@@ -15,6 +15,9 @@ import pytest
 from gms_core.engine_config import GmsConfig
 from gms_core.errors import CheckpointNotFound, ConfigurationError, EngineUnsupported, OutOfMemory
 from gms_core.layout import Identity
+from gms_core.pytorch.discover import discover
+from gms_core.pytorch.manifest import StorageRecord
+from gms_core.pytorch.regions import regions
 from gms_patches.apply import apply
 from gms_patches.for_vllm import CREATE_ENGINE_CONFIG
 
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.engine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn about things that are not ours
+    import torch
     from vllm.config.load import LoadConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.mem_utils import MemorySnapshot
@@ -33,6 +37,7 @@ with warnings.catch_warnings():
     from gms_vllm.holdings import Figures, Holding
     from gms_vllm.loader import GmsModelLoader
     from gms_vllm.processed import already_processed, check_model
+    from gms_vllm.reader import check_sizes
     from gms_vllm.unsupported import check_config
     from gms_vllm.worker import GmsWorker, GmsWorkerMixin
 
@@ -165,7 +170,6 @@ def test_other_version_is_refused_when_untested_engines_are_not_allowed(model: P
 
 
 def test_layer_is_named_when_it_cannot_take_over_processed_weights() -> None:
-    import torch
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     class Packed(QuantizeMethodBase):
@@ -303,7 +307,6 @@ def test_external_bytes_are_those_of_the_pool_when_something_is_published_or_bei
 
 
 def test_scales_are_taken_over_when_vllm_knows_no_processed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
     monkeypatch.setattr("gms_vllm.processed.has_processed_flag", lambda: False)
@@ -333,3 +336,24 @@ def test_new_weights_are_refused_when_weights_are_shared(call: str) -> None:
 
     with pytest.raises(EngineUnsupported, match=call):
         getattr(Worker(), call)()
+
+
+def test_reader_is_refused_when_a_work_buffer_has_another_size_here() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4))
+            self.register_buffer("cache", torch.zeros(length, 2))
+
+    published = describe(Model(8))
+    check_sizes(Model(8), published)
+    with pytest.raises(EngineUnsupported, match=r"cache is \[8, 2\] and here \[16, 2\]"):
+        check_sizes(Model(16), published)
+
+
+def describe(model: torch.nn.Module) -> tuple[StorageRecord, ...]:
+    """The storages of a model as a manifest lists them, published or not."""
+    return tuple(
+        StorageRecord(offset=0, size=region.size, place="arena", shared=region.has_parameter, tensors=region.records())
+        for region in regions(discover(model))
+    )

@@ -274,6 +274,14 @@ def test_reader_is_refused_when_another_model_is_published(site: Site, tmp_path:
     assert "architecture" in shape["message"]
 
 
+def test_reader_is_refused_when_it_has_another_maximal_length(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    site.run(model)
+    refused = site.run(model, mode="ro", arguments={"max_model_len": 64})
+    assert refused["error"] == "identity_mismatch"
+    assert "max_model_len" in refused["message"]
+
+
 def test_reader_is_refused_when_the_contents_of_the_checkpoint_differ(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama", seed=1)
     site.run(model)
