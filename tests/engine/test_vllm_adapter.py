@@ -353,7 +353,5 @@ def test_reader_is_refused_when_a_work_buffer_has_another_size_here() -> None:
 
 def describe(model: torch.nn.Module) -> tuple[StorageRecord, ...]:
     """The storages of a model as a manifest lists them, published or not."""
-    return tuple(
-        StorageRecord(offset=0, size=region.size, place="arena", shared=region.has_parameter, tensors=region.records())
-        for region in regions(discover(model))
-    )
+    found = regions(discover(model))
+    return tuple(StorageRecord(offset=0, size=one.size, place="arena", shared=one.has_parameter, tensors=one.records()) for one in found)
