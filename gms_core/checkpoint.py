@@ -53,8 +53,8 @@ def cached_digest(files: Sequence[Path], cache_dir: Path | None = None) -> str |
 def content_digest(files: Sequence[Path], cache_dir: Path | None = None, *, force: bool = False) -> str:
     """The digest of a checkpoint: over the names, lengths and all bytes of its weight files, in any order and any directory.
 
-    Files that the cache knows (by device, inode, size and time of change) are not read again. Processes that ask at the same time read once:
-    the others wait.
+    Files that the cache knows (by device, inode, size and both times of change, one of which no program can set) are not read again. Processes that
+    ask at the same time read once: the others wait.
 
     Args:
         files: All weight files of the checkpoint.
@@ -93,7 +93,7 @@ def _combine(parts: Sequence[tuple[str, int, str]]) -> str:
 
 def _key(path: Path) -> str:
     status = path.stat()
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def _digest_files(files: Sequence[Path]) -> dict[Path, str]:

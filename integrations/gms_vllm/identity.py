@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ import torch
 import vllm.envs as envs
 from vllm.platforms import current_platform
 
+from gms_core.checkpoint import cached_digest, content_digest
+from gms_core.errors import IdentityMismatch
 from gms_core.layout import Identity
 from gms_patches.apply import installed_version
 from gms_patches.for_vllm import DISTRIBUTIONS
+
+log = logging.getLogger("vllm.gms")
+
+DUMMY = "dummy"
+"""The content of weights that are not read but made up."""
 
 _NOT_OF_THE_LAYOUT = frozenset(
     {"_name_or_path", "transformers_version", "tie_word_embeddings", "_commit_hash", "dtype", "torch_dtype", "quantization_config"}
@@ -34,7 +42,7 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
     Args:
         config: A ``VllmConfig``.
         model_config: Of the model that is loaded.
-        content: Digest of the checkpoint's bytes; empty if unknown.
+        content: Digest of the checkpoint's bytes; `DUMMY` if none are read, empty if unknown.
         extra: What the user added.
     """
     quantisation = {
@@ -43,6 +51,7 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
     }
     fields = {
         "content": content,
+        "load": "dummy" if content == DUMMY else "",  # unlike the content, always compared: random weights are nobody else's
         "model": model_place(model_config),
         "revision": str(model_config.revision or ""),
         "engine": "vllm",
@@ -61,6 +70,35 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
         **{f"x-{name}": value for name, value in extra.items()},
     }
     return Identity({name: value for name, value in fields.items() if value})
+
+
+def check_content(files: Sequence[Path], published: Identity) -> None:
+    """Compare a checkpoint whose digest was unknown when the lease was asked for with what was granted.
+
+    The writer remembers the digest before it publishes; a checkpoint that is still unknown here is another one, or lies elsewhere, and is read.
+
+    Args:
+        files: The weight files that this engine would have read; nothing can be compared without.
+        published: What the lease is on.
+
+    Raises:
+        IdentityMismatch: Something else was published.
+        CheckpointNotFound: A file cannot be read.
+    """
+    found = published.fields.get("content", "")
+    if not files or not found:
+        log.warning("the digest of the checkpoint is not known: that the published weights are of the same content is not checked")
+        return
+    if cached_digest(files) is None:
+        log.info("the checkpoint in %s is not known here: it is read once, to compare it with what is published", files[0].parent)
+    content = content_digest(files)
+    if content != found:
+        difference = f"{content!r} != {found!r}"
+        raise IdentityMismatch(
+            f"the checkpoint in {files[0].parent} is not what is published: content: {difference} (expected != published)",
+            hint="Use another tag for this checkpoint, or mode rw to publish it as a new generation.",
+            details={"content": difference},
+        )
 
 
 def model_place(model_config: Any) -> str:

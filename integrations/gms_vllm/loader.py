@@ -57,7 +57,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         from gms_vllm.accounting import free_memory
         from gms_vllm.files import check_checkpoint, weight_files
         from gms_vllm.holdings import Holding, keep
-        from gms_vllm.identity import expected_identity
+        from gms_vllm.identity import DUMMY, check_content, expected_identity
         from gms_vllm.place import LoadRequest, connect
         from gms_vllm.roles import acquire
         from gms_vllm.unsupported import check_config, check_engine, is_draft
@@ -71,7 +71,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         options = self.options.gms
         inner = options.inner.lower()
         files = weight_files(model_config, inner, self.load_config.download_dir)
-        content = "dummy" if inner == "dummy" else cached_digest(files) or ""
+        content = DUMMY if inner == "dummy" else cached_digest(files) or ""
         identity = expected_identity(vllm_config, model_config, content=content, extra=options.identity)
         session = connect(options, rank=vllm_config.parallel_config.rank)
         try:
@@ -83,7 +83,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
                 model = writer.load(request, self._inner(), holding, granted, files=files, identity=identity)
             else:
                 if not content:
-                    log.warning("the digest of the checkpoint is not known here: that the published weights are of the same content is not checked")
+                    check_content(files, granted.lease.layout.identity)
                 model = reader.attach(request, holding, granted)
             keep(holding)
         except BaseException:

@@ -35,11 +35,15 @@ class GmsWorkerMixin:
     def init_device(self) -> None:
         """Set the device up; the start-up check leaves shared weights out."""
         base: Any = super()
-        if not self._shares() or not current_platform.is_cuda():
+        if not self._shares():
             base.init_device()
             return
-        # An engine that publishes measures its memory first: a reader that attached meanwhile would be in the measurement.
+        # An engine that publishes measures its memory first: a reader that attached meanwhile would be in the measurement. And if one of its ranks
+        # fails to load, none may have published: the next engine's ranks would wait for the one that is missing.
         holdings.defer_commits()
+        if not current_platform.is_cuda():
+            base.init_device()
+            return
         options = loader_options(self.vllm_config.load_config.model_loader_extra_config or {}).gms
         with accounting.startup_check(self.vllm_config, options):
             base.init_device()

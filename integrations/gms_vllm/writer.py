@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase, DeviceCommunicatorBase
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -26,6 +27,9 @@ from gms_vllm.holdings import Due, Holding, commit
 from gms_vllm.place import LoadRequest
 from gms_vllm.processed import check_model
 from gms_vllm.roles import Granted
+
+COMMUNICATION = (GroupCoordinator, DeviceCommunicatorBase, All2AllManagerBase)
+"""What layers and their kernels hold of vLLM's ranks: buffers and addresses that mean something to one process only."""
 
 
 def load(
@@ -57,7 +61,7 @@ def load(
         model = inner.load_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
     check_model(model)
     gc.collect()
-    manifest = publish(model, lease.arena, device=request.device, opaque=(GroupCoordinator,))
+    manifest = publish(model, lease.arena, device=request.device, opaque=COMMUNICATION)
     lease.trim()
     lease.arena.set_access(Access.READ)
     seconds = time.perf_counter() - start

@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from gms_vllm.reader import check_sizes
     from gms_vllm.unsupported import check_config
     from gms_vllm.worker import GmsWorker, GmsWorkerMixin
+    from gms_vllm.writer import COMMUNICATION
 
 GIB = 2**30
 
@@ -349,6 +350,16 @@ def test_reader_is_refused_when_a_work_buffer_has_another_size_here() -> None:
     check_sizes(Model(8), published)
     with pytest.raises(EngineUnsupported, match=r"cache is \[8, 2\] and here \[16, 2\]"):
         check_sizes(Model(16), published)
+
+
+def test_buffers_of_communicators_are_not_published_when_a_kernel_holds_them() -> None:
+    from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+
+    manager = All2AllManagerBase.__new__(All2AllManagerBase)
+    manager.workspace = torch.zeros(4)
+    model = torch.nn.Linear(2, 2)
+    model.kernel = SimpleNamespace(all2all_manager=manager)
+    assert [item.name for item in discover(model, opaque=COMMUNICATION)] == ["weight", "bias"]
 
 
 def describe(model: torch.nn.Module) -> tuple[StorageRecord, ...]:

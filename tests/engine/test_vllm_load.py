@@ -295,6 +295,24 @@ def test_reader_is_refused_when_the_contents_of_the_checkpoint_differ(site: Site
     assert "content" in refused["message"]
 
 
+def test_reader_is_refused_when_the_checkpoint_was_replaced_and_nobody_has_read_the_new_one(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", seed=1)
+    site.run(model)
+    write_model(model, "llama", seed=2)
+    refused = site.run(model, mode="ro")
+    assert refused["error"] == "identity_mismatch"
+    assert "content" in refused["message"]
+
+
+def test_reader_is_refused_when_dummy_weights_are_published_and_its_checkpoint_is_gone(site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    hide_weights(model)
+    site.run(model, inner="dummy")
+    refused = site.run(model, mode="ro")
+    assert refused["error"] == "identity_mismatch"
+    assert "load" in refused["message"]
+
+
 def test_checkpoint_not_found_when_the_first_engine_has_no_weights(site: Site, server: Any, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     hide_weights(model)
@@ -322,15 +340,7 @@ def test_server_is_named_when_none_is_running(tmp_path: Path, vllm_cache: Path) 
 
 def test_all_ranks_attach_when_the_model_is_split_over_two(site: Site, server: Any, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "qwen3-moe")
-    cpus = sorted(os.sched_getaffinity(0))[:2]
-    ranks: dict[str, Any] = {
-        "arguments": {"tensor_parallel_size": 2},
-        "environment": {
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus)),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        },
-    }
+    ranks = two_ranks()
     with site.engine(model, **ranks) as first:
         published = first.answer()
         hide_weights(model)
@@ -339,3 +349,26 @@ def test_all_ranks_attach_when_the_model_is_split_over_two(site: Site, server: A
             pools = {pool.name: (pool.generation, len(pool.readers)) for pool in session.status().pools}
     assert attached.get("tokens") == published.get("tokens") is not None, (published, attached)
     assert pools == {"weights": (1, 2), "weights.1": (1, 2)}
+
+
+def test_no_rank_publishes_when_one_of_them_gets_no_lease(site: Site, server: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    with server.connect("other") as other:
+        other.acquire("weights.1", "rw", Identity({}), timeout_s=5)
+        refused = site.run(model, acquire_timeout_s=1.0, **two_ranks())
+        pools = {pool.name: pool.generation for pool in other.status().pools}
+    assert "error" in refused
+    assert set(pools.values()) == {0}
+
+
+def two_ranks() -> dict[str, Any]:
+    """Options of an engine with two processes that compute together."""
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    return {
+        "arguments": {"tensor_parallel_size": 2},
+        "environment": {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        },
+    }

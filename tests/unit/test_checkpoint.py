@@ -92,6 +92,15 @@ def test_cached_digest_is_none_when_a_file_has_changed(files: list[Path], cache:
     assert cached_digest(files, cache) is None
 
 
+def test_cached_digest_is_none_when_a_file_has_other_bytes_but_the_old_size_and_time(files: list[Path], cache: Path) -> None:
+    content_digest(files, cache)
+    before = files[0].stat()
+    with files[0].open("r+b") as file:
+        file.write(b"other")
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cached_digest(files, cache) is None
+
+
 def test_cached_digest_is_none_when_a_file_is_gone(files: list[Path], cache: Path) -> None:
     content_digest(files, cache)
     files[0].unlink()

@@ -71,6 +71,11 @@ _LOAD = (
         {"Platform.is_cuda": ("self",), "Platform.is_cpu": ("self",), "Platform.device_type": (), "Platform.device_name": ()},
     ),
     *_group(
+        "leaving communicators out of what is published",
+        "vllm.distributed.device_communicators.base_device_communicator",
+        {"DeviceCommunicatorBase": (), "All2AllManagerBase": ()},
+    ),
+    *_group(
         "one decision for all ranks",
         "vllm.distributed.parallel_state",
         {
