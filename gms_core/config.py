@@ -15,6 +15,9 @@ ENVIRONMENT = {
     "GMS_TRACE_PLUGINS": "Log every hook call and its result.",
     "GMS_ALLOW_UNTESTED_ENGINE": "Apply patches to an engine version that they were not tested with.",
     "GMS_CACHE_DIR": "Directory of files that can be made again.",
+    "GMS_FAILOVER": "The failover block of engines that have none in their own configuration, as JSON.",
+    "GMS_ENGINE": "What people call this engine, in status and logs.",
+    "GMS_COHORT": "The cohort of an engine's processes; an engine sets it for its children, nobody else sets it.",
 }
 """Every variable of GMS, and what it does."""
 
@@ -32,6 +35,9 @@ class Settings:
         trace_plugins: Whether hook calls are logged.
         allow_untested_engine: Whether patches may be applied to an engine version that they were not tested with.
         cache_dir: Where files are kept that can be made again.
+        failover: The failover block as JSON; empty if unset.
+        engine: What people call this engine; empty if unset.
+        cohort: The cohort of this process; empty outside of engines that fail over.
     """
 
     runtime_dir: Path
@@ -39,6 +45,9 @@ class Settings:
     trace_plugins: bool
     allow_untested_engine: bool
     cache_dir: Path
+    failover: str = ""
+    engine: str = ""
+    cohort: str = ""
 
 
 def settings() -> Settings:
@@ -54,7 +63,16 @@ def settings() -> Settings:
         trace_plugins=_flag(environment, "GMS_TRACE_PLUGINS"),
         allow_untested_engine=_flag(environment, "GMS_ALLOW_UNTESTED_ENGINE"),
         cache_dir=_directory(environment, "GMS_CACHE_DIR") or _default_cache_dir(environment),
+        failover=environment.get("GMS_FAILOVER", ""),
+        engine=environment.get("GMS_ENGINE", ""),
+        cohort=environment.get("GMS_COHORT", ""),
     )
+
+
+def export_cohort(cohort: str, engine: str) -> None:
+    """Tell every process that this one starts which cohort it belongs to."""
+    os.environ["GMS_COHORT"] = cohort
+    os.environ["GMS_ENGINE"] = engine
 
 
 def child_environment(**changes: str) -> dict[str, str]:

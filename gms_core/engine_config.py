@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +24,57 @@ def _absolute(value: Path) -> Path:
     return value
 
 
+def _lock(value: str) -> str:
+    kind, _, where = value.partition(":")
+    if kind == "gms" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", where):
+        return value
+    if kind == "flock" and where.startswith("/") and "\0" not in where:
+        return value
+    raise ValueError("must be gms:NAME or flock:/ABSOLUTE/PATH")
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("must be HOST:PORT")
+    return value
+
+
 Seconds = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+
+
+class FailoverConfig(BaseModel):
+    """How an engine fails over: it starts as a shadow, and serves once it is elected.
+
+    Attributes:
+        lock: What elects the primary: ``gms:NAME`` is arbitrated by the server of the device, ``flock:/PATH`` is a file that all engines of this
+            host see. Engines with the same lock stand in for one another.
+        gate: How a shadow is held back: ``port`` binds but does not listen, so that all engines can have the same port; ``503`` answers every
+            request with that status.
+        kv_tag: Name of the retained pool of KV memory.
+        autonomous: Whether a shadow takes over by itself; otherwise it waits for ``gms failover promote``.
+        deadline_s: Seconds without a sign of progress after which the engine counts as hung and is ended; None does not watch for that.
+        promotion_timeout_s: Seconds from election to serving, after which the engine ends and the next shadow takes its turn.
+        drain_timeout_s: Seconds that running requests get when an operator demotes the engine.
+        alias_bytes: Bytes of the memory that all of a shadow's KV addresses share.
+        status_address: ``HOST:PORT`` where ``/gms/status`` and ``/health`` answer at all times, besides the engine's own port; None for nowhere.
+        on_promoted: Command that is run once the engine serves, with ``GMS_*`` facts in its environment; None for none.
+        webhook: URL to which each change of role is posted as JSON; None for none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lock: Annotated[str, AfterValidator(_lock)] = "gms:primary"
+    gate: Literal["port", "503"] = "port"
+    kv_tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "kv_cache"
+    autonomous: bool = True
+    deadline_s: Seconds | None = None
+    promotion_timeout_s: Seconds = 60.0
+    drain_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 30.0
+    alias_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
+    status_address: Annotated[str, AfterValidator(_address)] | None = None
+    on_promoted: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None
 
 
 class GmsConfig(BaseModel):
@@ -38,6 +89,7 @@ class GmsConfig(BaseModel):
         acquire_timeout_s: Seconds to wait for the lease, that is, for another engine to load and publish.
         connect_timeout_s: Seconds to connect to the server.
         memory_timeout_s: Seconds to wait for memory that other processes are releasing.
+        failover: How the engine fails over; None if it does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +102,7 @@ class GmsConfig(BaseModel):
     acquire_timeout_s: Seconds = 1800.0
     connect_timeout_s: Seconds = 10.0
     memory_timeout_s: Seconds = 60.0
+    failover: FailoverConfig | None = None
 
 
 def parse_block(block: object, *, where: str) -> GmsConfig:

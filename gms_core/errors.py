@@ -160,6 +160,30 @@ class GenerationConflict(GmsError):
     code = "generation_conflict"
 
 
+class CohortFenced(GmsError):
+    """The server is ending this engine: one of its processes died, was silent for too long, or was ended by an operator."""
+
+    code = "cohort_fenced"
+
+
+class FenceFailed(GmsError):
+    """A process of the engine that held the memory before could not be ended, so the memory cannot be granted to anybody."""
+
+    code = "fence_failed"
+
+
+class NotPromoted(GmsError):
+    """The engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense."""
+
+    code = "not_promoted"
+
+
+class PromotionFailed(GmsError):
+    """The engine was elected, but could not become the primary. It has ended, and the next shadow takes its turn."""
+
+    code = "promotion_failed"
+
+
 class QuotaExceeded(GmsError):
     """A limit of the server (bytes, allocations, metadata, sessions) was reached."""
 

@@ -38,7 +38,6 @@ from gms_core.protocol.messages import (
     Allocate,
     Commit,
     Descriptors,
-    Discard,
     Done,
     Export,
     Failure,
@@ -68,6 +67,7 @@ REPLY_S = 60.0
 Answer = tuple[Message, tuple[int, ...]]
 """A reply and its descriptors."""
 AnyReply = TypeVar("AnyReply", bound=Message)
+Kinds = type[AnyReply] | tuple[type[AnyReply], ...]
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
@@ -143,11 +143,12 @@ def _accepted(answer: Answer) -> Answer:
     return answer
 
 
-def _expect(kind: type[AnyReply], answer: Answer) -> AnyReply:
+def _expect(kinds: Kinds[AnyReply], answer: Answer) -> AnyReply:
     reply, descriptors = answer
-    if not isinstance(reply, kind) or descriptors:
+    if not isinstance(reply, kinds) or descriptors:
         close_descriptors(descriptors)
-        raise ProtocolError(f"the server answered with {type(reply).__name__} where {kind.__name__} was due")
+        due = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ProtocolError(f"the server answered with {type(reply).__name__} where {due} was due")
     return reply
 
 
@@ -239,9 +240,22 @@ class Session:
         """The server's state at one instant."""
         return _expect(StatusReport, self._call(Status()))
 
-    def perform(self, request: Discard | Release) -> None:
-        """Carry out a request that has no result."""
+    def perform(self, request: Message) -> None:
+        """Carry out a request that has no result and waits for nobody."""
         _expect(Done, self._call(request))
+
+    def ask(self, request: Message, kinds: Kinds[AnyReply], timeout_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> AnyReply:
+        """Carry out a request that is answered by one message of these kinds.
+
+        Args:
+            request: It may wait for others.
+            kinds: What the answer can be.
+            timeout_s: Seconds that the request itself says it may wait.
+            on_wait: Called with the reason, each time that it changes, while the request waits.
+        """
+        if not (math.isfinite(timeout_s) and timeout_s >= 0):
+            raise InvalidArgument(f"a timeout of {timeout_s} s is not a finite, non-negative number")
+        return _expect(kinds, self._call(request, timeout_s + REPLY_S, on_wait))
 
     def commit(self, request: Commit) -> ReadGranted:
         """Publish a draft."""
