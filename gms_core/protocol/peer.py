@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import errno
+import os
 import socket
 import struct
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from gms_core.protocol.framing import MAX_DESCRIPTORS, close_descriptors
 
 _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+_SO_PEERPIDFD = 77
 RECEIVE_BYTES = 256 * 1024
 
 
@@ -50,3 +53,21 @@ def send(connection: socket.socket, data: bytes | memoryview, descriptors: tuple
     """One ``sendmsg``; returns the bytes that were taken. Descriptors go with the first of them."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     return connection.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+
+def open_peer_pidfd(connection: socket.socket, pid: int) -> int:
+    """A new close-on-exec descriptor of the process that connected.
+
+    Args:
+        connection: The socket.
+        pid: Its credentials' process; used where the kernel cannot tell the process itself (before Linux 6.5).
+
+    Raises:
+        OSError: The process is gone, or is not visible from here.
+    """
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno not in (errno.ENOPROTOOPT, errno.EINVAL):
+            raise
+    return os.pidfd_open(pid)

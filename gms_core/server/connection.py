@@ -10,7 +10,7 @@ from collections import deque
 from gms_core.errors import ProtocolError
 from gms_core.protocol.framing import MAX_PAYLOAD, Frame, FrameDecoder, decode_request, encode
 from gms_core.protocol.messages import Message, Request
-from gms_core.protocol.peer import PeerCredentials, peer_credentials, receive, send
+from gms_core.protocol.peer import PeerCredentials, open_peer_pidfd, peer_credentials, receive, send
 from gms_core.server.limits import Limits
 
 READ_AHEAD = 4
@@ -39,6 +39,14 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._reading = False
         self._resume()
+
+    def open_pidfd(self) -> int:
+        """A new descriptor of the process that connected.
+
+        Raises:
+            OSError: It is gone, or is not visible from here.
+        """
+        return open_peer_pidfd(self._socket, self.peer.pid)
 
     def expect_requests(self) -> None:
         """The handshake is over: allow messages of full size."""

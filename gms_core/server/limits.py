@@ -20,6 +20,9 @@ class Limits:
         batch: Allocations of one request.
         metadata_bytes: Of an identity and a manifest together; less than a message may have, since readers get them in one.
         wait_s: Seconds that a request may ask to wait.
+        exit_s: Seconds from SIGKILL to a process's exit, after which whoever waits for its memory is told that it cannot be ended.
+        cohorts: Cohorts at a time.
+        name_bytes: Bytes of a name that a client gives to something.
     """
 
     handshake_s: float = 5.0
@@ -32,3 +35,6 @@ class Limits:
     batch: int = 8192
     metadata_bytes: int = 48 * 2**20
     wait_s: float = 24 * 3600.0
+    exit_s: float = 30.0
+    cohorts: int = 1024
+    name_bytes: int = 256

@@ -14,7 +14,8 @@ from pathlib import Path
 from gms_core.errors import GmsError, PermissionRefused, ProtocolError, ServerUnavailable
 from gms_core.protocol.messages import Hello
 from gms_core.server.connection import Connection
-from gms_core.server.service import Service, Session, refusal
+from gms_core.server.service import Service, refusal
+from gms_core.server.sessions import Session
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,6 @@ class Listener:
             raise PermissionRefused(f"user {connection.peer.uid} may not use this server")
         if not isinstance(hello, Hello):
             raise ProtocolError("the first message is not a handshake")
-        session = await self._service.open(hello, connection.peer, lambda message, descriptors: connection.send(message, descriptors))
+        session = await self._service.open(hello, connection.peer, connection.send, connection.open_pidfd)
         connection.expect_requests()
         return session

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NewType
 
-from gms_core.errors import AcquireTimeout, GenerationConflict, GmsError, IdentityMismatch, LeaseConflict
+from gms_core.errors import AcquireTimeout, GenerationConflict, IdentityMismatch, LeaseConflict
 from gms_core.layout import Allocation, Identity, Layout, check_allocations, layout_digest
 from gms_core.protocol.messages import Mode
-
-SessionId = NewType("SessionId", int)
+from gms_core.server.effects import Free, Refuse, SessionId, Wait
 
 
 @dataclass(frozen=True)
@@ -30,29 +28,6 @@ class GrantRead:
 
     session: SessionId
     layout: Layout
-
-
-@dataclass(frozen=True)
-class Wait:
-    """The session waits, and for this reason now."""
-
-    session: SessionId
-    reason: str
-
-
-@dataclass(frozen=True)
-class Refuse:
-    """The session's request is refused, and it waits no more."""
-
-    session: SessionId
-    error: GmsError
-
-
-@dataclass(frozen=True)
-class Free:
-    """Nothing refers to these allocations any more."""
-
-    ids: tuple[int, ...]
 
 
 Effect = GrantWrite | GrantRead | Wait | Refuse | Free

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from gms_core.protocol.messages import PoolStatus, SessionStatus
 from gms_core.protocol.peer import PeerCredentials
-from gms_core.server.published import PublishedPool, SessionId
+from gms_core.server.effects import SessionId
+from gms_core.server.published import PublishedPool
 
 
 class Reported(Protocol):

@@ -7,8 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 
 from gms_core import __version__
 from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded, VersionMismatch, WrongDevice
@@ -18,50 +17,44 @@ from gms_core.protocol.messages import (
     PROTOCOL_VERSION,
     Acquire,
     Allocate,
+    AwaitRole,
+    Beat,
     Commit,
+    Depart,
     Descriptors,
     Discard,
     Done,
+    Drop,
+    Elect,
     Export,
     Failure,
     Hello,
+    Hold,
+    Instruct,
+    Join,
     Message,
+    Plan,
+    Provide,
     ReadGranted,
     Release,
+    Report,
     Request,
     Status,
     StatusReport,
-    Waiting,
     Welcome,
     WriteGranted,
 )
 from gms_core.protocol.peer import PeerCredentials
+from gms_core.server.cohort_requests import CohortRequests
+from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
-from gms_core.server.published import Effect, Free, GrantRead, GrantWrite, PublishedPool, Refuse, SessionId, Wait
+from gms_core.server.published import Effect, GrantRead, GrantWrite, PublishedPool
 from gms_core.server.report import pool_status, session_status
+from gms_core.server.retained_requests import RetainedRequests
+from gms_core.server.sessions import Send, Session, check_wait
 
 log = logging.getLogger(__name__)
-
-Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
-
-
-@dataclass
-class Session:
-    """One client's connection, as far as the pools are concerned.
-
-    Attributes:
-        answers: What pools have decided about this session's waiting request; a `Wait` is news, anything else ends the request.
-        waiting_for: What it waits for, in words; empty when it does not.
-    """
-
-    id: SessionId
-    peer: PeerCredentials
-    client: str
-    send: Send
-    since: float = field(default_factory=time.monotonic)
-    answers: asyncio.Queue[GrantWrite | GrantRead | Refuse | Wait] = field(default_factory=asyncio.Queue)
-    waiting_for: str = ""
 
 
 class Service:
@@ -79,11 +72,25 @@ class Service:
         self.limits = limits
         self.sessions: dict[SessionId, Session] = {}
         self.pools: dict[str, PublishedPool] = {}
+        self.retained = RetainedRequests(self.sessions, memory, limits)
+        self.engines = CohortRequests(
+            self.sessions,
+            limits,
+            ending=self.retained.cohort_ends,
+            gone=self.retained.cohort_gone,
+            failed=self.retained.fence_failed,
+        )
         self._numbers = itertools.count(1)
         self._started = time.monotonic()
 
-    async def open(self, hello: Hello, peer: PeerCredentials, send: Send) -> Session:
+    async def open(self, hello: Hello, peer: PeerCredentials, send: Send, open_pidfd: Callable[[], int]) -> Session:
         """Answer a `Hello` and make the session.
+
+        Args:
+            hello: The client's first message.
+            peer: Who connected.
+            send: Sends it a message.
+            open_pidfd: Gives a new descriptor of its process.
 
         Raises:
             VersionMismatch, WrongDevice, QuotaExceeded: As they say.
@@ -97,7 +104,7 @@ class Service:
             raise WrongDevice(f"this server owns the memory of {self.device}, not of {hello.device}")
         if len(self.sessions) >= self.limits.sessions:
             raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
-        session = Session(SessionId(next(self._numbers)), peer, hello.client, send)
+        session = Session(SessionId(next(self._numbers)), peer, hello.client, send, open_pidfd)
         driver = self.memory.driver
         await send(Welcome(PROTOCOL_VERSION, __version__, self.device, driver.name, driver.granularity, session.id), ())
         self.sessions[session.id] = session  # only now: a client that has gone meanwhile has no session that could be closed
@@ -110,6 +117,8 @@ class Service:
             return
         for pool in list(self.pools.values()):
             self._release(pool, session)
+        self.engines.closed(session)  # first: what is freed below must not be granted before its holder is known to be ending
+        self.retained.closed(session)
         log.debug("session %d closed", session.id)
 
     async def handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
@@ -131,29 +140,51 @@ class Service:
             case Commit():
                 await self._commit(session, request)
             case Release():
-                self._release(self._pool(request.pool), session)
+                if request.pool in self.retained.pools:
+                    self.retained.release(session, self.retained.pools[request.pool])
+                else:
+                    self._release(self._pool(request.pool), session)
                 await session.send(Done(), ())
+            case Join():
+                await self.engines.join(session, request)
+            case Report():
+                await self.engines.report(session, request)
+            case Beat():
+                await self.engines.beat(session, request)
+            case Depart():
+                await self.engines.depart(session, request)
+            case Elect():
+                await self.engines.elect(session, request, ended)
+            case AwaitRole():
+                await self.engines.await_role(session, request, ended)
+            case Instruct():
+                await self.engines.instruct(session, request)
+            case Plan():
+                self._check_metadata(request.identity)
+                self._check_name(request.pool, others=self.pools)
+                await self.retained.plan(session, request, self.engines.claim(session), ended)
+            case Provide():
+                await self.retained.provide(session, request, ended)
+            case Hold():
+                first = self.engines.goes_first(self.engines.claim(session))
+                await self.retained.hold(session, request, first=first, ended=ended)
+            case Drop():
+                await self.retained.drop(session, request)
             case Status():
                 await session.send(await self.report(), ())
             case Hello():
                 raise ProtocolError("the handshake is over")
 
     async def _acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
-        self._check_wait(request.timeout_s)
+        check_wait(request.timeout_s, self.limits.wait_s)
         self._check_metadata(request.identity)
         pool = self._pool(request.pool, create=True)
-        deadline = time.monotonic() + request.timeout_s
         self._apply(pool.acquire(session.id, request.mode, request.identity, request.replace))
         try:
-            while isinstance(answer := await self._next_answer(session, deadline, ended), Wait):
-                session.waiting_for = f"{pool.name}: {answer.reason}"
-                await session.send(Waiting(answer.reason), ())
-            if answer is None:
-                self._apply(pool.withdraw(session.id, request.timeout_s))
-                while isinstance(answer := await session.answers.get(), Wait):
-                    pass  # news that came as the time ended
+            answer: GrantWrite | GrantRead = await session.answer(
+                pool.name, request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
+            )
         finally:
-            session.waiting_for = ""
             self._forget_if_idle(pool)
         match answer:
             case GrantWrite():
@@ -162,30 +193,9 @@ class Service:
             case GrantRead():
                 log.info("pool %s: session %d (pid %d) reads generation %d", pool.name, session.id, session.peer.pid, answer.layout.generation)
                 await session.send(ReadGranted(pool.name, answer.layout), ())
-            case Refuse():
-                raise answer.error
-
-    async def _next_answer(self, session: Session, deadline: float, ended: asyncio.Event) -> GrantWrite | GrantRead | Refuse | Wait | None:
-        """The next decision about the session's request; None when its time is over.
-
-        Raises:
-            ConnectionError: The client has gone.
-        """
-        answer = asyncio.ensure_future(session.answers.get())
-        gone = asyncio.ensure_future(ended.wait())
-        try:
-            await asyncio.wait((answer, gone), timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return answer.result()
-            if gone.done():
-                raise ConnectionResetError("the client has gone while it waited")
-            return None
-        finally:
-            answer.cancel()
-            gone.cancel()
 
     async def _allocate(self, session: Session, request: Allocate, ended: asyncio.Event) -> None:
-        self._check_wait(request.timeout_s)
+        check_wait(request.timeout_s, self.limits.wait_s)
         pool = self._pool(request.pool)
         pool.add(session.id, ())  # refuses who is not the writer, before any memory is made
         made = await self.memory.create(request.sizes, request.timeout_s, ended)
@@ -197,7 +207,8 @@ class Service:
         await self._send_descriptors(session, [(identifier, owned.size) for identifier, owned in made])
 
     async def _export(self, session: Session, request: Export) -> None:
-        covered = self._pool(request.pool).allocations_of(session.id)
+        pool = self.retained.pools.get(request.pool) or self._pool(request.pool)
+        covered = pool.allocations_of(session.id)
         if strange := [identifier for identifier in request.ids if identifier not in covered]:
             raise LeaseConflict(f"allocations {strange[:5]} are not covered by this session's lease on pool {request.pool!r}")
         await self._send_descriptors(session, [(identifier, covered[identifier]) for identifier in request.ids or covered])
@@ -243,8 +254,7 @@ class Service:
         if pool is None:
             if not create:
                 raise PoolNotFound(f"this server has no pool {name!r}", hint=f"It has: {', '.join(sorted(self.pools)) or 'none'}.")
-            if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
-                raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
+            self._check_name(name, others=self.retained.pools)
             if len(self.pools) >= self.limits.pools:
                 self.pools = {known: pool for known, pool in self.pools.items() if not pool.empty}
             if len(self.pools) >= self.limits.pools:
@@ -256,9 +266,12 @@ class Service:
         if pool.idle and self.pools.get(pool.name) is pool:  # another of its name may have been made since
             del self.pools[pool.name]
 
-    def _check_wait(self, timeout_s: float) -> None:
-        if not 0 <= timeout_s <= self.limits.wait_s:
-            raise InvalidArgument(f"a wait of {timeout_s} s is not between 0 and {self.limits.wait_s:g}")
+    def _check_name(self, name: str, *, others: Collection[str]) -> None:
+        """Refuse what cannot be the name of a pool, or is that of a pool of the other class."""
+        if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
+            raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
+        if name in others:
+            raise LeaseConflict(f"pool {name!r} is of the other class: weights are published, KV memory is retained", hint="Use another tag.")
 
     def _check_metadata(self, identity: Identity, manifest: bytes = b"") -> None:
         size = len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
@@ -281,6 +294,9 @@ class Service:
             waiting_for_memory=self.memory.waiting,
             pools=tuple(pool_status(pool) for _, pool in sorted(self.pools.items())),
             sessions=tuple(session_status(session, self.pools.values()) for _, session in sorted(self.sessions.items())),
+            retained=self.retained.status(),
+            cohorts=self.engines.status(),
+            locks=self.engines.lock_status(),
         )
 
 

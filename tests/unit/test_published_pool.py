@@ -7,7 +7,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from gms_core.errors import GenerationConflict, IdentityMismatch, LeaseConflict, ManifestError
 from gms_core.layout import Allocation, Identity
-from gms_core.server.published import Free, GrantRead, GrantWrite, PublishedPool, Refuse, SessionId, Wait
+from gms_core.server.effects import Free, Refuse, SessionId, Wait
+from gms_core.server.published import GrantRead, GrantWrite, PublishedPool
 
 A, B = Identity({"content": "a"}), Identity({"content": "b"})
 ONE, TWO, THREE, FOUR = map(SessionId, (1, 2, 3, 4))

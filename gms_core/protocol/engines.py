@@ -1,0 +1,167 @@
+"""Messages of engines that fail over: cohorts, roles, locks, and retained pools."""
+
+from __future__ import annotations
+
+from gms_core.layout import Allocation, Identity
+from gms_core.protocol.base import Message, Order, Role
+
+
+class Join(Message, frozen=True, tag="join"):
+    """The session's process belongs to this cohort from now on, and lives and dies with it. The server keeps a pidfd of it.
+
+    Attributes:
+        cohort: The same random text in every process of one instance of an engine.
+        engine: What people call the engine, such as ``engine-1``.
+        process: Which of its processes this is, such as ``api-server 0``, ``engine-core`` or ``rank 3``.
+        deadline_s: If not 0, the cohort is fenced once this session has sent neither `Report` nor `Beat` for so many seconds.
+    """
+
+    cohort: str
+    engine: str
+    process: str
+    deadline_s: float = 0.0
+
+
+class Report(Message, frozen=True, tag="report"):
+    """What the engine is now, as its first API server knows it; answered by `Orders`. It is a beat too.
+
+    Attributes:
+        role: The cohort's role from now on.
+        detail: Words for people, such as why it is fenced.
+    """
+
+    role: Role
+    detail: str = ""
+
+
+class Beat(Message, frozen=True, tag="beat"):
+    """The session's process, and what it watches over, make progress."""
+
+
+class Orders(Message, frozen=True, tag="orders"):
+    """Answer to `Report`: what an operator wants of the engine. An order stands until the engine's role has changed."""
+
+    wanted: Order
+
+
+class Depart(Message, frozen=True, tag="depart"):
+    """The whole cohort is about to end in an orderly way: that its connections close is no fault, unless it takes longer than this.
+
+    Attributes:
+        grace_s: Seconds until the server ends what is left of it.
+    """
+
+    grace_s: float
+
+
+class Elect(Message, frozen=True, tag="elect"):
+    """Ask for a lock that elects the primary; answered by `Elected`.
+
+    It is granted in order of arrival, and only once the process that had it has exited or released it. It ends with the session's process.
+    """
+
+    lock: str
+    timeout_s: float
+
+
+class Elected(Message, frozen=True, tag="elected"):
+    """The session's cohort has the lock.
+
+    Attributes:
+        term: +1 with each election of this lock.
+    """
+
+    lock: str
+    term: int
+
+
+class AwaitRole(Message, frozen=True, tag="await_role"):
+    """Wait until the session's cohort has this role; answered by `Done`."""
+
+    role: Role
+    timeout_s: float
+
+
+class Instruct(Message, frozen=True, tag="instruct"):
+    """An operator's order to the engine of a cohort; it gets it with its next `Orders`."""
+
+    cohort: str
+    order: Order
+
+
+class Plan(Message, frozen=True, tag="plan"):
+    """Ask how large a retained pool is, and use it; answered by `Planned`, or by `PlanDue` if this session has to say so.
+
+    Memory of another identity that nobody uses any more is freed, and planned anew.
+
+    Attributes:
+        identity: What the memory is laid out for.
+    """
+
+    pool: str
+    identity: Identity
+    timeout_s: float
+
+
+class PlanDue(Message, frozen=True, tag="plan_due"):
+    """Nobody has planned the pool: this session does it with `Provide`, and others wait until it has, or is gone."""
+
+    pool: str
+
+
+class Provide(Message, frozen=True, tag="provide"):
+    """Create the memory of a retained pool; answered by `Planned`.
+
+    Attributes:
+        plan: What every later user adopts; the server does not look into it.
+        sizes: Bytes of each allocation in arena order, multiples of the granularity.
+        timeout_s: Seconds to wait for memory that another process is releasing.
+    """
+
+    pool: str
+    plan: bytes
+    sizes: tuple[int, ...]
+    timeout_s: float = 0.0
+
+
+class Planned(Message, frozen=True, tag="planned"):
+    """The session uses the pool: it may ask for descriptors with `Export`, and for the pool itself with `Hold`.
+
+    Attributes:
+        plan: As it was provided.
+        allocations: In arena order, side by side from offset 0.
+        epoch: The last one that was granted; 0 if the memory was never held.
+    """
+
+    pool: str
+    plan: bytes
+    allocations: tuple[Allocation, ...]
+    epoch: int
+
+
+class Hold(Message, frozen=True, tag="hold"):
+    """Ask to be the one holder of a retained pool; answered by `Held`.
+
+    It is granted once every process of the cohort that held it before has exited, or that cohort has released it. Before it, nobody but the holder
+    may map the memory.
+    """
+
+    pool: str
+    timeout_s: float
+
+
+class Drop(Message, frozen=True, tag="drop"):
+    """Free the memory of a retained pool that nobody uses, and forget its plan."""
+
+    pool: str
+
+
+class Held(Message, frozen=True, tag="held"):
+    """The session's cohort holds the pool.
+
+    Attributes:
+        epoch: +1 with each grant.
+    """
+
+    pool: str
+    epoch: int

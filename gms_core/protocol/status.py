@@ -1,0 +1,143 @@
+"""What a server tells of itself."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gms_core.protocol.base import Message, Order, Role
+
+
+class Status(Message, frozen=True, tag="status"):
+    """Ask for `StatusReport`."""
+
+
+class PoolStatus(msgspec.Struct, frozen=True):
+    """One pool.
+
+    Attributes:
+        state: ``empty``, ``writing`` or ``committed``.
+        generation: The committed one, or 0.
+        bytes: Of the committed layout.
+        draft_bytes: Of the layout being written.
+        retired_bytes: Of older generations that readers still keep.
+        readers: Sessions that read any generation.
+        writer: Session that writes, or 0.
+        waiting: Sessions in the queue.
+    """
+
+    name: str
+    state: str
+    generation: int
+    digest: str
+    identity: dict[str, str]
+    allocations: int
+    bytes: int
+    draft_bytes: int
+    retired_bytes: int
+    readers: tuple[int, ...]
+    writer: int
+    waiting: tuple[int, ...]
+
+
+class RetainedStatus(msgspec.Struct, frozen=True):
+    """One retained pool.
+
+    Attributes:
+        state: ``empty``, ``planning``, ``free`` (nobody holds it), ``held`` or ``fencing`` (its last holder is being ended).
+        epoch: The last one that was granted.
+        holder: Cohort that holds it; empty if none.
+        users: Sessions that may ask for it.
+        waiting: Sessions that have asked.
+    """
+
+    name: str
+    state: str
+    epoch: int
+    identity: dict[str, str]
+    allocations: int
+    bytes: int
+    holder: str
+    users: tuple[int, ...]
+    waiting: tuple[int, ...]
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One process of a cohort."""
+
+    pid: int
+    process: str
+    age_s: float
+
+
+class CohortStatus(msgspec.Struct, frozen=True):
+    """One cohort.
+
+    Attributes:
+        name: The random text.
+        engine: What people call it.
+        state: ``alive``, ``departing`` or ``fencing``.
+        role: As its first API server last said.
+        role_age_s: Seconds for which it has had that role.
+        detail: Words to the role.
+        reason: Why it is being ended; empty if it is not.
+        order: What an operator wants of it, and it has not done yet.
+        silent_s: Seconds since the last beat of the session that has been silent for the longest; -1 if none has a deadline.
+    """
+
+    name: str
+    engine: str
+    state: str
+    role: Role
+    role_age_s: float
+    detail: str
+    reason: str
+    order: Order
+    age_s: float
+    silent_s: float
+    members: tuple[MemberStatus, ...]
+
+
+class LockStatus(msgspec.Struct, frozen=True):
+    """One lock that the server arbitrates.
+
+    Attributes:
+        owner: Cohort that has it; empty if none.
+        waiting: Cohorts that have asked, in the order in which they will get it.
+    """
+
+    name: str
+    term: int
+    owner: str
+    waiting: tuple[str, ...]
+
+
+class SessionStatus(msgspec.Struct, frozen=True):
+    """One session."""
+
+    id: int
+    pid: int
+    uid: int
+    client: str
+    age_s: float
+    leases: dict[str, str]
+    waiting_for: str
+
+
+class StatusReport(Message, frozen=True, tag="status_report"):
+    """The server's state at one instant."""
+
+    server: str
+    pid: int
+    device: str
+    driver: str
+    uptime_s: float
+    memory_free: int
+    memory_total: int
+    allocated_bytes: int
+    allocations: int
+    waiting_for_memory: int
+    pools: tuple[PoolStatus, ...]
+    sessions: tuple[SessionStatus, ...]
+    retained: tuple[RetainedStatus, ...] = ()
+    cohorts: tuple[CohortStatus, ...] = ()
+    locks: tuple[LockStatus, ...] = ()

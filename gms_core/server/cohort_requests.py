@@ -1,0 +1,217 @@
+"""Carries out the requests of engines: their cohorts, their roles, and the locks that elect a primary."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
+from gms_core.protocol.messages import (
+    AwaitRole,
+    Beat,
+    CohortStatus,
+    Depart,
+    Done,
+    Elect,
+    Elected,
+    Instruct,
+    Join,
+    LockStatus,
+    MemberStatus,
+    Orders,
+    Report,
+)
+from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, RoleReached
+from gms_core.server.effects import SessionId
+from gms_core.server.fencing import Fencer
+from gms_core.server.limits import Limits
+from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
+from gms_core.server.sessions import Session, check_wait
+
+
+class CohortRequests:
+    """Cohorts and locks of one server.
+
+    Args:
+        sessions: All that are open.
+        limits: Bounds on what clients may cost.
+        ending: Called with a cohort and the reason as soon as it ends.
+        gone: Called with a cohort once every process of it has exited.
+        failed: Called with a cohort and the error when it cannot be ended.
+    """
+
+    def __init__(
+        self,
+        sessions: Mapping[SessionId, Session],
+        limits: Limits,
+        *,
+        ending: Callable[[str, str], None],
+        gone: Callable[[str], None],
+        failed: Callable[[str, GmsError], None],
+    ) -> None:
+        self.cohorts = Cohorts()
+        self.locks: dict[str, Seat] = {}
+        self._sessions = sessions
+        self._limits = limits
+        self._ending_elsewhere, self._gone, self._failed_elsewhere = ending, gone, failed
+        self._fencer = Fencer(self.cohorts, limits, apply=self._apply, ending=self._ending, exited=self._exited, failed=self._failed)
+
+    def claim(self, session: Session) -> Claim:
+        """Who a session is, when it asks for something that one engine at a time can have.
+
+        Raises:
+            LeaseConflict: Its process has joined no cohort.
+            CohortFenced: Its cohort is being ended.
+        """
+        cohort = self.cohorts.of(session.id)
+        return Claim(session.id, cohort.name, cohort.engine)
+
+    def goes_first(self, claim: Claim) -> bool:
+        """Whether an operator wants this engine to be the next primary."""
+        return self.cohorts.by_name[claim.cohort].order == "promote"
+
+    async def join(self, session: Session, request: Join) -> None:
+        """Add the session's process to a cohort."""
+        for name in (request.cohort, request.engine, request.process):
+            if not name or len(name.encode()) > self._limits.name_bytes:
+                raise InvalidArgument(f"a name of a cohort, an engine or a process has 1 to {self._limits.name_bytes} bytes")
+        if not 0 <= request.deadline_s <= self._limits.wait_s:
+            raise InvalidArgument(f"a deadline of {request.deadline_s} s is not between 0 and {self._limits.wait_s:g}")
+        if request.cohort not in self.cohorts.by_name and len(self.cohorts.by_name) >= self._limits.cohorts:
+            raise QuotaExceeded(f"{self._limits.cohorts} cohorts exist already")
+        self._fencer.join(session, request)
+        await session.send(Done(), ())
+
+    async def report(self, session: Session, request: Report) -> None:
+        """Note an engine's role, and give it its orders."""
+        self._fencer.beat(session.id)
+        detail = request.detail[: self._limits.name_bytes]
+        order, effects = self.cohorts.report(session.id, request.role, detail, time.monotonic())
+        self._fencer.apply(effects)
+        await session.send(Orders(order), ())
+
+    async def beat(self, session: Session, _: Beat) -> None:
+        """Note that an engine makes progress."""
+        self.cohorts.of(session.id)
+        self._fencer.beat(session.id)
+        await session.send(Done(), ())
+
+    async def depart(self, session: Session, request: Depart) -> None:
+        """Note that an engine ends by itself."""
+        check_wait(request.grace_s, self._limits.wait_s)
+        self._fencer.depart(session.id, request.grace_s)
+        await session.send(Done(), ())
+
+    async def elect(self, session: Session, request: Elect, ended: asyncio.Event) -> None:
+        """Grant a lock, once its owner is gone."""
+        check_wait(request.timeout_s, self._limits.wait_s)
+        claim = self.claim(session)
+        seat = self._lock(request.lock)
+        self._post(seat.claim(claim, first=self.goes_first(claim)))
+        try:
+            seated: Seated = await session.answer(
+                f"lock {request.lock}", request.timeout_s, ended, lambda: self._post(seat.withdraw(session.id, request.timeout_s))
+            )
+        except ConnectionError:
+            seat.drop(session.id)
+            raise
+        await session.send(Elected(request.lock, seated.number), ())
+
+    async def await_role(self, session: Session, request: AwaitRole, ended: asyncio.Event) -> None:
+        """Answer once the session's engine has a role."""
+        check_wait(request.timeout_s, self._limits.wait_s)
+        self._fencer.apply(self.cohorts.await_role(session.id, request.role))
+        await session.answer(
+            "its own engine", request.timeout_s, ended, lambda: self._fencer.apply(self.cohorts.withdraw(session.id, request.timeout_s))
+        )
+        await session.send(Done(), ())
+
+    async def instruct(self, session: Session, request: Instruct) -> None:
+        """Pass an operator's order on."""
+        cohort = self.cohorts.by_name.get(request.cohort)
+        if cohort is None:
+            raise PoolNotFound(f"no engine here has the cohort {request.cohort!r}", hint="`gms failover status` lists those that there are.")
+        cohort.order = request.order
+        if request.order == "promote":
+            for seat in self.locks.values():
+                seat.prefer(cohort.name)
+        await session.send(Done(), ())
+
+    def closed(self, session: Session) -> None:
+        """A session's connection has ended."""
+        for seat in self.locks.values():
+            seat.drop(session.id)
+        self._fencer.lost(session.id)
+
+    def close(self) -> None:
+        """Watch no process any more."""
+        self._fencer.close()
+
+    def _lock(self, name: str) -> Seat:
+        if not name or len(name.encode()) > self._limits.name_bytes:
+            raise InvalidArgument(f"a lock's name has 1 to {self._limits.name_bytes} bytes")
+        if name not in self.locks and len(self.locks) >= self._limits.pools:
+            raise QuotaExceeded(f"{self._limits.pools} locks exist already")
+        return self.locks.setdefault(name, Seat(f"lock {name!r}"))
+
+    def _post(self, effects: Sequence[SeatEffect | RoleReached]) -> None:
+        for effect in effects:
+            if effect.session in self._sessions:
+                self._sessions[effect.session].answers.put_nowait(effect)
+
+    def _apply(self, effects: list[CohortEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Gone):
+                self._gone(effect.cohort)
+            elif not isinstance(effect, Kill):
+                self._post([effect])
+
+    def _ending(self, cohort: str, reason: str) -> None:
+        for seat in self._owned(lambda claim: claim.cohort == cohort):
+            self._post(seat.end(reason))
+        self._ending_elsewhere(cohort, reason)
+
+    def _exited(self, session: SessionId) -> None:
+        # A lock needs no more than that its owner cannot act any more; what others of its cohort may still do is the business of the retained pools.
+        for seat in self._owned(lambda claim: claim.session == session):
+            self._post(seat.vacate())
+
+    def _failed(self, cohort: str, error: GmsError) -> None:
+        for seat in self._owned(lambda claim: claim.cohort == cohort):
+            self._post(seat.refuse_all(error))
+        self._failed_elsewhere(cohort, error)
+
+    def _owned(self, by: Callable[[Claim], bool]) -> list[Seat]:
+        return [seat for seat in self.locks.values() if seat.holder is not None and by(seat.holder)]
+
+    def status(self) -> tuple[CohortStatus, ...]:
+        """All cohorts as they are now."""
+        return tuple(self._cohort_status(cohort) for cohort in self.cohorts.by_name.values())
+
+    def lock_status(self) -> tuple[LockStatus, ...]:
+        """All locks as they are now."""
+        return tuple(
+            LockStatus(name, seat.number, seat.holder.cohort if seat.holder else "", tuple(claim.cohort for claim in seat.queue))
+            for name, seat in sorted(self.locks.items())
+        )
+
+    def _cohort_status(self, cohort: Cohort) -> CohortStatus:
+        now = time.monotonic()
+        living: dict[int, list[MemberStatus]] = {}
+        for member in cohort.members.values():
+            if not member.exited:
+                living.setdefault(member.pid, []).append(MemberStatus(member.pid, member.process, now - member.since))
+        return CohortStatus(
+            name=cohort.name,
+            engine=cohort.engine,
+            state=cohort.state,
+            role=cohort.role,
+            role_age_s=now - cohort.role_since,
+            detail=cohort.detail,
+            reason=cohort.reason,
+            order=cohort.order,
+            age_s=now - cohort.since,
+            silent_s=max((self._fencer.silent_s(session) for session in cohort.members), default=-1.0),
+            members=tuple(same[0] for same in living.values()),
+        )

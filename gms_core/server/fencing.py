@@ -1,0 +1,221 @@
+"""Fencing by proof: ends the processes of a cohort, and knows that they are gone when the kernel says so.
+
+The rules are in `gms_core.server.cohorts`; here are the pidfds, the signals and the clocks. A pidfd names one process for ever, so no signal can hit
+another one that got its number; it becomes readable when all threads of the process have exited, which is later than the last thing that it can do,
+on a device too (measured: a file lock is released before that, and proves nothing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gms_core.errors import FenceFailed, GmsError, PermissionRefused
+from gms_core.protocol.messages import Join
+from gms_core.server.cohorts import CohortEffect, Cohorts, Gone, Kill, Member
+from gms_core.server.effects import SessionId
+from gms_core.server.limits import Limits
+from gms_core.server.sessions import Session
+
+log = logging.getLogger(__name__)
+
+SECOND_LOOK_S = 0.05
+"""A deadline that has passed is looked at once more after so long: this server may have been what was late, and a beat may be waiting to be read."""
+
+
+@dataclass
+class Watched:
+    """What is held of a member: the pidfd, and the clock of its deadline."""
+
+    cohort: str
+    pidfd: int
+    deadline_s: float
+    beat: float
+    clock: asyncio.TimerHandle | None = None
+
+
+class Fencer:
+    """Carries out what the cohorts decide.
+
+    Args:
+        cohorts: The rules.
+        limits: How long an exit may take.
+        apply: Carries out the other effects, `Gone` among them.
+        ending: Called with a cohort and the reason as soon as it is being ended.
+        exited: Called with a session as soon as its process has exited.
+        failed: Called with a cohort and the error when it cannot be ended.
+    """
+
+    def __init__(
+        self,
+        cohorts: Cohorts,
+        limits: Limits,
+        *,
+        apply: Callable[[list[CohortEffect]], None],
+        ending: Callable[[str, str], None],
+        exited: Callable[[SessionId], None],
+        failed: Callable[[str, GmsError], None],
+    ) -> None:
+        self._cohorts = cohorts
+        self._limits = limits
+        self._apply_rest = apply
+        self._ending = ending
+        self._exited = exited
+        self._failed = failed
+        self._watched: dict[SessionId, Watched] = {}
+        self._clocks: dict[str, asyncio.TimerHandle] = {}
+
+    def join(self, session: Session, request: Join) -> None:
+        """Watch a process that joins.
+
+        Raises:
+            PermissionRefused: The process cannot be watched or ended from here.
+            CohortFenced, LeaseConflict: As `Cohorts.join` says.
+        """
+        pidfd = _open(session)
+        try:
+            member = Member(session.id, session.peer.pid, request.process, time.monotonic())
+            self._cohorts.join(request.cohort, request.engine, member)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._watched[session.id] = Watched(request.cohort, pidfd, request.deadline_s, time.monotonic())
+        asyncio.get_running_loop().add_reader(pidfd, self._has_exited, session.id)
+        self._wind(session.id)
+        log.info("cohort %s: %s (pid %d) of %s has joined", request.cohort, request.process, session.peer.pid, request.engine)
+
+    def beat(self, session: SessionId) -> None:
+        """The session's process makes progress."""
+        if session in self._watched:
+            self._watched[session].beat = time.monotonic()
+
+    def silent_s(self, session: SessionId) -> float:
+        """Seconds since the last beat of a session with a deadline; -1 without one."""
+        watched = self._watched.get(session)
+        return time.monotonic() - watched.beat if watched is not None and watched.deadline_s else -1.0
+
+    def depart(self, session: SessionId, grace_s: float) -> None:
+        """The session's cohort ends by itself, within so many seconds."""
+        cohort = self._cohorts.depart(session)
+        self._ending(cohort.name, f"{cohort.engine} is ending in an orderly way")
+        self._after(cohort.name, grace_s, lambda: self.apply(self._cohorts.fence(cohort.name, f"its orderly end took longer than {grace_s:g} s")))
+
+    def lost(self, session: SessionId) -> None:
+        """A session's connection has ended."""
+        self.apply(self._cohorts.lost(session))
+
+    def apply(self, effects: list[CohortEffect]) -> None:
+        """Carry out effects of the cohorts."""
+        for effect in effects:
+            if isinstance(effect, Kill):
+                self._kill(effect)
+            elif isinstance(effect, Gone):
+                log.info("cohort %s: every process has exited", effect.cohort)
+                if (clock := self._clocks.pop(effect.cohort, None)) is not None:
+                    clock.cancel()
+                self._apply_rest([effect])
+            else:
+                self._apply_rest([effect])
+
+    def _kill(self, kill: Kill) -> None:
+        log.warning("cohort %s is ended: %s", kill.cohort, kill.reason)
+        refused = []
+        for session in kill.members:
+            try:
+                signal.pidfd_send_signal(self._watched[session].pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # its exit is about to be reported
+            except OSError as error:
+                refused.append(f"{self._process(kill.cohort, session)}: {error.strerror}")
+        engine = self._cohorts.by_name[kill.cohort].engine
+        self._ending(kill.cohort, f"{engine} is being ended ({kill.reason})")
+        if refused:
+            self._fail(kill.cohort, f"processes of {engine} cannot be ended: {'; '.join(refused)}")
+        self._after(kill.cohort, self._limits.exit_s, lambda: self._overdue(kill.cohort))
+
+    def _overdue(self, cohort: str) -> None:
+        left = [self._process(cohort, member.session) for member in self._cohorts.by_name[cohort].members.values() if not member.exited]
+        self._fail(cohort, f"killed processes have not exited after {self._limits.exit_s:g} s: {', '.join(left)}")
+        self._after(cohort, self._limits.exit_s, lambda: self._overdue(cohort))  # whoever asks meanwhile is told as well
+
+    def _fail(self, cohort: str, message: str) -> None:
+        error = FenceFailed(message, hint="The memory is granted once they have exited. A process that waits for a driver may need a reboot.")
+        log.error("cohort %s: %s", cohort, error)
+        self._failed(cohort, error)
+
+    def _process(self, cohort: str, session: SessionId) -> str:
+        member = self._cohorts.by_name[cohort].members[session]
+        return f"{member.process} (pid {member.pid})"
+
+    def _has_exited(self, session: SessionId) -> None:
+        watched = self._watched.pop(session)
+        asyncio.get_running_loop().remove_reader(watched.pidfd)
+        os.close(watched.pidfd)
+        if watched.clock is not None:
+            watched.clock.cancel()
+        log.info("cohort %s: %s has exited", watched.cohort, self._process(watched.cohort, session))
+        effects = self._cohorts.exited(watched.cohort, session)
+        self._exited(session)
+        self.apply(effects)
+
+    def _after(self, cohort: str, seconds: float, then: Callable[[], None]) -> None:
+        if (clock := self._clocks.pop(cohort, None)) is not None:
+            clock.cancel()
+        self._clocks[cohort] = asyncio.get_running_loop().call_later(seconds, then)
+
+    def _wind(self, session: SessionId) -> None:
+        """Start the clock of a session's deadline anew, from its last beat."""
+        watched = self._watched.get(session)
+        if watched is None or not watched.deadline_s:
+            return
+        rest = watched.beat + watched.deadline_s - time.monotonic()
+        loop = asyncio.get_running_loop()
+        if rest > 0:
+            watched.clock = loop.call_later(rest, self._wind, session)
+        else:
+            watched.clock = loop.call_later(SECOND_LOOK_S, self._look_again, session)
+
+    def _look_again(self, session: SessionId) -> None:
+        watched = self._watched.get(session)
+        if watched is None:
+            return
+        if time.monotonic() - watched.beat < watched.deadline_s:
+            self._wind(session)
+            return
+        process = self._process(watched.cohort, session)
+        self.apply(self._cohorts.fence(watched.cohort, f"its {process} gave no sign of progress for {watched.deadline_s:g} s"))
+
+    def close(self) -> None:
+        """Watch nothing any more. Nobody is killed."""
+        loop = asyncio.get_running_loop()
+        for clock in self._clocks.values():
+            clock.cancel()
+        for watched in self._watched.values():
+            if watched.clock is not None:
+                watched.clock.cancel()
+            loop.remove_reader(watched.pidfd)
+            with contextlib.suppress(OSError):
+                os.close(watched.pidfd)
+        self._watched.clear()
+
+
+def _open(session: Session) -> int:
+    try:
+        pidfd = session.open_pidfd()
+    except OSError as error:
+        raise PermissionRefused(f"the process behind this connection cannot be watched: {error.strerror}", hint=_SAME_PIDS) from error
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except OSError as error:
+        os.close(pidfd)
+        raise PermissionRefused(f"the process behind this connection could not be ended from here: {error.strerror}", hint=_SAME_PIDS) from error
+    return pidfd
+
+
+_SAME_PIDS = "Server and engines have to share a PID namespace, and the server has to run as the engines' user or as root."

@@ -1,0 +1,219 @@
+"""A retained pool as a pure state machine: who plans it, who uses it, who holds it, and that its memory outlives all of them.
+
+One session plans: it says how large the memory is. Every later one adopts the plan, and may be a holder once the one before it is gone. What makes a
+holder gone is not known here: the server calls `cohort_gone` when every process of a cohort has exited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gms_core.errors import AcquireTimeout, GmsError, IdentityMismatch, LeaseConflict
+from gms_core.layout import Allocation, Identity
+from gms_core.server.effects import Free, Refuse, SessionId, Wait
+from gms_core.server.seat import Claim, Seat, SeatEffect
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """The session uses the pool as it was planned."""
+
+    session: SessionId
+
+
+@dataclass(frozen=True)
+class MakePlan:
+    """The session has to say how large the pool is."""
+
+    session: SessionId
+
+
+RetainedEffect = Adopt | MakePlan | SeatEffect | Free
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A session that waits for the plan."""
+
+    claim: Claim
+    identity: Identity
+
+
+class RetainedPool:
+    """The state of one retained pool.
+
+    Attributes:
+        identity: What the memory is laid out for; None while there is none.
+        plan: As it was provided.
+        allocations: In arena order.
+        users: Sessions that have adopted the plan or provided it.
+        planner: The session that makes the plan.
+        seat: Who holds the memory; its number is the epoch.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.identity: Identity | None = None
+        self.plan = b""
+        self.allocations: tuple[Allocation, ...] = ()
+        self.users: dict[SessionId, Claim] = {}
+        self.planner: Asking | None = None
+        self.asking: list[Asking] = []
+        self.seat = Seat(f"pool {name!r}")
+
+    def ask_plan(self, claim: Claim, identity: Identity) -> list[RetainedEffect]:
+        """Ask for the plan; the answer is among the effects, now or of a later call.
+
+        Raises:
+            LeaseConflict: The session uses the pool, or has asked, already.
+        """
+        if claim.session in self.users or any(asking.claim.session == claim.session for asking in (*self.asking, *self._planning())):
+            raise LeaseConflict(f"this session already uses, or waits for, pool {self.name!r}")
+        self.asking.append(Asking(claim, identity))
+        return self._settle()
+
+    def withdraw(self, session: SessionId, waited_s: float) -> list[RetainedEffect]:
+        """The time of a session that waits for the plan or for the hold is over; nothing if it was answered meanwhile."""
+        if any(asking.claim.session == session for asking in self.asking):
+            self.asking = [asking for asking in self.asking if asking.claim.session != session]
+            return [Refuse(session, AcquireTimeout(f"nobody planned pool {self.name!r} within {waited_s:g} s"))]
+        return list(self.seat.withdraw(session, waited_s))
+
+    def check_provide(self, session: SessionId) -> None:
+        """Raise unless this session has to make the plan.
+
+        Raises:
+            LeaseConflict: It has not.
+        """
+        if self.planner is None or self.planner.claim.session != session:
+            raise LeaseConflict(f"this session does not plan pool {self.name!r}")
+
+    def provide(self, session: SessionId, plan: bytes, allocations: Sequence[Allocation]) -> list[RetainedEffect]:
+        """The plan is made and its memory is there: whoever waited adopts it.
+
+        Raises:
+            LeaseConflict: The session does not plan this pool, or no longer.
+        """
+        self.check_provide(session)
+        assert self.planner is not None
+        self.identity, self.plan, self.allocations = self.planner.identity, plan, tuple(allocations)
+        self.users[session] = self.planner.claim
+        self.planner = None
+        return [Adopt(session), *self._settle()]
+
+    def hold(self, session: SessionId, *, first: bool) -> list[RetainedEffect]:
+        """Ask to be the holder.
+
+        Raises:
+            LeaseConflict: The session does not use the pool, or its cohort holds it, or has asked, already.
+        """
+        if session not in self.users:
+            raise LeaseConflict(f"this session does not use pool {self.name!r}", hint="Ask for its plan first.")
+        return list(self.seat.claim(self.users[session], first=first))
+
+    def release(self, session: SessionId) -> list[RetainedEffect]:
+        """A living session gives up whatever it has here; it has unmapped the memory."""
+        effects = self.session_ended(session)
+        if self.seat.holder is not None and self.seat.holder.session == session:
+            effects += self.seat.vacate()
+        return [*effects, *self._settle()]
+
+    def session_ended(self, session: SessionId) -> list[RetainedEffect]:
+        """A session has ended: its use and its requests end, but not its hold."""
+        self.users.pop(session, None)
+        self.asking = [asking for asking in self.asking if asking.claim.session != session]
+        self.seat.drop(session)
+        if self.planner is not None and self.planner.claim.session == session:
+            self.planner = None
+        return self._settle()
+
+    def cohort_ends(self, cohort: str, reason: str) -> list[RetainedEffect]:
+        """A cohort is being ended, or ends by itself."""
+        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+            return []
+        return list(self.seat.end(reason))
+
+    def cohort_gone(self, cohort: str) -> list[RetainedEffect]:
+        """Every process of a cohort has exited."""
+        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+            return []
+        return [*self.seat.vacate(), *self._settle()]
+
+    def fence_failed(self, cohort: str, error: GmsError) -> list[RetainedEffect]:
+        """The holder's cohort cannot be ended: nobody who waits can get the memory."""
+        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+            return []
+        return list(self.seat.refuse_all(error))
+
+    def drop(self) -> list[RetainedEffect]:
+        """Free the memory and forget the plan.
+
+        Raises:
+            LeaseConflict: Somebody uses or holds it.
+        """
+        if self.users or self.seat.holder is not None or self.planner is not None:
+            raise LeaseConflict(f"pool {self.name!r} is in use", hint="Stop the engines that use it first; `gms status` lists them.")
+        return self._forget()
+
+    def allocations_of(self, session: SessionId) -> dict[int, int]:
+        """Bytes by id, in arena order.
+
+        Raises:
+            LeaseConflict: The session does not use the pool.
+        """
+        if session not in self.users:
+            raise LeaseConflict(f"this session does not use pool {self.name!r}")
+        return {allocation.id: allocation.size for allocation in self.allocations}
+
+    @property
+    def state(self) -> str:
+        """In one word, for status."""
+        if self.seat.holder is not None:
+            return "fencing" if self.seat.ending else "held"
+        if self.planner is not None:
+            return "planning"
+        return "empty" if self.identity is None else "free"
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is lost when the pool is forgotten."""
+        return self.identity is None and not self.users and not self.asking and self.planner is None and self.seat.number == 0
+
+    def _planning(self) -> tuple[Asking, ...]:
+        return () if self.planner is None else (self.planner,)
+
+    def _forget(self) -> list[RetainedEffect]:
+        ids = tuple(allocation.id for allocation in self.allocations)
+        self.identity, self.plan, self.allocations = None, b"", ()
+        return [Free(ids)] if ids else []
+
+    def _settle(self) -> list[RetainedEffect]:
+        effects: list[RetainedEffect] = []
+        waiting: list[Asking] = []
+        for asking in self.asking:
+            session = asking.claim.session
+            if self.planner is not None:
+                waiting.append(asking)
+                effects.append(Wait(session, f"{self.planner.claim.label} is planning it"))
+                continue
+            differences = asking.identity.differences(self.identity) if self.identity is not None else {}
+            if differences and (self.users or self.seat.holder is not None):
+                effects.append(Refuse(session, self._mismatch(differences)))
+            elif self.identity is None or differences:
+                effects += self._forget()  # memory of another layout that nobody uses any more
+                self.planner = asking
+                effects.append(MakePlan(session))
+            else:
+                self.users[session] = asking.claim
+                effects.append(Adopt(session))
+        self.asking = waiting
+        return effects
+
+    def _mismatch(self, differences: dict[str, str]) -> IdentityMismatch:
+        listing = "; ".join(f"{name}: {pair}" for name, pair in differences.items())
+        return IdentityMismatch(
+            f"pool {self.name!r} is laid out for an engine of another kind: {listing} (expected != planned)",
+            hint="Start all engines that stand in for one another with the same options, or give this one another kv_tag.",
+            details=differences,
+        )

@@ -1,0 +1,87 @@
+"""A client's connection, as far as the pools are concerned, and how a request of it waits for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gms_core.errors import InvalidArgument
+from gms_core.protocol.messages import Message, Waiting
+from gms_core.protocol.peer import PeerCredentials
+from gms_core.server.effects import Refuse, SessionId, Wait
+
+Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
+"""Sends a message with descriptors to the client."""
+
+
+@dataclass
+class Session:
+    """One client.
+
+    Attributes:
+        open_pidfd: Gives a new descriptor of the client's process.
+        answers: What the machines have decided about this session's waiting request; a `Wait` is news, anything else ends the request.
+        ended: Set once the client has gone.
+        waiting_for: What it waits for, in words; empty when it does not.
+    """
+
+    id: SessionId
+    peer: PeerCredentials
+    client: str
+    send: Send
+    open_pidfd: Callable[[], int]
+    since: float = field(default_factory=time.monotonic)
+    answers: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    waiting_for: str = ""
+
+    async def answer(self, about: str, timeout_s: float, ended: asyncio.Event, withdraw: Callable[[], None]) -> Any:
+        """Wait for the decision about this session's request, and tell the client what it waits for.
+
+        Args:
+            about: What the request is about, for status.
+            timeout_s: Seconds to wait at most.
+            ended: Set once the client has gone.
+            withdraw: Takes the request back when its time is over; the machine answers that with a refusal, unless it has answered already.
+
+        Raises:
+            GmsError: The request is refused.
+            ConnectionError: The client has gone.
+        """
+        deadline = time.monotonic() + timeout_s
+        try:
+            while isinstance(answer := await self._next(deadline, ended), Wait):
+                self.waiting_for = f"{about}: {answer.reason}"
+                await self.send(Waiting(answer.reason), ())
+            if answer is None:
+                withdraw()
+                while isinstance(answer := await self.answers.get(), Wait):
+                    pass  # news that came as the time ended
+        finally:
+            self.waiting_for = ""
+        if isinstance(answer, Refuse):
+            raise answer.error
+        return answer
+
+    async def _next(self, deadline: float, ended: asyncio.Event) -> Any:
+        """The next decision about the session's request; None when its time is over."""
+        answer = asyncio.ensure_future(self.answers.get())
+        gone = asyncio.ensure_future(ended.wait())
+        try:
+            await asyncio.wait((answer, gone), timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if gone.done():
+                raise ConnectionResetError("the client has gone while it waited")
+            return None
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+
+def check_wait(timeout_s: float, limit_s: float) -> None:
+    """Raise `InvalidArgument` unless a request may ask to wait for so long."""
+    if not 0 <= timeout_s <= limit_s:
+        raise InvalidArgument(f"a wait of {timeout_s} s is not between 0 and {limit_s:g}")
