@@ -2,7 +2,7 @@
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gms_core.errors import CohortFenced, FenceFailed, GmsError, LeaseConflict
 from gms_core.layout import Allocation, Identity
@@ -34,6 +34,25 @@ class Engines(RuleBasedStateMachine):
         self.waiting = {}  # session -> what for
         self.memory = set()
         self.allocation = 0
+
+    @initialize(crowded=st.booleans())
+    def begin(self, crowded):
+        if not crowded:
+            return
+        for name in ("one", "one", "two", "two", "three"):
+            self.join(name)
+        self.waiting[1] = "plan"
+        self.pool_effects(self.pool.ask_plan(self.claim(1), KINDS[0]))
+        self.waiting[1] = "plan"
+        self.allocation += 1
+        self.pool_effects(self.pool.provide(1, b"plan", [Allocation(self.allocation, 0, 1)]))
+        self.memory.add(self.allocation)
+        for session in (3, 5):
+            self.waiting[session] = "plan"
+            self.pool_effects(self.pool.ask_plan(self.claim(session), KINDS[0]))
+        for session in (1, 3, 5):
+            self.waiting[session] = "hold"
+            self.pool_effects(self.pool.hold(session, first=False))
 
     def carry_out(self, effects):
         for effect in effects:
