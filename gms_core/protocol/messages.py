@@ -28,7 +28,17 @@ from gms_core.protocol.engines import (
     Provide,
     Report,
 )
-from gms_core.protocol.status import CohortStatus, LockStatus, MemberStatus, PoolStatus, RetainedStatus, SessionStatus, Status, StatusReport
+from gms_core.protocol.status import (
+    CohortStatus,
+    EndStatus,
+    LockStatus,
+    MemberStatus,
+    PoolStatus,
+    RetainedStatus,
+    SessionStatus,
+    Status,
+    StatusReport,
+)
 
 PROTOCOL_VERSION = 1
 
@@ -228,6 +238,7 @@ __all__ = [
     "Drop",
     "Elect",
     "Elected",
+    "EndStatus",
     "Export",
     "Failure",
     "Held",

@@ -97,6 +97,22 @@ class CohortStatus(msgspec.Struct, frozen=True):
     members: tuple[MemberStatus, ...]
 
 
+class EndStatus(msgspec.Struct, frozen=True):
+    """How a cohort ended. Times are seconds of this machine's monotonic clock, which all its processes share.
+
+    Attributes:
+        reason: Why it was ended, or that it ended in an orderly way.
+        noticed_s: When the server knew that it ends, and had sent its signals.
+        gone_s: When every process of it had exited.
+    """
+
+    cohort: str
+    engine: str
+    reason: str
+    noticed_s: float
+    gone_s: float
+
+
 class LockStatus(msgspec.Struct, frozen=True):
     """One lock that the server arbitrates.
 
@@ -124,7 +140,7 @@ class SessionStatus(msgspec.Struct, frozen=True):
 
 
 class StatusReport(Message, frozen=True, tag="status_report"):
-    """The server's state at one instant."""
+    """The server's state at one instant; ``ends`` are the last cohorts that are gone."""
 
     server: str
     pid: int
@@ -141,3 +157,4 @@ class StatusReport(Message, frozen=True, tag="status_report"):
     retained: tuple[RetainedStatus, ...] = ()
     cohorts: tuple[CohortStatus, ...] = ()
     locks: tuple[LockStatus, ...] = ()
+    ends: tuple[EndStatus, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
@@ -15,6 +16,7 @@ from gms_core.protocol.messages import (
     Done,
     Elect,
     Elected,
+    EndStatus,
     Instruct,
     Join,
     LockStatus,
@@ -28,6 +30,9 @@ from gms_core.server.fencing import Fencer
 from gms_core.server.limits import Limits
 from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
 from gms_core.server.sessions import Session, check_wait
+
+ENDS = 64
+"""Ends of cohorts that status tells of."""
 
 
 class CohortRequests:
@@ -52,6 +57,8 @@ class CohortRequests:
     ) -> None:
         self.cohorts = Cohorts()
         self.locks: dict[str, Seat] = {}
+        self.ends: deque[EndStatus] = deque(maxlen=ENDS)
+        self._noticed: dict[str, tuple[str, str, float]] = {}
         self._sessions = sessions
         self._limits = limits
         self._ending_elsewhere, self._gone, self._failed_elsewhere = ending, gone, failed
@@ -163,11 +170,14 @@ class CohortRequests:
     def _apply(self, effects: list[CohortEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Gone):
+                engine, reason, noticed_s = self._noticed.pop(effect.cohort, ("", "", 0.0))
+                self.ends.append(EndStatus(effect.cohort, engine, reason, noticed_s, time.monotonic()))
                 self._gone(effect.cohort)
             elif not isinstance(effect, Kill):
                 self._post([effect])
 
     def _ending(self, cohort: str, reason: str) -> None:
+        self._noticed[cohort] = (self.cohorts.by_name[cohort].engine, reason, time.monotonic())
         for seat in self._owned(lambda claim: claim.cohort == cohort):
             self._post(seat.end(reason))
         self._ending_elsewhere(cohort, reason)

@@ -297,6 +297,7 @@ class Service:
             retained=self.retained.status(),
             cohorts=self.engines.status(),
             locks=self.engines.lock_status(),
+            ends=tuple(self.engines.ends),
         )
 
 

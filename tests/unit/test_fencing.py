@@ -123,6 +123,9 @@ def test_whole_cohort_is_ended_when_one_connection_closes_and_its_process_lives(
     other.ask("close")
     assert {first.wait(), other.wait()} == {-signal.SIGKILL}
     report = status_when(server, lambda report: not report.cohorts)
+    assert [(end.engine, "connection of its engine-core" in end.reason, end.gone_s > end.noticed_s > 0) for end in report.ends] == [
+        ("engine of one", True, True)
+    ]
     assert report.retained[0].state == "free"
     assert report.retained[0].bytes == sum(SIZES)
 

@@ -37,7 +37,8 @@ class Client:
         self.ended = asyncio.Event()
 
     async def open(self):
-        self.session = await self.service.open(Hello((1,)), PeerCredentials(os.getpid(), os.getuid(), 0), self.send, lambda: os.pidfd_open(os.getpid()))
+        peer = PeerCredentials(os.getpid(), os.getuid(), 0)
+        self.session = await self.service.open(Hello((1,)), peer, self.send, lambda: os.pidfd_open(os.getpid()))
         return self
 
     async def send(self, message, _):
