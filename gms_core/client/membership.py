@@ -22,7 +22,7 @@ class Membership:
         self.cohort = cohort
 
     @classmethod
-    def join(cls, session: Session, cohort: str, engine: str, process: str, *, deadline_s: float = 0.0) -> Self:
+    def join(cls, session: Session, cohort: str, engine: str, process: str, *, deadline_s: float = 0.0, serves: bool = False) -> Self:
         """Join a cohort, which the first to join it makes.
 
         Args:
@@ -31,12 +31,13 @@ class Membership:
             engine: What people call the engine.
             process: Which of its processes this is, such as ``rank 0``.
             deadline_s: Seconds without `beat` or `report` after which the cohort is fenced; 0 for no such watch.
+            serves: Whether this process accepts and answers requests.
 
         Raises:
             CohortFenced: The cohort is being ended.
             PermissionRefused: The server cannot watch or end this process.
         """
-        session.perform(Join(cohort, engine, process, deadline_s))
+        session.perform(Join(cohort, engine, process, deadline_s, serves))
         return cls(session, cohort)
 
     def report(self, role: Role, detail: str = "") -> Order:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from gms_core.client.arena import Take
 from gms_core.client.session import Session
 from gms_core.layout import Identity
-from gms_core.protocol.messages import Export, Held, Hold, Plan, PlanDue, Planned, Provide, Release
+from gms_core.protocol.messages import AwaitWhole, Done, Export, Held, Hold, Plan, PlanDue, Planned, Provide, Release
 
 
 class RetainedPool:
@@ -34,32 +34,47 @@ class RetainedPool:
         self.planned = answer if isinstance(answer, Planned) else None
         return self.planned
 
-    def provide(self, plan: bytes, sizes: Sequence[int], timeout_s: float) -> Planned:
+    def provide(self, plan: bytes, sizes: Sequence[int], timeout_s: float, *, front: Sequence[int] = ()) -> Planned:
         """Create the memory, for this engine and those that come after it.
 
         Args:
             plan: What they adopt.
             sizes: Bytes of each allocation, in arena order.
             timeout_s: Seconds to wait for memory that others are releasing.
+            front: Indices of the allocations of which there are to be two, so that the next holder can begin with the one that this one never had.
 
         Raises:
             OutOfMemory: There was no room in time.
         """
-        self.planned = self._session.ask(Provide(self.name, plan, tuple(sizes), timeout_s), Planned, timeout_s)
+        self.planned = self._session.ask(Provide(self.name, plan, tuple(sizes), timeout_s, tuple(front)), Planned, timeout_s)
         return self.planned
 
     def receive(self, take: Take) -> None:
         """Get the allocations, in arena order. Mapping them is for the holder alone."""
         self._session.receive_allocations(Export(self.name), take)
 
-    def hold(self, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> int:
-        """Become the holder; returns the epoch.
+    def hold(self, timeout_s: float, on_wait: Callable[[str], None] | None = None, *, bridge: bool = False) -> Held:
+        """Become the holder.
+
+        Args:
+            timeout_s: Seconds to wait at most.
+            on_wait: Called with the reason, each time that it changes, while it waits.
+            bridge: Whether the caller can begin with the front alone, and `await_whole` before it maps the rest.
 
         Raises:
             AcquireTimeout: The holder before has not ended in time.
             FenceFailed: It cannot be ended.
         """
-        return self._session.ask(Hold(self.name, timeout_s), Held, timeout_s, on_wait).epoch
+        return self._session.ask(Hold(self.name, timeout_s, bridge), Held, timeout_s, on_wait)
+
+    def await_whole(self, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> None:
+        """Wait until all of the memory may be mapped.
+
+        Raises:
+            AcquireTimeout: Processes of an earlier holder were still there.
+            FenceFailed: They cannot be ended.
+        """
+        self._session.ask(AwaitWhole(self.name, timeout_s), Done, timeout_s, on_wait)
 
     def release(self) -> None:
         """Give up the hold and the use of the pool. The caller has unmapped it and its device has finished."""

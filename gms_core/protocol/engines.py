@@ -14,12 +14,14 @@ class Join(Message, frozen=True, tag="join"):
         engine: What people call the engine, such as ``engine-1``.
         process: Which of its processes this is, such as ``api-server 0``, ``engine-core`` or ``rank 3``.
         deadline_s: If not 0, the cohort is fenced once this session has sent neither `Report` nor `Beat` for so many seconds.
+        serves: Whether this process accepts and answers requests. Once all that do have exited, nobody can hear of their engine any more.
     """
 
     cohort: str
     engine: str
     process: str
     deadline_s: float = 0.0
+    serves: bool = False
 
 
 class Report(Message, frozen=True, tag="report"):
@@ -116,12 +118,14 @@ class Provide(Message, frozen=True, tag="provide"):
         plan: What every later user adopts; the server does not look into it.
         sizes: Bytes of each allocation in arena order, multiples of the granularity.
         timeout_s: Seconds to wait for memory that another process is releasing.
+        front: Indices in ``sizes`` of the allocations that make up the front, of which there are to be two; none: there is no bridge.
     """
 
     pool: str
     plan: bytes
     sizes: tuple[int, ...]
     timeout_s: float = 0.0
+    front: tuple[int, ...] = ()
 
 
 class Planned(Message, frozen=True, tag="planned"):
@@ -131,12 +135,14 @@ class Planned(Message, frozen=True, tag="planned"):
         plan: As it was provided.
         allocations: In arena order, side by side from offset 0.
         epoch: The last one that was granted; 0 if the memory was never held.
+        spares: The second front: for some of the allocations another one of the same offset and size.
     """
 
     pool: str
     plan: bytes
     allocations: tuple[Allocation, ...]
     epoch: int
+    spares: tuple[Allocation, ...] = ()
 
 
 class Hold(Message, frozen=True, tag="hold"):
@@ -144,10 +150,15 @@ class Hold(Message, frozen=True, tag="hold"):
 
     It is granted once every process of the cohort that held it before has exited, or that cohort has released it. Before it, nobody but the holder
     may map the memory.
+
+    Attributes:
+        bridge: The session can begin with the front alone. It is granted earlier then: once the cohort that held the pool before is being ended and
+            every process of it that serves has exited.
     """
 
     pool: str
     timeout_s: float
+    bridge: bool = False
 
 
 class Drop(Message, frozen=True, tag="drop"):
@@ -161,7 +172,18 @@ class Held(Message, frozen=True, tag="held"):
 
     Attributes:
         epoch: +1 with each grant.
+        turn: Which front the holder has: 0 for the one among ``allocations`` of the plan, 1 for ``spares``.
+        whole: Whether it may map all of the memory; else the front alone, until `AwaitWhole` is answered.
     """
 
     pool: str
     epoch: int
+    turn: int = 0
+    whole: bool = True
+
+
+class AwaitWhole(Message, frozen=True, tag="await_whole"):
+    """Wait until the holder may map all of the memory: every process of the cohorts that held it before has exited. Answered by `Done`."""
+
+    pool: str
+    timeout_s: float

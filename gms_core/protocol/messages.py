@@ -12,6 +12,7 @@ from gms_core.layout import Allocation, Identity, Layout
 from gms_core.protocol.base import Message, Mode, Order, Role
 from gms_core.protocol.engines import (
     AwaitRole,
+    AwaitWhole,
     Beat,
     Depart,
     Drop,
@@ -218,6 +219,7 @@ Request = (
     | Plan
     | Provide
     | Hold
+    | AwaitWhole
     | Drop
     | Status
 )
@@ -228,6 +230,7 @@ __all__ = [
     "Acquire",
     "Allocate",
     "AwaitRole",
+    "AwaitWhole",
     "Beat",
     "CohortStatus",
     "Commit",

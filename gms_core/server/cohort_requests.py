@@ -24,7 +24,7 @@ from gms_core.protocol.messages import (
     Orders,
     Report,
 )
-from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, RoleReached
+from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, Mute, RoleReached
 from gms_core.server.effects import SessionId
 from gms_core.server.fencing import Fencer
 from gms_core.server.limits import Limits
@@ -42,6 +42,7 @@ class CohortRequests:
         sessions: All that are open.
         limits: Bounds on what clients may cost.
         ending: Called with a cohort and the reason as soon as it ends.
+        mute: Called with a cohort that is ending once it can answer nobody any more.
         gone: Called with a cohort once every process of it has exited.
         failed: Called with a cohort and the error when it cannot be ended.
     """
@@ -52,6 +53,7 @@ class CohortRequests:
         limits: Limits,
         *,
         ending: Callable[[str, str], None],
+        mute: Callable[[str], None],
         gone: Callable[[str], None],
         failed: Callable[[str, GmsError], None],
     ) -> None:
@@ -61,7 +63,7 @@ class CohortRequests:
         self._noticed: dict[str, tuple[str, str, float]] = {}
         self._sessions = sessions
         self._limits = limits
-        self._ending_elsewhere, self._gone, self._failed_elsewhere = ending, gone, failed
+        self._ending_elsewhere, self._mute, self._gone, self._failed_elsewhere = ending, mute, gone, failed
         self._fencer = Fencer(self.cohorts, limits, apply=self._apply, ending=self._ending, exited=self._exited, failed=self._failed)
 
     def claim(self, session: Session) -> Claim:
@@ -173,6 +175,8 @@ class CohortRequests:
                 engine, reason, noticed_s = self._noticed.pop(effect.cohort, ("", "", 0.0))
                 self.ends.append(EndStatus(effect.cohort, engine, reason, noticed_s, time.monotonic()))
                 self._gone(effect.cohort)
+            elif isinstance(effect, Mute):
+                self._mute(effect.cohort)
             elif not isinstance(effect, Kill):
                 self._post([effect])
 

@@ -28,6 +28,13 @@ class Kill:
 
 
 @dataclass(frozen=True)
+class Mute:
+    """The cohort is ending, and every process of it that served has exited: nobody hears of it any more."""
+
+    cohort: str
+
+
+@dataclass(frozen=True)
 class Gone:
     """Every process of the cohort has exited."""
 
@@ -41,7 +48,7 @@ class RoleReached:
     session: SessionId
 
 
-CohortEffect = Kill | Gone | RoleReached | Refuse | Wait
+CohortEffect = Kill | Mute | Gone | RoleReached | Refuse | Wait
 
 
 @dataclass
@@ -49,6 +56,7 @@ class Member:
     """One joined session and its process. A process that joins with two sessions is two members: each has a pidfd of its own.
 
     Attributes:
+        serves: Whether it accepts and answers requests.
         exited: Whether the kernel has reported its exit.
     """
 
@@ -56,6 +64,7 @@ class Member:
     pid: int
     process: str
     since: float
+    serves: bool = False
     exited: bool = False
 
 
@@ -177,6 +186,8 @@ class Cohorts:
         effects: list[CohortEffect] = []
         if cohort.state == "alive":
             effects += self.fence(cohort.name, f"its {member.process} (pid {member.pid}) has died")
+        if member.serves and all(other.exited for other in cohort.members.values() if other.serves):
+            effects.append(Mute(cohort.name))
         if all(other.exited for other in cohort.members.values()):
             effects += [Refuse(waiting, CohortFenced(f"{cohort.engine} has ended")) for waiting in cohort.awaiting]
             del self.by_name[cohort.name]

@@ -80,7 +80,7 @@ class Fencer:
         """
         pidfd = _open(session)
         try:
-            member = Member(session.id, session.peer.pid, request.process, time.monotonic())
+            member = Member(session.id, session.peer.pid, request.process, time.monotonic(), request.serves)
             self._cohorts.join(request.cohort, request.engine, member)
         except BaseException:
             os.close(pidfd)

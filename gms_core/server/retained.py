@@ -2,6 +2,10 @@
 
 One session plans: it says how large the memory is. Every later one adopts the plan, and may be a holder once the one before it is gone. What makes a
 holder gone is not known here: the server calls `cohort_gone` when every process of a cohort has exited.
+
+The bridge: a part of the memory, the front, exists twice. While it is not yet proven that a holder is gone, but certain that it cannot answer anybody
+any more (`cohort_mute`), the next one may hold the other front, which the one before never had; the rest follows with the proof. So the two fronts
+take turns, and a front is given to nobody while a process may live that was given it before.
 """
 
 from __future__ import annotations
@@ -29,7 +33,14 @@ class MakePlan:
     session: SessionId
 
 
-RetainedEffect = Adopt | MakePlan | SeatEffect | Free
+@dataclass(frozen=True)
+class Whole:
+    """It is proven that nobody but the holder can touch the rest of the memory: the session may map it."""
+
+    session: SessionId
+
+
+RetainedEffect = Adopt | MakePlan | Whole | SeatEffect | Free
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class RetainedPool:
         users: Sessions that have adopted the plan or provided it.
         planner: The session that makes the plan.
         seat: Who holds the memory; its number is the epoch.
+        spares: The second front: allocations for the same offsets as some of ``allocations``. Empty: there is no bridge.
+        turn: Which front the holder has, or the last one had: 0 for the one among ``allocations``, 1 for ``spares``.
+        unproven: Cohorts that held the memory before, and may have a process left.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,6 +75,13 @@ class RetainedPool:
         self.planner: Asking | None = None
         self.asking: list[Asking] = []
         self.seat = Seat(f"pool {name!r}")
+        self.spares: tuple[Allocation, ...] = ()
+        self.turn = 0
+        self.unproven: list[str] = []
+        self._mute = False
+        self._gone = False
+        self._bridging: set[SessionId] = set()
+        self._awaiting: SessionId | None = None
 
     def ask_plan(self, claim: Claim, identity: Identity) -> list[RetainedEffect]:
         """Ask for the plan; the answer is among the effects, now or of a later call.
@@ -78,6 +99,9 @@ class RetainedPool:
         if any(asking.claim.session == session for asking in self.asking):
             self.asking = [asking for asking in self.asking if asking.claim.session != session]
             return [Refuse(session, AcquireTimeout(f"nobody planned pool {self.name!r} within {waited_s:g} s"))]
+        if self._awaiting == session:
+            self._awaiting = None
+            return [Refuse(session, AcquireTimeout(f"the end of the last holder of pool {self.name!r} is not proven after {waited_s:g} s"))]
         return list(self.seat.withdraw(session, waited_s))
 
     def check_provide(self, session: SessionId) -> None:
@@ -89,8 +113,14 @@ class RetainedPool:
         if self.planner is None or self.planner.claim.session != session:
             raise LeaseConflict(f"this session does not plan pool {self.name!r}")
 
-    def provide(self, session: SessionId, plan: bytes, allocations: Sequence[Allocation]) -> list[RetainedEffect]:
+    def provide(self, session: SessionId, plan: bytes, allocations: Sequence[Allocation], spares: Sequence[Allocation] = ()) -> list[RetainedEffect]:
         """The plan is made and its memory is there: whoever waited adopts it.
+
+        Args:
+            session: Who made the plan.
+            plan: What the others adopt.
+            allocations: In arena order.
+            spares: A second one for each of some of the allocations, at the same offset and of the same size.
 
         Raises:
             LeaseConflict: The session does not plan this pool, or no longer.
@@ -98,25 +128,48 @@ class RetainedPool:
         self.check_provide(session)
         assert self.planner is not None
         self.identity, self.plan, self.allocations = self.planner.identity, plan, tuple(allocations)
+        self.spares, self.turn = tuple(spares), 0
         self.users[session] = self.planner.claim
         self.planner = None
         return [Adopt(session), *self._settle()]
 
-    def hold(self, session: SessionId, *, first: bool) -> list[RetainedEffect]:
+    def hold(self, session: SessionId, *, first: bool, bridge: bool = False) -> list[RetainedEffect]:
         """Ask to be the holder.
+
+        Args:
+            session: Who asks.
+            first: Whether it goes before all others.
+            bridge: Whether it can begin with a front alone.
 
         Raises:
             LeaseConflict: The session does not use the pool, or its cohort holds it, or has asked, already.
         """
         if session not in self.users:
             raise LeaseConflict(f"this session does not use pool {self.name!r}", hint="Ask for its plan first.")
-        return list(self.seat.claim(self.users[session], first=first))
+        effects: list[RetainedEffect] = [*self.seat.claim(self.users[session], first=first)]
+        if bridge:
+            self._bridging.add(session)
+        return [*effects, *self._pass_on()]
+
+    def await_whole(self, session: SessionId) -> list[RetainedEffect]:
+        """The holder asks to be told when it may map all of the memory.
+
+        Raises:
+            LeaseConflict: The session does not hold the pool.
+        """
+        if self.seat.holder is None or self.seat.holder.session != session:
+            raise LeaseConflict(f"this session does not hold pool {self.name!r}")
+        if not self.unproven:
+            return [Whole(session)]
+        self._awaiting = session
+        return [Wait(session, "processes of the last holder are still ending")]
 
     def release(self, session: SessionId) -> list[RetainedEffect]:
         """A living session gives up whatever it has here; it has unmapped the memory."""
         effects = self.session_ended(session)
         if self.seat.holder is not None and self.seat.holder.session == session:
-            effects += self.seat.vacate()
+            self._gone = True
+            effects += self._pass_on()
         return [*effects, *self._settle()]
 
     def session_ended(self, session: SessionId) -> list[RetainedEffect]:
@@ -124,27 +177,68 @@ class RetainedPool:
         self.users.pop(session, None)
         self.asking = [asking for asking in self.asking if asking.claim.session != session]
         self.seat.drop(session)
+        self._bridging.discard(session)
+        if self._awaiting == session:
+            self._awaiting = None
         if self.planner is not None and self.planner.claim.session == session:
             self.planner = None
-        return self._settle()
+        return [*self._pass_on(), *self._settle()]
 
     def cohort_ends(self, cohort: str, reason: str) -> list[RetainedEffect]:
         """A cohort is being ended, or ends by itself."""
-        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+        if not self._holds(cohort):
             return []
         return list(self.seat.end(reason))
 
+    def cohort_mute(self, cohort: str) -> list[RetainedEffect]:
+        """A cohort that is being ended has no process left that could answer or accept anything; others may still compute."""
+        if not self._holds(cohort):
+            return []
+        self._mute = True
+        return self._pass_on()
+
     def cohort_gone(self, cohort: str) -> list[RetainedEffect]:
         """Every process of a cohort has exited."""
-        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+        if self._holds(cohort):
+            self._gone = True
+        elif cohort in self.unproven:
+            self.unproven.remove(cohort)
+        else:
             return []
-        return [*self.seat.vacate(), *self._settle()]
+        effects = [*self._pass_on(), *self._settle()]
+        if not self.unproven and self._awaiting is not None:
+            effects.append(Whole(self._awaiting))
+            self._awaiting = None
+        return effects
 
     def fence_failed(self, cohort: str, error: GmsError) -> list[RetainedEffect]:
-        """The holder's cohort cannot be ended: nobody who waits can get the memory."""
-        if self.seat.holder is None or self.seat.holder.cohort != cohort:
+        """A cohort that holds or held the memory cannot be ended: nobody who waits for that can get it."""
+        effects: list[RetainedEffect] = []
+        if (self._holds(cohort) or cohort in self.unproven) and self._awaiting is not None:
+            effects.append(Refuse(self._awaiting, error))
+            self._awaiting = None
+        if self._holds(cohort) or (cohort in self.unproven and self._gone):
+            effects += self.seat.refuse_all(error)
+        return effects
+
+    def _holds(self, cohort: str) -> bool:
+        return self.seat.holder is not None and self.seat.holder.cohort == cohort
+
+    def _pass_on(self) -> list[RetainedEffect]:
+        """Give the seat to the next, if that is safe: with all of the memory, or with the front that nobody who may live was ever given."""
+        holder = self.seat.holder
+        if holder is None or self.unproven:
             return []
-        return list(self.seat.refuse_all(error))
+        if self._gone:
+            self._mute = self._gone = False
+            return [*self.seat.vacate()]
+        queue = self.seat.queue
+        if self._mute and self.spares and queue and queue[0].session in self._bridging:
+            self.unproven.append(holder.cohort)
+            self.turn = 1 - self.turn
+            self._mute = False
+            return [*self.seat.vacate()]
+        return []
 
     def drop(self) -> list[RetainedEffect]:
         """Free the memory and forget the plan.
@@ -152,7 +246,7 @@ class RetainedPool:
         Raises:
             LeaseConflict: Somebody uses or holds it.
         """
-        if self.users or self.seat.holder is not None or self.planner is not None:
+        if self.users or self.seat.holder is not None or self.planner is not None or self.unproven:
             raise LeaseConflict(f"pool {self.name!r} is in use", hint="Stop the engines that use it first; `gms status` lists them.")
         return self._forget()
 
@@ -164,7 +258,7 @@ class RetainedPool:
         """
         if session not in self.users:
             raise LeaseConflict(f"this session does not use pool {self.name!r}")
-        return {allocation.id: allocation.size for allocation in self.allocations}
+        return {allocation.id: allocation.size for allocation in (*self.allocations, *self.spares)}
 
     @property
     def state(self) -> str:
@@ -184,8 +278,8 @@ class RetainedPool:
         return () if self.planner is None else (self.planner,)
 
     def _forget(self) -> list[RetainedEffect]:
-        ids = tuple(allocation.id for allocation in self.allocations)
-        self.identity, self.plan, self.allocations = None, b"", ()
+        ids = tuple(allocation.id for allocation in (*self.allocations, *self.spares))
+        self.identity, self.plan, self.allocations, self.spares = None, b"", (), ()
         return [Free(ids)] if ids else []
 
     def _settle(self) -> list[RetainedEffect]:
@@ -198,7 +292,7 @@ class RetainedPool:
                 effects.append(Wait(session, f"{self.planner.claim.label} is planning it"))
                 continue
             differences = asking.identity.differences(self.identity) if self.identity is not None else {}
-            if differences and (self.users or self.seat.holder is not None):
+            if differences and (self.users or self.seat.holder is not None or self.unproven):
                 effects.append(Refuse(session, self._mismatch(differences)))
             elif self.identity is None or differences:
                 effects += self._forget()  # memory of another layout that nobody uses any more

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from gms_core.errors import GmsError, LeaseConflict, PoolNotFound, QuotaExceeded
+from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, QuotaExceeded
 from gms_core.layout import Allocation
-from gms_core.protocol.messages import Done, Drop, Held, Hold, Plan, PlanDue, Planned, Provide, RetainedStatus
+from gms_core.protocol.messages import AwaitWhole, Done, Drop, Held, Hold, Plan, PlanDue, Planned, Provide, RetainedStatus
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
@@ -60,13 +60,20 @@ class RetainedRequests:
             raise QuotaExceeded(f"a plan of {len(request.plan)} bytes is over the limit of {self._limits.metadata_bytes}")
         pool = self._pool(request.pool)
         pool.check_provide(session.id)  # refuses who is not the planner, before any memory is made
-        made = await self._memory.create(request.sizes, request.timeout_s, ended)
+        if any(not 0 <= index < len(request.sizes) for index in request.front) or len(set(request.front)) != len(request.front):
+            raise InvalidArgument(f"the front {list(request.front)[:5]} does not name allocations of the plan, each once")
+        sizes = (*request.sizes, *(request.sizes[index] for index in request.front))
+        made = await self._memory.create(sizes, request.timeout_s, ended)
         allocations, offset = [], 0
-        for identifier, owned in made:
+        for identifier, owned in made[: len(request.sizes)]:
             allocations.append(Allocation(identifier, offset, owned.size))
             offset += owned.size
+        spares = [
+            Allocation(identifier, allocations[index].offset, owned.size)
+            for index, (identifier, owned) in zip(request.front, made[len(request.sizes) :], strict=True)
+        ]
         try:
-            effects = pool.provide(session.id, request.plan, allocations)
+            effects = pool.provide(session.id, request.plan, allocations, spares)
         except LeaseConflict:
             self._memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
             raise
@@ -79,12 +86,24 @@ class RetainedRequests:
         """Grant the memory, once it is proven that nothing of the holder before is left."""
         check_wait(request.timeout_s, self._limits.wait_s)
         pool = self._pool(request.pool)
-        self._apply(pool.hold(session.id, first=first))
+        self._apply(pool.hold(session.id, first=first, bridge=request.bridge))
         seated: Seated = await session.answer(
             f"pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
         )
-        log.info("pool %s: %s holds it, epoch %d", pool.name, pool.users[session.id].label, seated.number)
-        await session.send(Held(pool.name, seated.number), ())
+        whole = not pool.unproven
+        label = pool.users[session.id].label
+        log.info("pool %s: %s holds %s, epoch %d", pool.name, label, "it" if whole else "the bridge", seated.number)
+        await session.send(Held(pool.name, seated.number, pool.turn, whole), ())
+
+    async def await_whole(self, session: Session, request: AwaitWhole, ended: asyncio.Event) -> None:
+        """Answer once the holder of a bridge may map the rest."""
+        check_wait(request.timeout_s, self._limits.wait_s)
+        pool = self._pool(request.pool)
+        self._apply(pool.await_whole(session.id))
+        await session.answer(
+            f"the rest of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
+        )
+        await session.send(Done(), ())
 
     async def drop(self, session: Session, request: Drop) -> None:
         """Free memory that nobody uses."""
@@ -107,6 +126,11 @@ class RetainedRequests:
         for pool in self.pools.values():
             self._apply(pool.cohort_ends(cohort, reason))
 
+    def cohort_mute(self, cohort: str) -> None:
+        """A cohort that is ending can answer nobody any more."""
+        for pool in self.pools.values():
+            self._apply(pool.cohort_mute(cohort))
+
     def cohort_gone(self, cohort: str) -> None:
         """Every process of a cohort has exited."""
         for pool in self.pools.values():
@@ -118,7 +142,7 @@ class RetainedRequests:
             self._apply(pool.fence_failed(cohort, error))
 
     async def _send_plan(self, session: Session, pool: RetainedPool) -> None:
-        await session.send(Planned(pool.name, pool.plan, pool.allocations, pool.seat.number), ())
+        await session.send(Planned(pool.name, pool.plan, pool.allocations, pool.seat.number, pool.spares), ())
 
     def _pool(self, name: str) -> RetainedPool:
         if name not in self.pools:
@@ -144,8 +168,8 @@ class RetainedRequests:
                 state=pool.state,
                 epoch=pool.seat.number,
                 identity=pool.identity.fields if pool.identity else {},
-                allocations=len(pool.allocations),
-                bytes=sum(allocation.size for allocation in pool.allocations),
+                allocations=len(pool.allocations) + len(pool.spares),
+                bytes=sum(allocation.size for allocation in (*pool.allocations, *pool.spares)),
                 holder=pool.seat.holder.cohort if pool.seat.holder else "",
                 users=tuple(sorted(pool.users)),
                 waiting=tuple(claim.session for claim in pool.seat.queue),

@@ -18,6 +18,7 @@ from gms_core.protocol.messages import (
     Acquire,
     Allocate,
     AwaitRole,
+    AwaitWhole,
     Beat,
     Commit,
     Depart,
@@ -77,6 +78,7 @@ class Service:
             self.sessions,
             limits,
             ending=self.retained.cohort_ends,
+            mute=self.retained.cohort_mute,
             gone=self.retained.cohort_gone,
             failed=self.retained.fence_failed,
         )
@@ -168,6 +170,8 @@ class Service:
             case Hold():
                 first = self.engines.goes_first(self.engines.claim(session))
                 await self.retained.hold(session, request, first=first, ended=ended)
+            case AwaitWhole():
+                await self.retained.await_whole(session, request, ended)
             case Drop():
                 await self.retained.drop(session, request)
             case Status():

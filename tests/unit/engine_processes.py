@@ -26,16 +26,22 @@ sessions, state = [], {}
 def joined():
     session = connect(socket_path=socket, client=f"{cohort} {process}")
     sessions.append(session)
-    return Membership.join(session, cohort, f"engine of {cohort}", process, deadline_s=deadline_s)
+    return Membership.join(session, cohort, f"engine of {cohort}", process, deadline_s=deadline_s, serves=process.startswith("api"))
 
-def mapped(pool, driver):
-    # Maps the whole pool, as a holder does.
-    size = sum(allocation.size for allocation in pool.planned.allocations)
+def mapped(pool, driver, front_only=False):
+    # Maps what the holder may map: all of the pool, with the front whose turn it is; or that front alone.
+    planned, turn = pool.planned, state.get("turn", 0)
+    spared = {spare.offset for spare in planned.spares}
+    chosen = [a for a in planned.allocations if turn == 0 or a.offset not in spared] + [a for a in planned.spares if turn == 1]
+    if front_only:
+        chosen = [a for a in chosen if a.offset in spared]
+    size = max(a.offset + a.size for a in chosen)
     base = driver.reserve(size)
+    offsets = {a.id: a.offset for a in chosen}
     def take(received):
         for item in received:
-            offset = next(a.offset for a in pool.planned.allocations if a.id == item.id)
-            driver.map(base + offset, item.size, driver.import_descriptor(item.descriptor, item.size))
+            if item.id in offsets:
+                driver.map(base + offsets[item.id], item.size, driver.import_descriptor(item.descriptor, item.size))
     pool.receive(take)
     driver.set_access(base, size, Access.READ_WRITE)
     return base, size
@@ -50,16 +56,23 @@ def do(command):
         planned = pool.plan(Identity({"kind": arguments[1]}), 30.0)
         return None if planned is None else [planned.plan.decode(), sum(a.size for a in planned.allocations), planned.epoch]
     elif name == "provide":
-        state["pool"].provide(arguments[0].encode(), arguments[1], 5.0)
+        state["pool"].provide(arguments[0].encode(), arguments[1], 5.0, front=arguments[2] if len(arguments) > 2 else ())
     elif name == "hold":
-        return state["pool"].hold(arguments[0])
+        held = state["pool"].hold(arguments[0], bridge=len(arguments) > 1)
+        state["turn"] = held.turn
+        return held.epoch if held.whole else [held.epoch, held.turn]
+    elif name == "await whole":
+        state["pool"].await_whole(arguments[0])
     elif name == "release":
         state["pool"].release()
     elif name == "write":
         base, size = mapped(state["pool"], membership.session.driver)
         membership.session.driver.write(base, bytes([arguments[0]]) * size)
+    elif name == "write front":
+        base, size = mapped(state["pool"], membership.session.driver, front_only=True)
+        membership.session.driver.write(base, bytes([arguments[0]]) * size)
     elif name == "read":
-        base, size = mapped(state["pool"], membership.session.driver)
+        base, size = mapped(state["pool"], membership.session.driver, front_only=arguments == ["front"])
         return sorted(set(membership.session.driver.read(base, size)))
     elif name == "write for ever":
         # Like work on a device that nothing but the process's end can stop: every page, again and again, whatever becomes of the connection.
@@ -69,6 +82,8 @@ def do(command):
             while True:
                 ctypes.memset(base, arguments[0], size)
         threading.Thread(target=scribble, daemon=True).start()
+    elif name == "fatten":
+        state["fat"] = bytearray(os.urandom(4096)) * (arguments[0] // 4096)
     elif name == "elect":
         return membership.elect(arguments[0], arguments[1])
     elif name == "await role":

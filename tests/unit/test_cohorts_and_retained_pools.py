@@ -6,9 +6,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gms_core.errors import CohortFenced, FenceFailed, GmsError, LeaseConflict
 from gms_core.layout import Allocation, Identity
-from gms_core.server.cohorts import Cohorts, Gone, Kill, Member
+from gms_core.server.cohorts import Cohorts, Gone, Kill, Member, Mute
 from gms_core.server.effects import Free, Refuse, Wait
-from gms_core.server.retained import Adopt, MakePlan, RetainedPool
+from gms_core.server.retained import Adopt, MakePlan, RetainedPool, Whole
 from gms_core.server.seat import Claim, Seat, Seated
 
 KINDS = [Identity({"kind": "a"}), Identity({"kind": "b"})]
@@ -24,10 +24,11 @@ class Engines(RuleBasedStateMachine):
         self.lock = Seat("lock 'primary'")
         self.number = 0
         self.sessions = {}  # session -> cohort
+        self.serving = set()
         self.connected = set()
         self.exited = set()
         self.killed = set()
-        self.mapped = None  # (session, epoch): who writes to the memory, until its process has exited or it has released
+        self.mapped = {"rest": {}, 0: {}, 1: {}}  # who writes to which part of the memory, until its process has exited or it has released
         self.epochs = []
         self.terms = []
         self.owner = None
@@ -39,20 +40,20 @@ class Engines(RuleBasedStateMachine):
     def begin(self, crowded):
         if not crowded:
             return
-        for name in ("one", "one", "two", "two", "three"):
-            self.join(name)
+        for number, name in enumerate(("one", "one", "two", "two", "three", "three"), start=1):
+            self.join(name, serves=number % 2 == 0)
         self.waiting[1] = "plan"
         self.pool_effects(self.pool.ask_plan(self.claim(1), KINDS[0]))
         self.waiting[1] = "plan"
         self.allocation += 1
-        self.pool_effects(self.pool.provide(1, b"plan", [Allocation(self.allocation, 0, 1)]))
-        self.memory.add(self.allocation)
+        self.pool_effects(self.pool.provide(1, b"plan", [Allocation(self.allocation, 0, 1)], [Allocation(-self.allocation, 0, 1)]))
+        self.memory |= {self.allocation, -self.allocation}
         for session in (3, 5):
             self.waiting[session] = "plan"
             self.pool_effects(self.pool.ask_plan(self.claim(session), KINDS[0]))
         for session in (1, 3, 5):
             self.waiting[session] = "hold"
-            self.pool_effects(self.pool.hold(session, first=False))
+            self.pool_effects(self.pool.hold(session, first=False, bridge=True))
 
     def carry_out(self, effects):
         for effect in effects:
@@ -61,6 +62,9 @@ class Engines(RuleBasedStateMachine):
                 self.pool_effects(self.pool.cohort_ends(effect.cohort, effect.reason))
                 if self.lock.holder is not None and self.lock.holder.cohort == effect.cohort:
                     self.lock_effects(self.lock.end(effect.reason))
+            elif isinstance(effect, Mute):
+                assert all(session in self.exited for session in self.serving if self.sessions[session] == effect.cohort)
+                self.pool_effects(self.pool.cohort_mute(effect.cohort))
             elif isinstance(effect, Gone):
                 assert all(session in self.exited for session, cohort in self.sessions.items() if cohort == effect.cohort)
                 self.pool_effects(self.pool.cohort_gone(effect.cohort))
@@ -68,17 +72,32 @@ class Engines(RuleBasedStateMachine):
     def pool_effects(self, effects):
         for effect in effects:
             if isinstance(effect, Free):
-                assert self.mapped is None, "memory was freed that somebody maps"
+                assert not any(self.mapped.values()), "memory was freed that somebody maps"
                 self.memory -= set(effect.ids)
                 continue
             if isinstance(effect, Seated):
-                assert self.mapped is None or self.mapped[0] in self.exited, "two holders"
+                self.map(effect.session, self.pool.turn)
+                if not self.pool.unproven:
+                    self.map(effect.session, "rest")
                 assert not self.epochs or effect.number > self.epochs[-1]
                 self.epochs.append(effect.number)
-                self.mapped = (effect.session, effect.number)
+            if isinstance(effect, Whole):
+                self.map(effect.session, "rest")
             if not isinstance(effect, Wait):
-                assert self.waiting.pop(effect.session) in {"plan", "hold"}
+                assert self.waiting.pop(effect.session) in {"plan", "hold", "whole"}
                 assert effect.session in self.connected
+
+    def map(self, session, part):
+        assert all(cohort == self.sessions[session] for cohort in self.mapped[part].values()), "two engines write to the same memory"
+        self.mapped[part][session] = self.sessions[session]
+
+    def unmap(self, session):
+        # A process is one of several of its engine; what any of them may still do on a device ends when all have exited.
+        cohort = self.sessions[session]
+        if all(other in self.exited for other, its in self.sessions.items() if its == cohort):
+            for part in self.mapped.values():
+                for other in [other for other, its in part.items() if its == cohort]:
+                    del part[other]
 
     def lock_effects(self, effects):
         for effect in effects:
@@ -96,13 +115,15 @@ class Engines(RuleBasedStateMachine):
         free = sorted(session for session in self.connected if session not in self.waiting)
         return data.draw(st.sampled_from(free)) if free else None
 
-    @rule(name=st.sampled_from(["one", "two", "three"]))
-    def join(self, name):
+    @rule(name=st.sampled_from(["one", "two", "three"]), serves=st.booleans())
+    def join(self, name, serves=False):
         self.number += 1
         try:
-            self.cohorts.join(name, name, Member(self.number, 1000 + self.number, "rank", 0.0))
+            self.cohorts.join(name, name, Member(self.number, 1000 + self.number, "rank", 0.0, serves))
         except CohortFenced:
             return
+        if serves:
+            self.serving.add(self.number)
         self.sessions[self.number] = name
         self.connected.add(self.number)
 
@@ -118,28 +139,40 @@ class Engines(RuleBasedStateMachine):
         except GmsError:
             self.waiting.pop(session, None)
 
-    @rule(data=st.data())
-    def provide(self, data):
+    @rule(data=st.data(), bridge=st.booleans())
+    def provide(self, data, bridge):
         session = self.pick(data)
         if session is None:
             return
         self.waiting[session] = "plan"
         self.allocation += 1
         try:
-            self.pool_effects(self.pool.provide(session, b"plan", [Allocation(self.allocation, 0, 1)]))
-            self.memory.add(self.allocation)
+            spares = [Allocation(-self.allocation, 0, 1)] if bridge else []
+            self.pool_effects(self.pool.provide(session, b"plan", [Allocation(self.allocation, 0, 1)], spares))
+            self.memory |= {self.allocation, *(spare.id for spare in spares)}
         except LeaseConflict:
             del self.waiting[session]
 
-    @rule(data=st.data(), first=st.booleans())
-    def hold(self, data, first):
+    @rule(data=st.data())
+    def await_whole(self, data):
+        session = self.pick(data)
+        if session is None:
+            return
+        self.waiting[session] = "whole"
+        try:
+            self.pool_effects(self.pool.await_whole(session))
+        except LeaseConflict:
+            del self.waiting[session]
+
+    @rule(data=st.data(), first=st.booleans(), bridge=st.booleans())
+    def hold(self, data, first, bridge):
         session = self.pick(data)
         if session is None:
             return
         self.waiting[session] = "hold"
         try:
             self.cohorts.of(session)
-            self.pool_effects(self.pool.hold(session, first=first))
+            self.pool_effects(self.pool.hold(session, first=first, bridge=bridge))
         except GmsError:
             self.waiting.pop(session, None)
 
@@ -171,8 +204,8 @@ class Engines(RuleBasedStateMachine):
         session = self.pick(data)
         if session is None:
             return
-        if self.mapped is not None and self.mapped[0] == session:
-            self.mapped = None
+        for part in self.mapped.values():
+            part.pop(session, None)
         self.pool_effects(self.pool.release(session))
 
     @rule(data=st.data())
@@ -197,8 +230,7 @@ class Engines(RuleBasedStateMachine):
         if connection_first and session in self.connected:
             self.disconnect(session)
         self.exited.add(session)
-        if self.mapped is not None and self.mapped[0] == session:
-            self.mapped = None
+        self.unmap(session)
         effects = self.cohorts.exited(self.sessions[session], session)
         if self.lock.holder is not None and self.lock.holder.session == session:
             self.owner = None
@@ -242,7 +274,12 @@ class Engines(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_the_pools(self):
-        assert self.memory == {allocation.id for allocation in self.pool.allocations}
+        assert self.memory == {allocation.id for allocation in (*self.pool.allocations, *self.pool.spares)}
+
+    @invariant()
+    def holder_of_a_bridge_is_told_when_the_rest_is_free(self):
+        if not self.pool.unproven:
+            assert "whole" not in self.waiting.values()
 
     @invariant()
     def members_of_a_fenced_cohort_are_killed_or_have_exited(self):

@@ -251,3 +251,52 @@ def test_server_keeps_no_descriptor_when_cohorts_have_come_and_gone(server, star
     status_when(server, lambda report: len(report.sessions) == 1)
     assert [name for name in descriptors() if "pidfd" in name] == [name for name in before if "pidfd" in name]
     assert subprocess.run(["kill", "-0", str(pid)], check=False).returncode == 0
+
+
+def bridged_holder(start, cohort="one"):
+    """A rank that holds a pool whose first allocation is the front, and the API server of its engine."""
+    rank, front = start(cohort), start(cohort, "api-server 0")
+    assert rank.ask("plan", "kv", "a") is None
+    rank.ask("provide", "blocks=2", SIZES, [0])
+    assert rank.ask("hold", 0.0, "bridge") == 1
+    return rank, front
+
+
+def test_bridge_is_granted_when_nobody_of_the_last_engine_can_answer_and_the_rest_when_it_is_gone(server, start):
+    rank, front = bridged_holder(start)
+    rank.ask("write", 0xAA)
+    rank.ask("fatten", 2**29)  # the kernel takes its time to end a process with much memory, as it does with an engine
+    second = start("two")
+    second.ask("plan", "kv", "a")
+    second.tell("hold", 30.0, "bridge")
+    status_when(server, lambda report: report.retained[0].waiting)
+    front.kill()
+    granted = second.answer()
+    if granted == [2, 1]:
+        assert second.ask("read", "front") == [0], "the spare is memory that the one before never had"
+        second.ask("write front", 0xBB)
+        second.ask("await whole", 30.0)
+        assert second.ask("read") == [0xAA, 0xBB]
+    else:
+        assert granted == 2, "the one before was gone already"
+        assert second.ask("read") == [0xAA]
+    assert rank.wait() == -signal.SIGKILL
+
+
+def test_bridge_waits_for_the_proof_when_the_holder_of_the_last_bridge_dies_too(server, start):
+    rank, front = bridged_holder(start)
+    rank.ask("fatten", 2**29)
+    second, second_front, third = start("two"), start("two", "api-server 0"), start("three")
+    for process in (second, third):
+        process.ask("plan", "kv", "a")
+    second.tell("hold", 30.0, "bridge")
+    status_when(server, lambda report: report.retained[0].waiting)
+    third.tell("hold", 30.0, "bridge")
+    status_when(server, lambda report: len(report.retained[0].waiting) == 2)
+    front.kill()
+    second.answer()
+    second_front.kill()
+    assert third.answer() in (3, [3, 0], [3, 1])
+    if rank.wait() == -signal.SIGKILL:
+        third.ask("await whole", 30.0)
+    assert second.wait() == -signal.SIGKILL
