@@ -338,3 +338,20 @@ def test_planner_is_asked_again_when_the_first_one_has_gone():
     assert pool.ask_plan(Claim(1, "one", "one"), KINDS[0]) == [MakePlan(1)]
     assert isinstance(pool.ask_plan(Claim(2, "two", "two"), KINDS[0])[0], Wait)
     assert pool.session_ended(1) == [MakePlan(2)]
+
+
+def test_third_engine_waits_for_the_proof_when_both_fronts_were_given_to_engines_that_may_live():
+    pool = RetainedPool("kv")
+    for session, name in ((1, "one"), (2, "two"), (3, "three")):
+        pool.ask_plan(Claim(session, name, name), KINDS[0])
+        if session == 1:
+            pool.provide(1, b"", [Allocation(1, 0, 1)], [Allocation(2, 0, 1)])
+        pool.hold(session, first=False, bridge=True)
+    pool.cohort_ends("one", "it died")
+    assert Seated(2, 2) in pool.cohort_mute("one")
+    assert pool.turn == 1
+    pool.cohort_ends("two", "it died")
+    assert pool.cohort_mute("two") == []
+    assert pool.cohort_gone("two") == []
+    assert Seated(3, 3) in pool.cohort_gone("one")
+    assert pool.await_whole(3) == [Whole(3)]
