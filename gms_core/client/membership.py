@@ -37,7 +37,7 @@ class Membership:
             CohortFenced: The cohort is being ended.
             PermissionRefused: The server cannot watch or end this process.
         """
-        session.perform(Join(cohort, engine, process, deadline_s, serves))
+        session.join(Join(cohort, engine, process, deadline_s, serves))
         return cls(session, cohort)
 
     def report(self, role: Role, detail: str = "") -> Order:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from gms_core import __version__
+from gms_core import __version__, death_notice
 from gms_core.client.arena import Received, Take, round_up
 from gms_core.client.lease import ReadLease, WriteLease
 from gms_core.config import settings
@@ -42,6 +42,8 @@ from gms_core.protocol.messages import (
     Export,
     Failure,
     Hello,
+    Join,
+    Joined,
     Message,
     Mode,
     ReadGranted,
@@ -50,6 +52,7 @@ from gms_core.protocol.messages import (
     StatusReport,
     Waiting,
     Welcome,
+    WillNotify,
     WriteGranted,
 )
 from gms_core.protocol.peer import peer_credentials
@@ -260,6 +263,20 @@ class Session:
     def commit(self, request: Commit) -> ReadGranted:
         """Publish a draft."""
         return _expect(ReadGranted, self._call(request))
+
+    def join(self, request: Join) -> None:
+        """Join a cohort, and have the kernel give the server notice of this process's death."""
+        with self._lock:
+            joined, descriptors = self._call(request)
+            try:
+                if not isinstance(joined, Joined) or len(descriptors) != joined.notice:
+                    raise ProtocolError(f"the server answered with {type(joined).__name__} and {len(descriptors)} descriptors")
+                for descriptor in descriptors:
+                    death_notice.give_at_death(descriptor)
+            finally:
+                close_descriptors(descriptors)
+            if descriptors:
+                self.perform(WillNotify())
 
     def receive_allocations(self, request: Allocate | Export, take: Take) -> None:
         """Carry out a request that is answered by descriptors.

@@ -7,7 +7,7 @@ from gms_core.protocol.base import Message, Order, Role
 
 
 class Join(Message, frozen=True, tag="join"):
-    """The session's process belongs to this cohort from now on, and lives and dies with it. The server keeps a pidfd of it.
+    """The session's process belongs to this cohort from now on, and lives and dies with it; answered by `Joined`. The server keeps a pidfd of it.
 
     Attributes:
         cohort: The same random text in every process of one instance of an engine.
@@ -22,6 +22,20 @@ class Join(Message, frozen=True, tag="join"):
     process: str
     deadline_s: float = 0.0
     serves: bool = False
+
+
+class Joined(Message, frozen=True, tag="joined"):
+    """Answer to `Join`, with a descriptor in the ancillary data if ``notice`` is set.
+
+    Attributes:
+        notice: The descriptor is of a page for `gms_core.death_notice`; the client says `WillNotify` once the kernel will give the notice in it.
+    """
+
+    notice: bool = False
+
+
+class WillNotify(Message, frozen=True, tag="will_notify"):
+    """The kernel gives notice of the process's death in the page that came with `Joined`."""
 
 
 class Report(Message, frozen=True, tag="report"):

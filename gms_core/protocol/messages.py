@@ -22,12 +22,14 @@ from gms_core.protocol.engines import (
     Hold,
     Instruct,
     Join,
+    Joined,
     Orders,
     Plan,
     PlanDue,
     Planned,
     Provide,
     Report,
+    WillNotify,
 )
 from gms_core.protocol.status import (
     CohortStatus,
@@ -210,6 +212,7 @@ Request = (
     | Commit
     | Release
     | Join
+    | WillNotify
     | Report
     | Beat
     | Depart
@@ -223,7 +226,22 @@ Request = (
     | Drop
     | Status
 )
-Reply = Welcome | Waiting | WriteGranted | ReadGranted | Descriptors | Orders | Elected | PlanDue | Planned | Held | StatusReport | Done | Failure
+Reply = (
+    Welcome
+    | Joined
+    | Waiting
+    | WriteGranted
+    | ReadGranted
+    | Descriptors
+    | Orders
+    | Elected
+    | PlanDue
+    | Planned
+    | Held
+    | StatusReport
+    | Done
+    | Failure
+)
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -249,6 +267,7 @@ __all__ = [
     "Hold",
     "Instruct",
     "Join",
+    "Joined",
     "LockStatus",
     "MemberStatus",
     "Message",
@@ -272,5 +291,6 @@ __all__ = [
     "StatusReport",
     "Waiting",
     "Welcome",
+    "WillNotify",
     "WriteGranted",
 ]

@@ -19,6 +19,7 @@ from gms_core.protocol.messages import (
     EndStatus,
     Instruct,
     Join,
+    Joined,
     LockStatus,
     MemberStatus,
     Orders,
@@ -89,7 +90,12 @@ class CohortRequests:
             raise InvalidArgument(f"a deadline of {request.deadline_s} s is not between 0 and {self._limits.wait_s:g}")
         if request.cohort not in self.cohorts.by_name and len(self.cohorts.by_name) >= self._limits.cohorts:
             raise QuotaExceeded(f"{self._limits.cohorts} cohorts exist already")
-        self._fencer.join(session, request)
+        page = self._fencer.join(session, request)
+        await session.send(Joined(page is not None), () if page is None else (page,))
+
+    async def will_notify(self, session: Session) -> None:
+        """Note that the kernel will give notice of the session's death."""
+        self._fencer.expect_notice(session.id)
         await session.send(Done(), ())
 
     async def report(self, session: Session, request: Report) -> None:

@@ -178,6 +178,14 @@ class Cohorts:
             return []
         return self.fence(cohort.name, f"the connection of its {member.process} (pid {member.pid}) has ended")
 
+    def dying(self, cohort_name: str, session: SessionId) -> list[CohortEffect]:
+        """The kernel has given notice of a member's death, some time before its exit."""
+        cohort = self.by_name.get(cohort_name)
+        if cohort is None or cohort.state != "alive":
+            return []
+        member = cohort.members[session]
+        return self.fence(cohort.name, f"its {member.process} (pid {member.pid}) is dying")
+
     def exited(self, cohort_name: str, session: SessionId) -> list[CohortEffect]:
         """The kernel has reported the exit of a member's process."""
         cohort = self.by_name[cohort_name]

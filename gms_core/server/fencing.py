@@ -12,10 +12,12 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gms_core import death_notice
 from gms_core.errors import FenceFailed, GmsError, PermissionRefused
 from gms_core.protocol.messages import Join
 from gms_core.server.cohorts import CohortEffect, Cohorts, Gone, Kill, Member
@@ -31,10 +33,11 @@ SECOND_LOOK_S = 0.05
 
 @dataclass
 class Watched:
-    """What is held of a member: the pidfd, and the clock of its deadline."""
+    """What is held of a member: the pidfd, the page for the notice of its death, and the clock of its deadline."""
 
     cohort: str
     pidfd: int
+    page: int | None
     deadline_s: float
     beat: float
     clock: asyncio.TimerHandle | None = None
@@ -71,8 +74,8 @@ class Fencer:
         self._watched: dict[SessionId, Watched] = {}
         self._clocks: dict[str, asyncio.TimerHandle] = {}
 
-    def join(self, session: Session, request: Join) -> None:
-        """Watch a process that joins.
+    def join(self, session: Session, request: Join) -> int | None:
+        """Watch a process that joins; returns the descriptor, which stays the fencer's, of a page for the notice of its death.
 
         Raises:
             PermissionRefused: The process cannot be watched or ended from here.
@@ -85,10 +88,35 @@ class Fencer:
         except BaseException:
             os.close(pidfd)
             raise
-        self._watched[session.id] = Watched(request.cohort, pidfd, request.deadline_s, time.monotonic())
+        page = death_notice.create()
+        self._watched[session.id] = Watched(request.cohort, pidfd, page, request.deadline_s, time.monotonic())
         asyncio.get_running_loop().add_reader(pidfd, self._has_exited, session.id)
         self._wind(session.id)
         log.info("cohort %s: %s (pid %d) of %s has joined", request.cohort, request.process, session.peer.pid, request.engine)
+        return page
+
+    def expect_notice(self, session: SessionId) -> None:
+        """The kernel will give notice of a member's death in its page: wait for that. Idempotent."""
+        watched = self._watched.get(session)
+        if watched is None or watched.page is None:
+            return
+        loop, page = asyncio.get_running_loop(), watched.page
+        watched.page = None  # the thread's own from now on
+
+        def watch() -> None:
+            try:
+                died = death_notice.wait(page)
+            finally:
+                os.close(page)
+            if died:
+                with contextlib.suppress(RuntimeError):  # the server has stopped
+                    loop.call_soon_threadsafe(self._noticed, session)
+
+        threading.Thread(target=watch, name=f"gms-notice-{session}", daemon=True).start()
+
+    def _noticed(self, session: SessionId) -> None:
+        if (watched := self._watched.get(session)) is not None:
+            self.apply(self._cohorts.dying(watched.cohort, session))
 
     def beat(self, session: SessionId) -> None:
         """The session's process makes progress."""
@@ -157,6 +185,8 @@ class Fencer:
         watched = self._watched.pop(session)
         asyncio.get_running_loop().remove_reader(watched.pidfd)
         os.close(watched.pidfd)
+        if watched.page is not None:
+            os.close(watched.page)
         if watched.clock is not None:
             watched.clock.cancel()
         log.info("cohort %s: %s has exited", watched.cohort, self._process(watched.cohort, session))
@@ -202,6 +232,8 @@ class Fencer:
             loop.remove_reader(watched.pidfd)
             with contextlib.suppress(OSError):
                 os.close(watched.pidfd)
+            if watched.page is not None:
+                os.close(watched.page)
         self._watched.clear()
 
 

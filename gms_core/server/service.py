@@ -43,6 +43,7 @@ from gms_core.protocol.messages import (
     Status,
     StatusReport,
     Welcome,
+    WillNotify,
     WriteGranted,
 )
 from gms_core.protocol.peer import PeerCredentials
@@ -149,6 +150,8 @@ class Service:
                 await session.send(Done(), ())
             case Join():
                 await self.engines.join(session, request)
+            case WillNotify():
+                await self.engines.will_notify(session)
             case Report():
                 await self.engines.report(session, request)
             case Beat():

@@ -240,6 +240,13 @@ class Engines(RuleBasedStateMachine):
             self.disconnect(session)
 
     @rule(data=st.data())
+    def notice_of_death(self, data):
+        living = sorted(session for session in self.sessions if session not in self.exited)
+        if living:
+            session = data.draw(st.sampled_from(living))
+            self.carry_out(self.cohorts.dying(self.sessions[session], session))
+
+    @rule(data=st.data())
     def depart(self, data):
         session = self.pick(data)
         if session is None:

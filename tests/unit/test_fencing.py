@@ -239,6 +239,16 @@ def test_retained_memory_is_refused_when_a_process_has_joined_no_cohort(server):
         RetainedPool(session, "kv").plan(Identity({}), 0.0)
 
 
+def test_rest_of_a_cohort_is_killed_before_the_first_one_has_exited_when_the_kernel_gives_notice(server, start):
+    fat, other = start("one", "engine-core"), start("one", "api-server 0")
+    fat.ask("fatten", 2**29)
+    fat.kill()
+    assert {fat.wait(), other.wait()} == {-signal.SIGKILL}
+    report = status_when(server, lambda report: not report.cohorts)
+    assert "engine-core" in report.ends[0].reason
+    assert "is dying" in report.ends[0].reason
+
+
 def test_server_keeps_no_descriptor_when_cohorts_have_come_and_gone(server, start):
     def descriptors():
         return sorted(os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))
@@ -249,7 +259,7 @@ def test_server_keeps_no_descriptor_when_cohorts_have_come_and_gone(server, star
         start(cohort).kill()
         status_when(server, lambda report: not report.cohorts)
     status_when(server, lambda report: len(report.sessions) == 1)
-    assert [name for name in descriptors() if "pidfd" in name] == [name for name in before if "pidfd" in name]
+    assert [name for name in descriptors() if "pidfd" in name or "memfd" in name] == [name for name in before if "pidfd" in name or "memfd" in name]
     assert subprocess.run(["kill", "-0", str(pid)], check=False).returncode == 0
 
 
