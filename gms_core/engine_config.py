@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,6 +40,7 @@ def _address(value: str) -> str:
     return value
 
 
+AnyBlock = TypeVar("AnyBlock", bound=BaseModel)
 Seconds = Annotated[float, Field(gt=0), AfterValidator(_finite)]
 
 
@@ -88,7 +89,7 @@ class GmsConfig(BaseModel):
         identity: Further fields that a reader's and a writer's identity must agree in.
         acquire_timeout_s: Seconds to wait for the lease, that is, for another engine to load and publish.
         connect_timeout_s: Seconds to connect to the server.
-        memory_timeout_s: Seconds to wait for memory that other processes are releasing.
+        memory_timeout_s: Seconds to wait for memory that other processes are releasing, when the engine publishes and when it wakes up.
         failover: How the engine fails over; None if it does not.
     """
 
@@ -115,24 +116,34 @@ def parse_block(block: object, *, where: str) -> GmsConfig:
     Raises:
         ConfigurationError: A key is unknown or a value is wrong. The message names each of them.
     """
-    if block is None:
-        return GmsConfig()
-    if isinstance(block, GmsConfig):
+    return GmsConfig() if block is None else validated(GmsConfig, block, where=where)
+
+
+def validated(kind: type[AnyBlock], block: object, *, where: str) -> AnyBlock:
+    """Make a block of options of what the user wrote.
+
+    Args:
+        kind: The block's class.
+        block: The block itself, or a mapping.
+        where: How the user knows the place.
+
+    Raises:
+        ConfigurationError: A key is unknown or a value is wrong. The message names each of them.
+    """
+    hint = f"The options are {', '.join(kind.model_fields)}."
+    if isinstance(block, kind):
         return block
     if not isinstance(block, dict):
-        raise ConfigurationError(f"{where} is a {type(block).__name__}, not a block of options", hint=_HINT)
+        raise ConfigurationError(f"{where} is a {type(block).__name__}, not a block of options", hint=hint)
     try:
-        return GmsConfig.model_validate(block)
+        return kind.model_validate(block)
     except ValidationError as error:
         details = {".".join(map(str, problem["loc"])): _sentence(problem["type"], problem["msg"], problem["input"]) for problem in error.errors()}
     problems = "; ".join(f"{key}: {sentence}" for key, sentence in details.items())
-    raise ConfigurationError(f"{where}: {problems}", hint=_HINT, details=details)
+    raise ConfigurationError(f"{where}: {problems}", hint=hint, details=details)
 
 
 def _sentence(kind: str, message: str, value: object) -> str:
     if kind == "extra_forbidden":
         return "no such option"
     return f"{message.removeprefix('Value error, ')} (got {value!r})"
-
-
-_HINT = f"The options are {', '.join(GmsConfig.model_fields)}."

@@ -178,6 +178,12 @@ class NotPromoted(GmsError):
     code = "not_promoted"
 
 
+class RoleConflict(GmsError):
+    """What was asked of an engine cannot be, in the role that it has."""
+
+    code = "role_conflict"
+
+
 class PromotionFailed(GmsError):
     """The engine was elected, but could not become the primary. It has ended, and the next shadow takes its turn."""
 
@@ -206,6 +212,25 @@ class EngineUnsupported(GmsError):
     """The engine's version, model or option is not supported (yet). The message says which, and what to do."""
 
     code = "engine_unsupported"
+
+
+class EngineAsleep(GmsError):
+    """The engine sleeps: its weights or its KV memory are not mapped."""
+
+    code = "engine_asleep"
+    retryable = True
+
+
+class EngineNotFound(GmsError):
+    """No engine of that name, or of that role, has joined a server."""
+
+    code = "engine_not_found"
+
+
+class EngineFailed(GmsError):
+    """An engine's process cannot be started, or engines end again and again before any of them serves."""
+
+    code = "engine_failed"
 
 
 class CheckpointNotFound(GmsError):

@@ -31,7 +31,8 @@ class ExitCode(enum.IntEnum):
     UNSUPPORTED = 8, "The engine, its version or the protocol's version is not supported."
     NO_DEVICE = 9, "The device, its driver or the driver's bindings are not there, or the driver failed."
     NO_MEMORY = 10, "The device has no room, or a quota is used up."
-    NOT_FOUND = 11, "The pool or the checkpoint is not there."
+    NOT_FOUND = 11, "The pool, the checkpoint or the engine is not there."
+    FAILOVER = 12, "An engine cannot be kept alive, was ended by a server, cannot be ended, or cannot have the role that was asked for."
     INTERRUPTED = 130, "It was interrupted from the keyboard."
 
 
@@ -53,6 +54,13 @@ BY_ERROR: dict[type[errors.GmsError], ExitCode] = {
     errors.QuotaExceeded: ExitCode.NO_MEMORY,
     errors.PoolNotFound: ExitCode.NOT_FOUND,
     errors.CheckpointNotFound: ExitCode.NOT_FOUND,
+    errors.EngineNotFound: ExitCode.NOT_FOUND,
+    errors.EngineFailed: ExitCode.FAILOVER,
+    errors.CohortFenced: ExitCode.FAILOVER,
+    errors.FenceFailed: ExitCode.FAILOVER,
+    errors.NotPromoted: ExitCode.FAILOVER,
+    errors.PromotionFailed: ExitCode.FAILOVER,
+    errors.RoleConflict: ExitCode.FAILOVER,
     errors.GmsError: ExitCode.FAILURE,
 }
 """Exit code of an error class and of its subclasses that have no entry of their own."""

@@ -44,6 +44,8 @@ class EngineAdapter:
         distributions: Names under which it is distributed; the first that is installed counts.
         tested: Versions that the adapter was tested with, such as ``>=0.26,<0.34``.
         requirements: Each looks at a source and says whether one symbol, or one patch's target, is as the adapter expects.
+        command: Called with a command line; returns it with what the engine needs to share weights and to fail over, or None if it does not start
+            this engine. It raises `ConfigurationError` if the command line says something else.
     """
 
     name: str
@@ -51,6 +53,7 @@ class EngineAdapter:
     distributions: tuple[str, ...]
     tested: str
     requirements: Sequence[Callable[[EngineSource], Verdict]] = field(default=())
+    command: Callable[[Sequence[str]], list[str] | None] | None = None
 
     def check(self, source: EngineSource) -> list[Verdict]:
         """Verdicts on the version, then on every requirement."""

@@ -9,6 +9,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from gms_core.failover.status import RoleChange
     from gms_core.plugins.engines import EngineAdapter
     from gms_core.plugins.findings import Check
 
@@ -29,3 +30,8 @@ def gms_doctor_checks() -> list[Check]:  # type: ignore[empty-body]
 @hookspec
 def gms_commands(group: click.Group) -> None:
     """Add commands to the ``gms`` command."""
+
+
+@hookspec
+def gms_role_changed(change: RoleChange) -> None:
+    """Learn that the engine of this process has another role, in its first API server and after the change is real."""

@@ -72,15 +72,21 @@ class Plugins:
             yield implementation.plugin_name, results
 
 
-def load_built_in() -> Plugins:
-    """Load the built-in plugins alone."""
+def without_plugins() -> Plugins:
+    """No plugin yet, but the hooks."""
     manager = pluggy.PluginManager("gms")
     manager.add_hookspecs(hookspecs)
-    for name in BUILT_IN:
-        manager.register(importlib.import_module(name), name)
     if settings().trace_plugins:
         manager.add_hookcall_monitoring(_before, _after)
     return Plugins(manager)
+
+
+def load_built_in() -> Plugins:
+    """Load the built-in plugins alone."""
+    plugins = without_plugins()
+    for name in BUILT_IN:
+        plugins.manager.register(importlib.import_module(name), name)
+    return plugins
 
 
 def load() -> Plugins:

@@ -1,0 +1,173 @@
+"""A command and all that it starts, in a session of its own: started with a log, watched, and ended to the last process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gms_core.errors import EngineFailed
+
+TAIL_BYTES = 4096
+
+
+class _Stat(NamedTuple):
+    state: str
+    session: int
+    threads: int
+
+
+class Group:
+    """A running command. Whatever it starts stays in its session, unless it leaves it on purpose.
+
+    The first process is not reaped before the others are gone: until then the kernel gives its number to nobody else, so no signal can ever reach a
+    stranger.
+
+    Attributes:
+        pid: Of the first process, and the number of its process group and session.
+        pidfd: Readable once the first process has exited.
+        log: File that has the output of all of them.
+        started_at: On the monotonic clock.
+        asked: Whether it was told to end.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, heading: str) -> None:
+        """Start a command.
+
+        Args:
+            command: Program and arguments.
+            environment: All of it.
+            log: Its output is appended there.
+            heading: Line that is written to the log first.
+
+        Raises:
+            EngineFailed: The log cannot be written, or the command cannot be started.
+        """
+        self.log = log
+        self.started_at = time.monotonic()
+        self._deadline = 0.0
+        self.asked = False
+        self._told_rest = False
+        self._killed_at = math.inf
+        try:
+            with log.open("ab") as output:
+                output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n".encode())
+                output.flush()
+                self._process = subprocess.Popen(
+                    list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+                )
+        except OSError as error:
+            raise EngineFailed(f"{command[0]} cannot be started: {error}", hint=f"The log is {log}.") from error
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    @property
+    def first_has_exited(self) -> bool:
+        """Whether the first process has ended."""
+        return bool(select.select([self.pidfd], [], [], 0)[0])
+
+    @property
+    def killed_for_s(self) -> float:
+        """Seconds since it was first killed; 0 or less if it was not."""
+        return time.monotonic() - self._killed_at
+
+    def living(self) -> list[int]:
+        """Processes of the session that have not exited."""
+        numbers = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return [number for number in numbers if self._is_living(number)]
+
+    def _is_living(self, pid: int) -> bool:
+        if pid == self.pid:
+            return not self.first_has_exited
+        found = _stat(pid)
+        # A process whose first thread has ended is shown as a zombie while its other threads still run.
+        return found is not None and found.session == self.pid and (found.state not in "ZX" or found.threads > 1)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the session."""
+        if number is signal.SIGKILL:
+            self._killed_at = min(self._killed_at, time.monotonic())
+        for pid in self.living():
+            with contextlib.suppress(ProcessLookupError):  # it has exited meanwhile
+                target = os.pidfd_open(pid)
+                try:
+                    if self._is_living(pid):  # still the same process, now that the descriptor pins it
+                        signal.pidfd_send_signal(target, number)
+                finally:
+                    os.close(target)
+
+    def ask_to_end(self, patience_s: float) -> None:
+        """Begin to end it politely: its first process is asked, as it knows best in which order to end the others; see `settle`."""
+        self.asked, self._deadline = True, time.monotonic() + patience_s
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End all of it at once; see `settle`."""
+        self.asked, self._deadline = True, time.monotonic()
+        self.send(signal.SIGKILL)
+
+    def settle(self) -> bool:
+        """Take the next step towards its end, once its first process has exited or was asked to; call it again and again.
+
+        What a first process leaves behind is asked to end too if that one had been asked, and is killed if it died by itself. Whatever outlasts the
+        patience is killed.
+
+        Returns:
+            Whether every process is gone.
+        """
+        living = self.living()
+        if not living:
+            return True
+        if time.monotonic() >= self._deadline and (self.asked or self.first_has_exited):
+            self.send(signal.SIGKILL)
+        elif self.first_has_exited and not self._told_rest:
+            self._told_rest = True
+            self.send(signal.SIGTERM)
+        return False
+
+    def reap(self) -> int:
+        """Forget it, once every process is gone; returns the first one's exit code, as `subprocess` counts."""
+        code = self._process.wait()
+        os.close(self.pidfd)
+        return code
+
+
+def session_of(pid: int) -> int | None:
+    """The session of a process; None if there is no such process here."""
+    found = _stat(pid)
+    return None if found is None else found.session
+
+
+def how(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exited with code {code}"
+    return f"was ended by signal {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says anything; empty if there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return _Stat(fields[0], int(fields[3]), int(fields[17]))

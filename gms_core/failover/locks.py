@@ -1,0 +1,79 @@
+"""What elects the primary: one protocol, and the locks that a configuration can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from gms_core.errors import ConfigurationError
+from gms_core.failover.flock import FileLock, Owner, read_owner
+from gms_core.failover.process import EngineProcess
+from gms_core.failover.server_lock import ServerLock, lock_file
+
+
+class FailoverLock(Protocol):
+    """Elects one engine at a time. The elected one keeps it until its process has ended."""
+
+    def open(self) -> None:
+        """Get hold of what can be had before the engine is up. Call it early, before the process uses a GPU. Idempotent."""
+
+    def acquire(self, process: EngineProcess, on_wait: Callable[[str], None] | None = None) -> int:
+        """Be elected, however long that takes; returns the term, +1 or more with each election.
+
+        It blocks; `close` in another thread ends it, at the latest when the lock is granted.
+
+        Args:
+            process: Who asks.
+            on_wait: Called with the reason for which it waits; it must be quick and not raise.
+
+        Raises:
+            GmsError: It cannot be had.
+        """
+
+    def resume(self, process: EngineProcess, socket: Path) -> None:
+        """Tell a server, which a primary has lost and found again, that this engine is elected. It never waits.
+
+        Args:
+            process: The primary's.
+            socket: Of that server.
+
+        Raises:
+            GmsError: The server has gone again.
+        """
+
+    def close(self) -> None:
+        """Give it up. An engine need not, since the lock ends with its process; it departs first if it does. Idempotent."""
+
+
+def open_lock(text: str) -> FailoverLock:
+    """Make the lock that a configuration names, and open it.
+
+    Args:
+        text: ``gms:NAME`` or ``flock:/ABSOLUTE/PATH``.
+
+    Raises:
+        ConfigurationError: It is neither, or the file cannot be opened.
+        PermissionRefused: The file is not this user's to open.
+    """
+    kind, _, where = text.partition(":")
+    lock: FailoverLock
+    if kind == "gms" and where:
+        lock = ServerLock(where)
+    elif kind == "flock" and where.startswith("/"):
+        lock = FileLock(Path(where))
+    else:
+        raise ConfigurationError(f"{text!r} is no lock", hint="It must be gms:NAME or flock:/ABSOLUTE/PATH.")
+    lock.open()
+    return lock
+
+
+def last_owner(text: str, socket: Path) -> Owner | None:
+    """Who was elected last, as the lock's file tells it; None if it tells nothing.
+
+    Args:
+        text: The lock, as in `open_lock`.
+        socket: Of the server of the engine's first device.
+    """
+    kind, _, where = text.partition(":")
+    return read_owner(Path(where) if kind == "flock" else lock_file(socket, where))

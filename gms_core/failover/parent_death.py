@@ -1,0 +1,40 @@
+"""A process of an engine that outlives the one that started it holds memory for nobody: it ends with it.
+
+`PR_SET_PDEATHSIG` cannot be used: it is the death of the starting *thread* that it tells, and engines start processes from threads that end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+
+_guard = threading.Lock()
+_armed_in = 0
+"""The process that was armed; a forked child has this variable, but not its parent's threads."""
+
+
+def end_with_parent() -> bool:
+    """From now on, end this process with SIGKILL when the process that started it through `multiprocessing` has ended, in whatever way.
+
+    Idempotent. If that process has ended already, this one ends at once.
+
+    Returns:
+        Whether there is such a process.
+    """
+    global _armed_in
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    with _guard:
+        if _armed_in != os.getpid():
+            _armed_in = os.getpid()
+            threading.Thread(target=_end_after, args=(parent.sentinel,), name="gms-parent-death", daemon=True).start()
+    return True
+
+
+def _end_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,265 @@
+"""Keeps the wanted number of engines alive on a node: starts them, ends what is left of the dead, and starts those again as shadows."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_core.errors import EngineFailed
+from gms_core.failover.engines import Engine, engines
+from gms_core.failover.fleet_view import Change, EngineRow, FleetView
+from gms_core.failover.groups import Group, how, last_line, session_of
+from gms_core.failover.own_server import OwnServer
+from gms_core.failover.restarts import GiveUp, Policy, Seen, Start, ended, new_fleet, next_step, observed, started
+from gms_core.failover.stop_signals import stop_signals
+from gms_core.failover.watcher import Watcher
+from gms_core.protocol.messages import StatusReport
+
+CLIENT = "gms run"
+ASK_S = 0.25
+SETTLE_S = 0.05
+"""Seconds between two looks at an engine that is ending: of its processes only the first one can be waited for."""
+KILLED_S = 60.0
+"""Seconds after which a process that was killed and is still there is reported: it hangs in the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to keep alive.
+
+    Attributes:
+        command: Of the engine of a number.
+        environment: Of the engine of a number, and of the server if that is None.
+        name: What the engines are called, less their number.
+        engines: How many there are to be, one of which becomes the primary.
+        lock: That they have in common, such as ``gms:primary``.
+        runtime_dir: Of the servers.
+        devices: Whose servers have to answer; empty for any.
+        serve: Command that starts them; None if they are somebody else's.
+        log_dir: Where the output of each engine goes, in a file of its own.
+        policy: When to start what.
+        stop_timeout_s: Seconds that an engine gets to end by itself.
+    """
+
+    command: Callable[[int], Sequence[str]]
+    environment: Callable[[int | None], Mapping[str, str]]
+    name: str
+    engines: int
+    lock: str
+    runtime_dir: Path
+    devices: tuple[str, ...]
+    serve: tuple[str, ...] | None
+    log_dir: Path
+    policy: Policy
+    stop_timeout_s: float
+
+
+def supervise(wanted: Wanted, on_change: Callable[[Change], None], on_tick: Callable[[list[EngineRow]], None]) -> None:
+    """Keep engines alive until SIGINT, SIGTERM or SIGHUP, then end them and, if it was started for them, the server; a second signal kills.
+
+    Args:
+        wanted: What to keep alive.
+        on_change: Called with each change.
+        on_tick: Called with the state of all engines, several times a second.
+
+    Raises:
+        EngineFailed: An engine cannot be started, or engines end again and again and none serves, or one cannot be ended.
+        ServerUnavailable: The server cannot be started.
+    """
+    view = FleetView(on_change, on_tick)
+    with contextlib.ExitStack() as stack:
+        told = stack.enter_context(stop_signals())
+        watcher = stack.enter_context(Watcher(wanted.runtime_dir, CLIENT, ASK_S))
+        log = wanted.log_dir / "server.log"
+        server = OwnServer(wanted.serve, wanted.environment(None), log, lambda state, detail: view.tell(Change("server", state, detail)))
+        stack.callback(server.end)
+        fleet = _Supervisor(wanted, view, watcher, server, told)
+        stack.callback(fleet.end)
+        fleet.run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Exit:
+    """How an engine's life ended."""
+
+    how: str
+    log: Path
+    cohort: str
+
+
+class _Supervisor:
+    def __init__(self, wanted: Wanted, view: FleetView, watcher: Watcher, server: OwnServer, told: socket.socket) -> None:
+        self._wanted, self._view, self._watcher, self._server, self._told = wanted, view, watcher, server, told
+        self._fleet = new_fleet(())
+        self._groups: dict[int, Group] = {}
+        self._found: dict[int, Engine] = {}
+        self._cohorts: dict[int, str] = {}
+        self._exits: dict[int, _Exit] = {}
+        self._reasons: dict[str, str] = {}
+        self._heard = 0
+        self._ending = False
+
+    def run(self) -> None:
+        while not self._signals():
+            reports = self._watcher.reports()
+            devices = {report.device for report in reports}
+            self._server.observe(answers=bool(devices) and devices >= set(self._wanted.devices))
+            self._take_in(reports)
+            self._bury()
+            until = self._act()
+            self._view.show(self._states())
+            self._wait(until - time.monotonic())
+
+    def _signals(self) -> int:
+        """How many signals have come so far that tell it to stop; a terminal that closes after Ctrl-C is no second one."""
+        with contextlib.suppress(BlockingIOError):
+            heard = self._told.recv(64)
+            self._heard += sum(1 for number in heard if number != signal.SIGHUP or not self._heard)
+        return self._heard
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until something happens, at most so long."""
+        poll = select.poll()
+        exited = False
+        for group in self._groups.values():
+            if group.first_has_exited:
+                exited = True
+            else:
+                poll.register(group.pidfd, select.POLLIN)
+        poll.register(self._told, select.POLLIN)
+        poll.register(self._watcher.news, select.POLLIN)
+        poll.poll(1000 * max(0.0, min(seconds, SETTLE_S if exited or self._ending else ASK_S)))
+
+    def _take_in(self, reports: Sequence[StatusReport]) -> None:
+        found = engines(reports)
+        self._reasons = {end.cohort: end.reason for report in reports for end in report.ends}
+        if not self._fleet.places and reports:
+            self._fleet = new_fleet(_free_numbers(self._wanted.name, self._wanted.engines, found))
+        self._found = dict(self._own(found))
+        self._cohorts |= {number: engine.cohort for number, engine in self._found.items()}
+        seen = {number: Seen(engine.role, engine.role_age_s, engine.state == "fencing") for number, engine in self._found.items()}
+        own = {engine.cohort for engine in self._found.values()}
+        elsewhere = any(_has_lock(engine, self._wanted.lock, reports) for engine in found if engine.cohort not in own)
+        self._fleet = observed(self._fleet, seen, self._wanted.policy, primary_elsewhere=elsewhere)
+
+    def _own(self, found: Iterable[Engine]) -> Iterator[tuple[int, Engine]]:
+        """The engines that were started here: known by the session of their processes, or, if those have left it, by name and age."""
+        sessions = {engine.cohort: {session_of(member.pid) for member in engine.members} for engine in found}
+        for number, group in self._groups.items():
+            age = time.monotonic() - group.started_at
+            mine = [engine for engine in found if group.pid in sessions[engine.cohort]]
+            mine = mine or [engine for engine in found if engine.name == self._name(number) and engine.age_s <= age]
+            if mine:
+                yield number, min(mine, key=lambda engine: engine.age_s)
+
+    def _bury(self) -> None:
+        """End what is left of engines whose first process has ended, and forget those of which nothing is left."""
+        for number, group in list(self._groups.items()):
+            if group.first_has_exited and group.settle():
+                del self._groups[number]
+                self._exits[number] = _Exit(how(group.reap()), group.log, self._cohorts.pop(number, ""))
+                self._found.pop(number, None)
+                self._fleet = ended(self._fleet, number, time.monotonic(), self._wanted.policy)
+
+    def _act(self) -> float:
+        """Start what is to be started; returns when there may be more to do, on the monotonic clock."""
+        step = next_step(self._fleet, time.monotonic(), self._wanted.policy, server_up=self._server.up)
+        if isinstance(step, GiveUp):
+            raise self._failure(step.failures)
+        if not isinstance(step, Start):
+            return step.until
+        name, command = self._name(step.number), list(self._wanted.command(step.number))
+        heading = f"start {self._fleet.place(step.number).lives + 1} of {name}: {' '.join(command)}"
+        self._groups[step.number] = Group(command, self._wanted.environment(step.number), self._wanted.log_dir / f"{name}.log", heading)
+        self._fleet = started(self._fleet, step.number)
+        return time.monotonic()
+
+    def _name(self, number: int) -> str:
+        return f"{self._wanted.name}-{number}"
+
+    def _failure(self, failures: int) -> EngineFailed:
+        last = max((place for place in self._fleet.places if place.number in self._exits), key=lambda place: place.due)
+        log, line = self._exits[last.number].log, last_line(self._exits[last.number].log)
+        return EngineFailed(
+            f"{failures} starts in a row have failed and no engine serves; {self._name(last.number)} {self._exits[last.number].how}",
+            hint=f"Look at {log}" + (f"; it ends with: {line}" if line else "."),
+            details={"log": str(log), "last_line": line},
+        )
+
+    def _ending_of(self, number: int) -> str:
+        """How the last life of an engine ended, with the server's reason as soon as it is known."""
+        exit_ = self._exits.get(number)
+        if exit_ is None:
+            return ""
+        reason = self._reasons.get(exit_.cohort, "")
+        return f"{exit_.how}{f': {reason}' if reason else ''}; log: {exit_.log}"
+
+    def _states(self) -> Iterator[EngineRow]:
+        now = time.monotonic()
+        for place in self._fleet.places:
+            group, engine = self._groups.get(place.number), self._found.get(place.number)
+            state, age, detail = "waiting", 0.0, "" if group is not None else self._ending_of(place.number)
+            if group is not None and (group.asked or group.first_has_exited):
+                state, detail = "ending", "" if group.asked else "its first process has ended"
+            elif engine is not None:
+                state, age = engine.standing, engine.role_age_s
+                detail = engine.reason or engine.detail or (f"told to {engine.order}" if engine.order else "")
+            elif group is not None:
+                state = "starting" if place.seen is None else place.seen.role  # as long as its server does not answer: what it was
+            yield EngineRow(
+                name=self._name(place.number),
+                state="ended" if self._ending and group is None else state,
+                state_age_s=age,
+                pid=0 if group is None else group.pid,
+                epoch=0 if engine is None else engine.epoch,
+                restarts=max(0, place.lives - 1),
+                detail=detail,
+                starts_in_s=max(0.0, place.due - now) if group is None and not self._ending else 0.0,
+            )
+
+    def end(self) -> None:
+        """End all engines: the shadows first, so that none of them takes over from a primary that is told to end."""
+        self._ending = True
+        self._view.tell(Change("run", "ending", "Ctrl-C again kills at once"))
+        heard, killed = self._heard, False
+        primary = {place.number for place in self._fleet.places if place.primary}
+        for wave in (set(self._groups) - primary, primary):
+            for number in wave & self._groups.keys():
+                self._groups[number].ask_to_end(self._wanted.stop_timeout_s)
+            self._view.show(self._states())
+            while wave & self._groups.keys():
+                if not killed and (heard > 1 or self._signals() > heard):
+                    killed = True
+                    for group in self._groups.values():
+                        group.kill()
+                for number in wave & self._groups.keys():
+                    self._groups[number].settle()
+                self._bury()
+                self._view.show(self._states())
+                self._wait(SETTLE_S)
+                stuck = [pid for group in self._groups.values() if group.killed_for_s > KILLED_S for pid in group.living()]
+                if stuck:
+                    raise EngineFailed(
+                        f"processes {', '.join(map(str, stuck))} were killed {KILLED_S:g} s ago and are still there",
+                        hint="They hang in the kernel: look at dmesg, and at the GPU's driver.",
+                    )
+
+
+def _free_numbers(name: str, wanted: int, found: Iterable[Engine]) -> tuple[int, ...]:
+    """The lowest numbers whose engines do not exist: those of a run that was killed may still serve."""
+    taken = {engine.name for engine in found}
+    free = (number for number in range(wanted + len(taken)) if f"{name}-{number}" not in taken)
+    return tuple(next(free) for _ in range(wanted))
+
+
+def _has_lock(engine: Engine, lock: str, reports: Iterable[StatusReport]) -> bool:
+    """Whether an engine serves by this lock; only a server's own locks can be seen."""
+    kind, _, name = lock.partition(":")
+    owners = {status.owner for report in reports for status in report.locks if status.name == name}
+    return kind == "gms" and engine.cohort in owners and engine.standing == "primary"
