@@ -3,29 +3,33 @@
 PYTHON ?= python3
 VENV := .venv
 WHEELS := build/wheels
+SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 VLLM_VERSIONS := 0.26.0 0.30.0 0.33.0
 PYTEST_ARGS ?=
+SEED ?=
+KILLS ?= 100
 
 # Run with another Python whose environment has gms, an engine and the tools already: make test-gpu RUN=python3
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu bench wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos bench wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-demo: ## Two stock vLLM engines share one copy of the weights; on the GPU where this Python has a CUDA vLLM, else on CPU.
+demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serves; on the GPU where this Python has a CUDA vLLM, else on CPU.
 	@tools/demo.sh "$(PYTHON)"
 
 test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included.
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
 
-lint: environment ## ruff, mypy and the import contracts.
+lint: environment ## ruff, mypy, the import contracts and shellcheck.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/shellcheck $(SCRIPTS)
 
 format: environment ## Format the code.
 	$(VENV)/bin/ruff check --fix .
@@ -33,6 +37,9 @@ format: environment ## Format the code.
 
 test-gpu: ## The tests that need an NVIDIA GPU, in an environment that has one: make test-gpu RUN=python3
 	$(RUN) -m pytest $(PYTEST_ARGS) -m gpu tests
+
+chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engines at random, again and again, while requests flow: make chaos SEED=7 KILLS=100; writes build/chaos.json.
+	PYTHONPATH=tests:tests/engine $(RUN) -m chaos $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
 
 bench: ## How long a new process needs to attach, beside the bare driver.
 	$(RUN) -m gms_core.cli bench attach

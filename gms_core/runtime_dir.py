@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from gms_core.config import settings
@@ -31,6 +32,22 @@ def socket_path(device: DeviceId, directory: Path | None = None) -> Path:
     path = (settings().runtime_dir if directory is None else directory) / f"{device}.sock"
     check_length(path)
     return path
+
+
+def sockets(directory: Path, devices: Sequence[str] = ()) -> list[Path]:
+    """Sockets of the servers in a runtime directory, dead ones included: those of the named devices, or all.
+
+    Raises:
+        PermissionRefused: The directory may not be read.
+    """
+    if devices:
+        return [socket_path(DeviceId(device), directory) for device in devices]
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == ".sock")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise PermissionRefused(f"the runtime directory {directory} cannot be read: {error.strerror}") from error
 
 
 def check_length(path: Path) -> None:

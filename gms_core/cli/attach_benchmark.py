@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gms_core.cli.attach_worker import IDENTITY, PHASES, STAMP
-from gms_core.cli.servers import sockets
 from gms_core.client import Session, WriteLease, connect
 from gms_core.client.session import SLAB_BYTES
 from gms_core.devices import HOST, DeviceId, list_gpus
 from gms_core.errors import AllocationTooLarge, DriverUnavailable, GmsError, InvalidArgument, ProtocolError, ServerUnavailable, rebuild
 from gms_core.protocol.messages import StatusReport
-from gms_core.runtime_dir import socket_path
+from gms_core.runtime_dir import socket_path, sockets
 
 SCHEMA = "gms-bench-attach/1"
 DEFAULT_BYTES = {"cuda": 100 * 2**30, "host": 2**30}

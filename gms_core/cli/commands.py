@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": "gms_core.cli.serve:serve",
+    "run": "gms_core.cli.run:run",
     "status": "gms_core.cli.status:status",
+    "failover": "gms_core.cli.failover:failover",
     "doctor": "gms_core.cli.doctor:doctor",
     "patches": "gms_core.cli.patches:patches",
     "bench": "gms_core.cli.bench:bench",

@@ -48,6 +48,14 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def age(seconds: float) -> str:
+    """A span of time for people, in the largest unit that leaves at least 1."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click only
     """A number of bytes."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gms_core.cli.exit_codes import ExitCode
-from gms_core.cli.options import count, format_size, output_option, runtime_dir_option
+from gms_core.cli.options import age, count, format_size, output_option, runtime_dir_option
 from gms_core.errors import ServerUnavailable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SCHEMA = "gms-status/1"
 CLIENT = "gms status"
 
 
-@click.command(short_help="Show servers, pools and sessions.")
+@click.command(short_help="Show servers, pools, sessions and engines.")
 @click.option(
     "--device", "devices", multiple=True, metavar="UUID|host", help="Only this device. Can be given several times.  [default: all that have a socket]"
 )
@@ -38,7 +38,7 @@ CLIENT = "gms status"
     help="Show it again and again, every 2 seconds if not told otherwise; with JSON, one line each time.",
 )
 def status(devices: tuple[str, ...], runtime_dir: Path, output: str, watch: float | None) -> None:
-    """Show the servers of the runtime directory, their pools and their sessions."""
+    """Show the servers of the runtime directory, their pools, locks and sessions, and the engines that fail over."""
     if watch is not None:
         _watch(devices, runtime_dir, output, watch)
         return
@@ -59,7 +59,8 @@ def document(states: list[ServerState], runtime_dir: Path) -> dict[str, object]:
 
 
 def _states(devices: tuple[str, ...], runtime_dir: Path) -> list[ServerState]:
-    from gms_core.cli.servers import ask, sockets
+    from gms_core.cli.servers import ask
+    from gms_core.runtime_dir import sockets
 
     paths = sockets(runtime_dir, devices)
     if not paths:
@@ -73,7 +74,8 @@ def _watch(devices: tuple[str, ...], runtime_dir: Path, output: str, seconds: fl
     from rich.live import Live
 
     from gms_core.cli.console import standard_output
-    from gms_core.cli.servers import ask, sockets
+    from gms_core.cli.servers import ask
+    from gms_core.runtime_dir import sockets
 
     console = standard_output()
     try:
@@ -92,12 +94,16 @@ def _watch(devices: tuple[str, ...], runtime_dir: Path, output: str, seconds: fl
 
 
 def table(states: list[ServerState]) -> RenderableType:
-    """The output for people: a line for each server, then its pools and its sessions."""
+    """The output for people: a line for each server, then its pools, its locks and its sessions; then the engines, which may have several servers."""
     from rich.console import Group
     from rich.text import Text
 
+    from gms_core.cli.engine_tables import engine_table, lock_table, retained_table
+    from gms_core.failover.engines import engines
+
     if not states:
         return Text("no server")
+    found = engines(state.report for state in states if state.report is not None)
     parts: list[RenderableType] = []
     for state in states:
         if state.report is None:
@@ -106,14 +112,16 @@ def table(states: list[ServerState]) -> RenderableType:
         report = state.report
         used = f"{format_size(report.allocated_bytes)} in {count(report.allocations, 'allocation')}"
         free = f"{format_size(report.memory_free)} of {format_size(report.memory_total)} free"
-        line = f"  {report.driver}, pid {report.pid}, up {_age(report.uptime_s)}, gms {report.server}; {used}; {free}"
+        line = f"  {report.driver}, pid {report.pid}, up {age(report.uptime_s)}, gms {report.server}; {used}; {free}"
         parts.append(Text.assemble((report.device, "bold"), "  ", ("up", "green"), line))
         if report.waiting_for_memory:
             parts.append(Text(f"  waiting for memory: {count(report.waiting_for_memory, 'request')}", style="yellow"))
         parts += [_pools(report)] if report.pools else []
+        parts += [part for part in (retained_table([report], found), lock_table([report], found)) if part is not None]
         # The session that asks for the status is not news.
         sessions = [session for session in report.sessions if session.leases or session.client != CLIENT]
         parts += [_sessions(sessions)] if sessions else []
+    parts += [engine_table(found)] if found else []
     return Group(*parts)
 
 
@@ -145,12 +153,5 @@ def _sessions(found: list[SessionStatus]) -> RenderableType:
     sessions = Table("session", "pid", "client", "age", "leases", "waits for", box=None, pad_edge=True)
     for session in found:
         leases = ", ".join(f"{lease} {pool}" for pool, lease in sorted(session.leases.items())) or "-"
-        sessions.add_row(str(session.id), str(session.pid), session.client, _age(session.age_s), leases, session.waiting_for or "-")
+        sessions.add_row(str(session.id), str(session.pid), session.client, age(session.age_s), leases, session.waiting_for or "-")
     return sessions
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

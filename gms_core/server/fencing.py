@@ -218,6 +218,8 @@ class Fencer:
         if time.monotonic() - watched.beat < watched.deadline_s:
             self._wind(session)
             return
+        if self._cohorts.by_name[watched.cohort].state == "departing":
+            return  # its orderly end has a time limit of its own, and what ends gives no signs of progress
         process = self._process(watched.cohort, session)
         self.apply(self._cohorts.fence(watched.cohort, f"its {process} gave no sign of progress for {watched.deadline_s:g} s"))
 

@@ -84,6 +84,7 @@ class Service:
             failed=self.retained.fence_failed,
         )
         self._numbers = itertools.count(1)
+        self._stopping = False
         self._started = time.monotonic()
 
     async def open(self, hello: Hello, peer: PeerCredentials, send: Send, open_pidfd: Callable[[], int]) -> Session:
@@ -116,13 +117,18 @@ class Service:
 
     def close(self, session: Session) -> None:
         """The connection has ended: whatever the session had is released."""
-        if self.sessions.pop(session.id, None) is None:
+        if self.sessions.pop(session.id, None) is None or self._stopping:
             return
         for pool in list(self.pools.values()):
             self._release(pool, session)
         self.engines.closed(session)  # first: what is freed below must not be granted before its holder is known to be ending
         self.retained.closed(session)
         log.debug("session %d closed", session.id)
+
+    def stop(self) -> None:
+        """The server is about to end its connections, by its own will: that says nothing about the engines, so none is ended for it."""
+        self._stopping = True
+        self.engines.close()
 
     async def handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
         """Carry out one request and send its replies.

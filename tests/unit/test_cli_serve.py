@@ -18,6 +18,7 @@ from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import WriteLease, connect
 from gms_core.errors import ConnectionLost, ServerUnavailable
 from gms_core.layout import Identity
+from tests.unit.engine_processes import Refused, processes
 
 GMS = [sys.executable, "-m", "gms_core.cli"]
 
@@ -49,6 +50,16 @@ def test_serve_ends_well_and_leaves_no_socket_when_it_is_told_to_stop(runtime_di
         process.send_signal(number)
         assert process.wait(20) == 0
     assert not (runtime_dir / "host.sock").exists()
+
+
+def test_engine_lives_on_when_serve_is_told_to_stop(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as process, processes() as start:
+        engine = start(runtime_dir / "host.sock", "a cohort")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        engine.tell("beat")
+        with pytest.raises(Refused):
+            engine.answer()
 
 
 def test_server_comes_back_when_nobody_reads_what_serve_prints(runtime_dir: Path) -> None:

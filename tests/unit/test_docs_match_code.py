@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from gms_core import config, errors
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode, for_type
-from gms_core.engine_config import GmsConfig
+from gms_core.engine_config import FailoverConfig, GmsConfig
 from gms_core.plugins import hookspecs
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs/reference"
 DEVELOPMENT_VARIABLES = {"GMS_CPU_VLLM"}
 """Variables of the development scripts, which gms itself does not read."""
+TOLD_VARIABLES = {"GMS_ROLE", "GMS_TERM", "GMS_EPOCH", "GMS_ADDRESS"}
+"""Variables that gms sets for the command of `on_promoted`, and does not read."""
 
 
 def _sections(page: str) -> dict[str, str]:
@@ -51,11 +56,16 @@ def _commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
 
 
 def _options(command: click.Command) -> set[str]:
-    return {name for parameter in command.params for name in parameter.opts}
+    """Names of options, and of arguments as the help shows them."""
+    return {name for parameter in command.params for name in (parameter.opts if isinstance(parameter, click.Option) else [_name(parameter)])}
+
+
+def _name(argument: click.Parameter) -> str:
+    return (argument.name or "").upper()
 
 
 def _documented_options(text: str) -> set[str]:
-    return {name for row in _rows(text) for name in re.findall(r"`(-{1,2}[a-z-]+)`", row[0])}
+    return {name for row in _rows(text) for name in re.findall(r"`(-{1,2}[a-z-]+|[A-Z]+)`", row[0])}
 
 
 @pytest.fixture(autouse=True)
@@ -102,17 +112,24 @@ def test_variables_are_declared_when_the_code_or_the_docs_name_them() -> None:
     patterns = ["gms_core/**/*.py", "integrations/**/*.py", "patches/**/*.py", "docs/**/*.md", "README.md"]
     sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     named = {name: path for path in sources for name in re.findall(r"\bGMS_[A-Z][A-Z_]*[A-Z]\b", path.read_text())}
-    assert {name: str(path) for name, path in named.items() if name not in config.ENVIRONMENT.keys() | DEVELOPMENT_VARIABLES} == {}
+    assert {name: str(path) for name, path in named.items() if name not in config.ENVIRONMENT.keys() | DEVELOPMENT_VARIABLES | TOLD_VARIABLES} == {}
     assert named.keys() >= config.ENVIRONMENT.keys()
 
 
-def test_configuration_block_is_complete_when_keys_change() -> None:
-    rows = {row[0].strip("`"): row[2].strip("`") for row in _rows(_sections("configuration.md")["The block of an engine"])}
-    assert rows.keys() == GmsConfig.model_fields.keys()
-    for name, field in GmsConfig.model_fields.items():
-        default = field.default if field.default is not PydanticUndefined else None
-        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
-        assert rows[name] == shown, name
+@pytest.mark.parametrize(("heading", "block"), [("The block of an engine", GmsConfig), ("The failover block of an engine", FailoverConfig)])
+def test_configuration_block_is_complete_when_keys_change(heading: str, block: type[BaseModel]) -> None:
+    rows = {row[0].strip("`"): row[2].strip("`") for row in _rows(_sections("configuration.md")[heading])}
+    assert rows.keys() == block.model_fields.keys()
+    for name, field in block.model_fields.items():
+        assert rows[name] == _shown(field.default), name
+
+
+def _shown(default: object) -> str:
+    if default is None or default is PydanticUndefined:
+        return "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def test_command_pages_are_complete_when_commands_or_options_change() -> None:
@@ -128,8 +145,10 @@ def test_every_option_has_a_help_text_when_commands_change() -> None:
     for name, command in _commands(gms, "gms").items():
         assert command.help, name
         for parameter in command.params:
-            assert isinstance(parameter, click.Option), "arguments have no help text: use options"
-            assert parameter.help, f"{name} {parameter.name}"
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.name}"
+            else:
+                assert _name(parameter) in command.help, f"{name}: arguments have no help text of their own"
 
 
 def test_python_names_exist_when_the_api_page_names_them() -> None:
@@ -170,9 +189,9 @@ def test_shell_examples_name_commands_and_options_that_exist_when_people_copy_th
     commands = _commands(gms, "gms")
     for page in [*ROOT.glob("docs/**/*.md"), ROOT / "README.md"]:
         for line in "".join(_blocks(page, "console")).splitlines():
-            words = line.partition("#")[0].split()
-            if words[:1] != ["gms"]:
+            if not line.startswith("gms "):
                 continue
+            words = list(itertools.takewhile(lambda word: word != "--", shlex.split(line, comments=True)))
             name = next((name for name in commands if words[: len(name.split())] == name.split()), None)
             assert name is not None, f"{page.name}: {line}"
             assert {word.partition("=")[0] for word in words if word.startswith("-")} <= _options(commands[name]), f"{page.name}: {line}"

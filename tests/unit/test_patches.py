@@ -192,8 +192,12 @@ def test_patch_fails_when_the_code_that_it_replaces_has_changed(engine: Source) 
 
 
 def test_patch_passes_when_the_engine_no_longer_needs_it(engine: Source) -> None:
-    unneeded = replace(PATCH, target="fakeengine.core:gone", unnecessary_from="1.0")
-    assert check_patch(unneeded, engine).status is Status.OK
+    for unneeded in (
+        replace(PATCH, target="fakeengine.core:gone", unnecessary_from="1.0"),
+        replace(PATCH, target="fakeengine.core:not_yet", necessary_from="1.1"),
+    ):
+        assert check_patch(unneeded, engine).status is Status.OK
+    assert check_patch(replace(unneeded, necessary_from="1.0"), engine).status is Status.FAIL
 
 
 @pytest.mark.usefixtures("engine")

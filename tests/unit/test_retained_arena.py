@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gms_core.client import RetainedArena
 from gms_core.client.arena import Received, Take
-from gms_core.client.retained_arena import MOST_ALIASES, scratch_layout
+from gms_core.client.scratch import MOST_ALIASES, scratch_layout
 from gms_core.errors import DriverError, InvalidArgument, ProtocolError, SessionClosed
 from gms_core.layout import Allocation
 from gms_core.protocol.framing import close_descriptors
@@ -23,14 +23,14 @@ PAGE = HostDriver.granularity
 
 
 class FailingDriver(HostDriver):
-    """The host driver, of which a call of `map` fails when the count of calls that are left reaches zero."""
+    """The host driver, of which one call of `map` fails: the one before which no more are left."""
 
     maps_left = -1
 
     def map(self, address: Address, size: int, handle: Handle) -> None:
-        if self.maps_left == 0:
-            raise DriverError("no more mappings, says the test")
         self.maps_left -= 1
+        if self.maps_left == -1:
+            raise DriverError("no more mappings, says the test")
         super().map(address, size, handle)
 
 
@@ -155,21 +155,8 @@ def test_scratch_is_still_there_when_mapping_the_pool_fails(driver, arena, maps)
     arena.map_scratch(4 * PAGE)
     driver.write(arena.base, b"\x44" * arena.size)
     adopted(driver, arena, [4, 6, 1])
-
-    class Once(DriverError):
-        """The first failure; what undoes it may map again."""
-
-    original = driver.map
-
-    def fail_once(address: Address, size: int, handle: Handle) -> None:
-        nonlocal maps
-        maps -= 1
-        if maps == -1:
-            raise Once("no more mappings, says the test")
-        original(address, size, handle)
-
-    driver.map = fail_once
-    with pytest.raises(Once) as raised:
+    driver.maps_left = maps
+    with pytest.raises(DriverError) as raised:
         arena.map_pool()
     assert not getattr(raised.value, "__notes__", [])
     assert arena.backing == "scratch"
@@ -214,6 +201,40 @@ def test_contents_are_kept_when_the_pool_is_unmapped_and_mapped_again(driver, ar
     arena.map_scratch(PAGE)
     arena.map_pool()
     assert content(driver, arena) == [1] * 6 + [0x63] + [2] * 4
+
+
+def test_same_memory_is_back_when_the_arena_is_remapped(driver, arena):
+    arena.remap()
+    assert arena.backing == "none"
+    arena.map_scratch(2 * PAGE, cuts=[3 * PAGE])
+    before = len(memory_files())
+    arena.unmap()
+    arena.unmap()
+    assert len(memory_files()) == before - 2
+    arena.remap()
+    arena.remap()
+    assert (arena.backing, len(memory_files())) == ("scratch", before)
+    adopted(driver, arena, [3, 8], front=[0])
+    for map_again, expected in ((arena.map_front, [100] * 3 + [0] * 8), (arena.map_pool, [100] * 3 + [2] * 8)):
+        map_again(1)
+        arena.unmap()
+        arena.remap()
+        assert content(driver, arena) == expected
+
+
+def test_remap_can_be_repeated_when_it_failed(driver, arena):
+    adopted(driver, arena, [3, 8], front=[0])
+    arena.map_scratch(8 * PAGE, cuts=[3 * PAGE])
+    arena.map_front(1)
+    arena.unmap()
+    for maps in range(3):
+        driver.maps_left = maps
+        with pytest.raises(DriverError):
+            arena.remap()
+        assert arena.backing == "none"
+    arena.remap()
+    assert arena.backing == "front"
+    assert content(driver, arena) == [100] * 3 + [0] * 8
 
 
 def test_front_alone_is_mapped_when_the_rest_may_not_be(driver, arena):

@@ -1,0 +1,207 @@
+"""``gms run``: keep a primary and its shadows alive on this node."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gms_core.cli.options import output_option, runtime_dir_option
+from gms_core.cli.refusal import as_text
+from gms_core.config import child_environment
+from gms_core.errors import DeviceNotFound, InvalidArgument, ServerUnavailable
+
+if TYPE_CHECKING:
+    from gms_core.engine_config import FailoverConfig
+
+NUMBER = "{n}"
+"""What stands for the engine's number in the command."""
+
+
+@click.command(
+    short_help="Keep a primary and its shadows alive on this node.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--shadows", type=click.IntRange(0, 64), default=1, show_default=True, help="Engines that stand by, besides the primary.")
+@click.option("--name", default="engine", show_default=True, help="Engines are called by it and their number: engine-0, engine-1.")
+@click.option("--lock", metavar="gms:NAME|flock:PATH", help="What elects the primary.  [default: gms:primary]")
+@click.option("--gate", type=click.Choice(["port", "503"]), help="How a shadow is held back: it does not listen, or it answers 503.  [default: port]")
+@click.option("--on-promoted", metavar="COMMAND", help="Command that an engine runs once it serves.")
+@click.option("--webhook", metavar="URL", help="Where an engine posts each change of its role.")
+@click.option("--status-address", metavar="HOST:PORT", help="Where an engine answers /gms/status and /health besides its own port; with {n} in it.")
+@click.option(
+    "--device",
+    "names",
+    multiple=True,
+    metavar="UUID|host|all",
+    help="Device whose server is needed. Can be given several times.  [default: any that runs, or all]",
+)
+@click.option("--no-serve", is_flag=True, help="Start no server: fail if none runs.")
+@click.option(
+    "--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Directory of the engines' output.  [default: logs in the runtime directory]"
+)
+@click.option(
+    "--stop-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="SECONDS", help="For each engine to end by itself."
+)
+@runtime_dir_option
+@output_option("table", "lines", "json")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def run(
+    shadows: int,
+    name: str,
+    lock: str | None,
+    gate: str | None,
+    on_promoted: str | None,
+    webhook: str | None,
+    status_address: str | None,
+    names: tuple[str, ...],
+    no_serve: bool,
+    log_dir: Path | None,
+    stop_timeout: float,
+    runtime_dir: Path,
+    output: str,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND as one engine that serves and others that stand by, until Ctrl-C.
+
+    COMMAND starts one engine, such as: vllm serve MODEL --port 8000. In it, {n} stands for the engine's number. A server is started if none runs. An
+    engine that ends is started again, as a shadow. Ctrl-C ends the shadows, the primary, then the server if it was started here; a second one kills.
+    """
+    from gms_core.cli.run_display import display
+    from gms_core.failover.restarts import Policy
+    from gms_core.failover.supervisor import Wanted, supervise
+    from gms_core.runtime_dir import prepare
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise InvalidArgument(f"{name!r} cannot be the name of engines", hint="Use 1 to 64 letters, digits, '_', '.' or '-': logs are called by it.")
+    options = {"lock": lock, "gate": gate, "on_promoted": _words(on_promoted), "webhook": webhook, "status_address": status_address}
+    failover = _failover(options, 0)
+    _check_addresses(failover, status_address, command, several=shadows > 0)
+    prepared = _command(command)
+    directory = prepare(runtime_dir)
+    devices, serve = _servers(names, directory, no_serve=no_serve)
+    wanted = Wanted(
+        command=lambda number: [_numbered(word, number) for word in prepared],
+        environment=lambda number: _environment(options, directory, name, number),
+        name=name,
+        engines=1 + shadows,
+        lock=failover.lock,
+        runtime_dir=directory,
+        devices=devices,
+        serve=serve,
+        log_dir=_log_dir(log_dir or directory / "logs"),
+        policy=Policy(autonomous=failover.autonomous),
+        stop_timeout_s=stop_timeout,
+    )
+    with display(output) as shown:
+        supervise(wanted, shown.change, shown.tick)
+
+
+def _words(command: str | None) -> tuple[str, ...] | None:
+    try:
+        return tuple(shlex.split(command)) if command is not None else None
+    except ValueError as error:
+        raise InvalidArgument(f"--on-promoted cannot be read as a command: {error}") from error
+
+
+def _failover(options: Mapping[str, object], number: int) -> FailoverConfig:
+    """The failover block of an engine: GMS_FAILOVER, with what the options say in its place."""
+    from gms_core.engine_config import FailoverConfig, GmsConfig, validated
+    from gms_core.failover.config import failover_config
+
+    inherited = failover_config(GmsConfig())
+    block = inherited.model_dump(exclude_unset=True) if inherited is not None else {}
+    given = {key: _numbered(value, number) if isinstance(value, str) else value for key, value in options.items() if value is not None}
+    return validated(FailoverConfig, {**block, **given}, where="the options of gms run")
+
+
+def _check_addresses(failover: FailoverConfig, status_address: str | None, command: Sequence[str], *, several: bool) -> None:
+    """Raise `InvalidArgument` if engines would get in one another's way."""
+    if several and failover.gate == "503" and not any(NUMBER in word for word in command):
+        raise InvalidArgument(
+            "with --gate 503 every engine listens, so each needs a port of its own",
+            hint=f"Write {NUMBER} where it differs, such as: --port 800{NUMBER}",
+        )
+    if several and failover.status_address is not None and NUMBER not in (status_address or ""):
+        raise InvalidArgument(
+            f"several engines cannot have the status address {failover.status_address}",
+            hint=f"Write {NUMBER} where it differs, such as: --status-address 127.0.0.1:900{NUMBER}",
+        )
+
+
+def _environment(options: Mapping[str, object], directory: Path, name: str, number: int | None) -> dict[str, str]:
+    """The environment of an engine, or of the server if there is no number."""
+    if number is None:
+        return child_environment(GMS_RUNTIME_DIR=str(directory))
+    block = _failover(options, number).model_dump_json(exclude_unset=True)
+    return child_environment(GMS_RUNTIME_DIR=str(directory), GMS_ENGINE=f"{name}-{number}", GMS_FAILOVER=block)
+
+
+def _command(command: Sequence[str]) -> list[str]:
+    """The command with what its engine needs.
+
+    Raises:
+        InvalidArgument: There is no such program.
+        ConfigurationError: The command says something that the engine cannot do with GMS.
+    """
+    from gms_core.plugins.engines import EngineAdapter
+    from gms_core.plugins.loading import load
+
+    program = _numbered(command[0], 0)
+    if shutil.which(program) is None:
+        raise InvalidArgument(f"there is no command {program!r}", hint="Is the engine's environment active? A path works too.")
+    plugins = load()
+    adapters = plugins.collect("gms_engines", EngineAdapter)
+    for error in plugins.broken:
+        click.echo(as_text(error), err=True)
+    prepared = (adapter.command(command) for adapter in adapters if adapter.command is not None)
+    return next((found for found in prepared if found is not None), list(command))
+
+
+def _numbered(word: str, number: int) -> str:
+    return word.replace(NUMBER, str(number))
+
+
+def _servers(names: tuple[str, ...], directory: Path, *, no_serve: bool) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The devices whose servers have to answer, none for any, and the command that starts those that do not.
+
+    Raises:
+        ServerUnavailable: One has to be started, and none may be.
+        DeviceNotFound: There is no such device.
+    """
+    from gms_core.cli.serve import ALL, resolve
+    from gms_core.cli.servers import ask
+    from gms_core.runtime_dir import sockets
+
+    up = {state.report.device for state in (ask(path, "gms run") for path in sockets(directory)) if state.report is not None}
+    if up and not names:
+        return (), None
+    try:
+        wanted = resolve(names or (ALL,))
+    except DeviceNotFound as error:
+        raise DeviceNotFound(error.message, hint="For engines that run on CPU: gms run --device host -- COMMAND") from error
+    missing = [device for device in wanted if device not in up]
+    if not missing:
+        return tuple(wanted), None
+    if no_serve:
+        raise ServerUnavailable(
+            f"no server answers in {directory} for {', '.join(missing)}", hint="Start it with gms serve, or leave --no-serve out."
+        )
+    command = [sys.executable, "-P", "-m", "gms_core.cli", "serve", "--runtime-dir", str(directory)]
+    return tuple(wanted), (*command, *(word for device in missing for word in ("--device", device)))
+
+
+def _log_dir(directory: Path) -> Path:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgument(
+            f"the directory of logs {directory} cannot be made: {error.strerror}", hint="Name another one with --log-dir."
+        ) from error
+    return directory.absolute()

@@ -1,0 +1,312 @@
+"""``gms run`` with real processes: engines that elect a primary, and are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gms_core.cli import gms
+from gms_core.cli.exit_codes import ExitCode
+from gms_core.client import connect
+from gms_core.config import child_environment
+from gms_core.errors import EngineFailed, ServerUnavailable
+from gms_core.failover.fleet_view import Change
+from gms_core.failover.restarts import Policy
+from gms_core.failover.supervisor import Wanted, supervise
+from tests.conftest import RunningServer
+from tests.unit.gms_run import ENGINE, GMS, PATIENCE_S, answer, free_port, gms_run, processes_of
+
+
+def _members(directory: Path, engine: str) -> dict[str, int]:
+    """Processes of an engine by what they are."""
+    result = CliRunner().invoke(gms, ["failover", "status", "--runtime-dir", str(directory), "-o", "json"])
+    (found,) = [status for status in json.loads(result.stdout)["engines"] if status["name"] == engine]
+    return {member["process"]: member["pid"] for member in found["members"]}
+
+
+@pytest.mark.parametrize("victim", ["its first process", "its rank", "its whole group"])
+def test_shadow_takes_over_and_the_dead_comes_back_when_the_primary_is_killed(runtime_dir: Path, victim: str) -> None:
+    port = free_port()
+    with gms_run(runtime_dir, "--device", "host", "--", *ENGINE, "--port", str(port)) as run:
+        run.wait_for("engine-0", "primary", lambda event: event["epoch"] == 1)
+        run.wait_for("engine-1", "standby")
+        name, pid, epoch = answer(port)
+        assert (name, epoch) == ("engine-0", "1")
+        if victim == "its whole group":
+            os.killpg(int(pid), signal.SIGKILL)
+        else:
+            os.kill(int(pid) if victim == "its first process" else _members(runtime_dir, "engine-0")["rank 0"], signal.SIGKILL)
+        run.wait_for("engine-1", "primary", lambda event: event["epoch"] == 2)
+        back = run.wait_for("engine-0", "standby")
+        assert back["restarts"] == 1
+        assert back["pid"] != int(pid)
+        assert answer(port)[::2] == ["engine-1", "2"]
+        run.interrupt()
+        assert run.wait() == 0
+    states = [(event["subject"], event["state"]) for event in run.events]
+    assert states.index(("engine-0", "ended")) < states.index(("engine-1", "ended")) < states.index(("server", "ended"))
+    assert run.told("server") == ["starting", "up", "ended"]
+    assert not (runtime_dir / "host.sock").exists()
+
+
+def test_log_of_each_engine_has_a_line_for_each_start_when_it_was_started_again(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "0", "--name", "toy", "--", *ENGINE, "--port", "0") as run:
+        for _ in range(2):
+            os.kill(run.wait_for("toy-0", "primary")["pid"], signal.SIGKILL)
+        run.wait_for("toy-0", "primary")
+        run.interrupt()
+        assert run.wait() == 0
+    starts = [line for line in (runtime_dir / "logs" / "toy-0.log").read_text().splitlines() if line.startswith("--- ")]
+    assert [line.partition(" start ")[2].partition(":")[0] for line in starts] == ["1 of toy-0", "2 of toy-0", "3 of toy-0"]
+    assert (runtime_dir / "logs").stat().st_mode & 0o777 == 0o700
+
+
+def test_reason_of_the_server_is_told_when_it_has_ended_an_engine(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "0", "--", *ENGINE) as run:
+        run.wait_for("engine-0", "primary")
+        os.kill(_members(runtime_dir, "engine-0")["rank 0"], signal.SIGKILL)
+        event = run.wait_for("engine-0", "waiting", lambda event: "rank 0" in event["detail"])
+        assert event["detail"].endswith(f"log: {runtime_dir}/logs/engine-0.log")
+        run.interrupt()
+        assert run.wait() == 0
+
+
+def test_server_is_used_and_left_running_when_one_runs_already(server: RunningServer) -> None:
+    with gms_run(server.directory, "--shadows", "0", "--no-serve", "--", *ENGINE) as run:
+        run.wait_for("engine-0", "primary")
+        run.interrupt()
+        assert run.wait() == 0
+    assert run.told("server") == ["up"]
+    with server.connect() as session:
+        assert session.status().cohorts == ()
+
+
+def test_server_is_started_again_when_it_was_killed(runtime_dir: Path) -> None:
+    port = free_port()
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "0", "--", *ENGINE, "--port", str(port)) as run:
+        run.wait_for("engine-0", "primary")
+        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        os.kill(serve, signal.SIGKILL)
+        run.wait_for("server", "ended")
+        run.wait_for("server", "starting")
+        run.wait_for("server", "up")
+        assert answer(port)[0] == "engine-0", "a primary serves without its server"
+        run.interrupt()
+        assert run.wait() == 0
+
+
+def test_run_ends_when_it_is_told_to_while_its_server_hangs(server: RunningServer) -> None:
+    with gms_run(server.directory, "--shadows", "0", "--stop-timeout", "0.5", "--", *ENGINE) as run:
+        run.wait_for("engine-0", "primary")
+        hanging = server.pid
+        os.kill(hanging, signal.SIGSTOP)
+        try:
+            run.wait_for("server", "lost")
+            run.interrupt()
+            assert run.wait() == 0
+        finally:
+            os.kill(hanging, signal.SIGCONT)
+    assert run.told("engine-0")[-3:] == ["primary", "ending", "ended"], "what was known stays while the server does not answer"
+
+
+def test_second_run_stands_by_with_other_names_when_the_first_was_killed(runtime_dir: Path) -> None:
+    port = free_port()
+    arguments = ("--device", "host", "--shadows", "0", "--", *ENGINE, "--port", str(port))
+    with gms_run(runtime_dir, *arguments) as first:
+        first.wait_for("engine-0", "primary")
+        first.process.kill()
+        first.process.wait(PATIENCE_S)
+        with gms_run(runtime_dir, *arguments) as second:
+            second.wait_for("engine-1", "standby")
+            name, pid, _ = answer(port)
+            assert name == "engine-0", "engines outlive a run that was killed"
+            os.killpg(int(pid), signal.SIGKILL)
+            second.wait_for("engine-1", "primary", lambda event: event["epoch"] == 2)
+            second.interrupt()
+            assert second.wait() == 0
+            with connect(socket_path=runtime_dir / "host.sock") as session:
+                assert session.status().cohorts == (), "the server is the first run's, and lives on"
+            for left in processes_of(runtime_dir):
+                if b"serve" in Path(f"/proc/{left}/cmdline").read_bytes().split(b"\0"):
+                    os.kill(left, signal.SIGTERM)
+            while processes_of(runtime_dir):
+                pass
+
+
+def test_engine_is_killed_when_it_does_not_end_in_time(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "1", "--stop-timeout", "0.2", "--", *ENGINE, "--ignores-sigterm") as run:
+        run.wait_for("engine-1", "standby")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 0
+    assert run.events[-2]["detail"].startswith("was ended by signal SIGKILL")
+
+
+def test_engines_are_killed_at_once_when_ctrl_c_comes_again(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--stop-timeout", "3600", "--", *ENGINE, "--ignores-sigterm") as run:
+        run.wait_for("engine-1", "standby")
+        run.interrupt()
+        run.wait_for("engine-1", "ending")
+        run.interrupt()
+        assert run.wait() == 0
+    assert run.told("server")[-1] == "ended"
+
+
+@pytest.mark.parametrize("role", ["init", "promoting"])
+def test_run_gives_up_when_engines_die_again_and_again(server: RunningServer, tmp_path: Path, role: str) -> None:
+    told: list[Change] = []
+    wanted = Wanted(
+        command=lambda number: [*ENGINE, "--dies-as", role],
+        environment=lambda number: child_environment(GMS_RUNTIME_DIR=str(server.directory), GMS_ENGINE=f"engine-{number}", GMS_FAILOVER="{}"),
+        name="engine",
+        engines=2,
+        lock="gms:primary",
+        runtime_dir=server.directory,
+        devices=(),
+        serve=None,
+        log_dir=tmp_path,
+        policy=Policy(first_delay_s=0.01, most_failures=3),
+        stop_timeout_s=10.0,
+    )
+    with pytest.raises(EngineFailed, match="3 starts in a row have failed") as caught:
+        supervise(wanted, told.append, lambda rows: None)
+    assert str(tmp_path / "engine-0.log") in caught.value.hint
+    assert f"dies as {role}" in caught.value.hint
+    assert not [change for change in told if change.subject == "engine-1" and change.state == "starting"]
+
+
+def test_run_says_why_when_its_server_cannot_start(server: RunningServer, tmp_path: Path) -> None:
+    wanted = Wanted(
+        command=lambda number: [],
+        environment=lambda number: child_environment(),
+        name="engine",
+        engines=1,
+        lock="gms:primary",
+        runtime_dir=server.directory,
+        devices=("no-such-device",),
+        serve=(*GMS, "serve", "--runtime-dir", str(server.directory), "--device", "no-such-device"),
+        log_dir=tmp_path,
+        policy=Policy(),
+        stop_timeout_s=1.0,
+    )
+    with pytest.raises(ServerUnavailable, match="exited with code 9 as soon as it was started: hint:"):
+        supervise(wanted, lambda change: None, lambda rows: None)
+
+
+def test_number_stands_in_the_command_when_each_engine_has_its_own_port(runtime_dir: Path) -> None:
+    options = ("--device", "host", "--gate", "503", "--status-address", "127.0.0.1:900{n}")
+    with gms_run(runtime_dir, *options, "--", *ENGINE, "--port", "0", "--dies-as", "none-{n}") as run:
+        run.wait_for("engine-1", "standby")
+        run.interrupt()
+        assert run.wait() == 0
+    for number in (0, 1):
+        log = (runtime_dir / "logs" / f"engine-{number}.log").read_text()
+        assert f"--dies-as none-{number}" in log
+        assert f'"status_address":"127.0.0.1:900{number}"' in log
+
+
+VLLM = """#!{python}
+import json, os, sys, time
+print("started with", sys.argv[1:], json.loads(os.environ["GMS_FAILOVER"]), flush=True)
+time.sleep(3600)
+"""
+
+
+def test_vllm_gets_its_load_format_and_its_block_when_it_is_run(runtime_dir: Path, tmp_path: Path) -> None:
+    script = tmp_path / "vllm"
+    script.write_text(VLLM.format(python=sys.executable))
+    script.chmod(0o755)
+    block = {"lock": "gms:other", "promotion_timeout_s": 5.0}
+    options = ("--device", "host", "--shadows", "0", "--lock", "gms:this", "--on-promoted", "tell 'the balancer'", "--webhook", "http://localhost/x")
+    environment = {"GMS_PLUGINS": "vllm", "PATH": f"{tmp_path}:{os.environ['PATH']}", "GMS_FAILOVER": json.dumps(block)}
+    log = runtime_dir / "logs" / "engine-0.log"
+    with gms_run(runtime_dir, *options, "--", "vllm", "serve", "MODEL", **environment) as run:
+        run.wait_for("engine-0", "starting")
+        while "started with" not in log.read_text():
+            pass
+        run.interrupt()
+        assert run.wait() == 0
+    told = {"lock": "gms:this", "promotion_timeout_s": 5.0, "on_promoted": ["tell", "the balancer"], "webhook": "http://localhost/x"}
+    assert f"started with {['serve', 'MODEL', '--load-format', 'gms']} " in log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("started with")]
+    assert eval(line.partition("] ")[2]) == told
+
+
+def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(gms, ["run", "--runtime-dir", str(directory), *arguments])
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--device", "host", "--", "no-such-engine"], ExitCode.USAGE, "there is no command 'no-such-engine'"),
+        (["--gate", "503", "--", "true"], ExitCode.USAGE, "--port 800{n}"),
+        (["--status-address", "127.0.0.1:9000", "--", "true"], ExitCode.USAGE, "--status-address 127.0.0.1:900{n}"),
+        (["--status-address", "{n}", "--", "true"], ExitCode.USAGE, "status_address: must be HOST:PORT"),
+        (["--name", "../engine", "--", "true"], ExitCode.USAGE, "'../engine' cannot be the name of engines"),
+        (["--no-serve", "--device", "host", "--", "true"], ExitCode.NO_SERVER, "for host\nhint: Start it with gms serve"),
+        (["--lock", "etcd:x", "--", "true"], ExitCode.USAGE, "the options of gms run: lock: must be gms:NAME or flock:/ABSOLUTE/PATH"),
+        (["--on-promoted", "echo 'x", "--", "true"], ExitCode.USAGE, "--on-promoted cannot be read as a command"),
+        (["--", "vllm", "serve", "MODEL", "--load-format", "dummy"], ExitCode.USAGE, "--load-format dummy does not share weights"),
+        (["--", "true"], ExitCode.NO_DEVICE, "gms run --device host"),
+        (["--shadows", "1"], ExitCode.USAGE, "COMMAND"),
+        (["--log-dir", "/proc/no", "--device", "host", "--", "true"], ExitCode.USAGE, "cannot be made"),
+    ],
+)
+def test_run_refuses_with_a_sentence_when_it_cannot_begin(
+    runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: ExitCode, words: str
+) -> None:
+    (tmp_path / "vllm").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("GMS_PLUGINS", "vllm")
+    found, said = _refused(runtime_dir, *arguments)
+    assert (found, words in said) == (code, True), said
+
+
+def test_variable_is_named_when_its_block_is_wrong(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMS_FAILOVER", '{"gate": "door"}')
+    code, said = _refused(runtime_dir, "--", "true")
+    assert code == ExitCode.USAGE
+    assert said.startswith("gms: GMS_FAILOVER: gate:")
+
+
+def test_changes_are_lines_of_text_when_standard_output_is_no_terminal(server: RunningServer) -> None:
+    command = [*GMS, "run", "--runtime-dir", str(server.directory), "--shadows", "0", "--", *ENGINE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=child_environment(GMS_PLUGINS="")) as run:
+        assert run.stdout is not None
+        lines = []
+        while "primary" not in (lines[-1] if lines else ""):
+            lines.append(run.stdout.readline())
+        run.send_signal(signal.SIGINT)
+        lines += run.stdout.readlines()
+        assert run.wait(PATIENCE_S) == 0
+    words = [line.split(" ", 1)[1].partition(" (")[0].strip() for line in lines]
+    assert words[:2] == ["server up", "engine-0 starting"]
+    assert [word for word in words if "primary" in word] == ["engine-0 primary"]
+    assert words[-3:] == ["run ending", "engine-0 ending", "engine-0 ended"]
+
+
+def test_table_shows_who_serves_when_standard_output_is_a_terminal(server: RunningServer) -> None:
+    master, slave = pty.openpty()
+    command = [*GMS, "run", "--runtime-dir", str(server.directory), "--shadows", "0", "--", *ENGINE]
+    environment = child_environment(GMS_PLUGINS="", TERM="xterm", COLUMNS="120", LINES="40")
+    with subprocess.Popen(command, stdout=slave, stdin=subprocess.DEVNULL, env=environment) as run:
+        os.close(slave)
+        shown = b""
+        while b"primary" not in shown:
+            shown += os.read(master, 4096)
+        run.send_signal(signal.SIGINT)
+        while b"ended" not in shown:
+            shown += os.read(master, 4096)
+        assert run.wait(PATIENCE_S) == 0
+    os.close(master)
+    assert b"restarts" in shown
+    assert b"engine-0" in shown
