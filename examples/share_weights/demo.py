@@ -1,4 +1,4 @@
-"""Two stock vLLM engines share one copy of the weights: the whole story, on this machine, with figures.
+"""Two stock vLLM engines share one copy of the weights; then the one that serves is killed, and its shadow serves. On this machine, with figures.
 
 Run it with ``make demo``. Without a GPU it uses a CPU build of vLLM and memory of the ``host`` device; with one, the GPU.
 """
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,11 @@ from pathlib import Path
 from model import write_model
 from processes import Program, ProgramError, complete, free_port, program, running, wait_until_healthy
 
+from gms_core.cli.failover_benchmark import Wanted, measure
+from gms_core.cli.failover_benchmark_client import Endpoint
+from gms_core.cli.failover_benchmark_table import timeline
+from gms_core.errors import GmsError
+
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -27,6 +33,7 @@ CPU_ENVIRONMENT = {
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M"]
 PROMPT = "w3 w14 w15 w92 w65 w35"
+REQUESTS = 4
 GPU_OPTIONS = ["--max-model-len", "2048", "--gpu-memory-utilization", "0.3"]
 
 
@@ -47,13 +54,16 @@ class Demo:
         extra = {"GMS_RUNTIME_DIR": str(self.runtime), "GMS_CACHE_DIR": str(self.runtime / "cache")}
         return ENVIRONMENT | extra | ({} if self.gpu else CPU_ENVIRONMENT)
 
+    def command(self, port: int) -> list[str]:
+        """The command line of an engine, without GMS."""
+        command = [*program("vllm"), "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
+        return [*command, *(GPU_OPTIONS if self.gpu else CPU_OPTIONS)]
+
     @contextlib.contextmanager
     def engine(self, name: str, *options: str) -> Iterator[tuple[Program, int]]:
         """A ``vllm serve`` that answers."""
         port = free_port()
-        command = [*program("vllm"), "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
-        command += [*(GPU_OPTIONS if self.gpu else CPU_OPTIONS), *options]
-        with running(name, command, self.logs / f"{name}.log", self.environment) as engine:
+        with running(name, [*self.command(port), *options], self.logs / f"{name}.log", self.environment) as engine:
             ready = wait_until_healthy(engine, port)
             say(f"  {name} answers on port {port}, {ready:.1f} s after its start")
             yield engine, port
@@ -80,6 +90,11 @@ class Demo:
             shutil.move(file, self.aside / file.name)
         return total
 
+    def put_weights_back(self) -> None:
+        """Undo `move_weights_away`."""
+        for file in self.aside.iterdir():
+            shutil.move(file, self.model / file.name)
+
     def weight_bytes_in_checkpoint(self) -> int:
         """Bytes of weights that an engine could read from the checkpoint."""
         return sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
@@ -90,8 +105,8 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def tell(demo: Demo) -> dict[str, object]:
-    """Run the story; returns its figures."""
+def share(demo: Demo) -> dict[str, object]:
+    """The story's first part, one copy of the weights; returns its figures."""
     say(f"A random Qwen3-shaped model is written ({'0.6 billion parameters' if demo.gpu else 'tiny'}).")
     write_model(demo.model, *(("0.6b", "bfloat16") if demo.gpu else ("tiny", "float32")))
     say("A stock engine, without GMS, says which tokens are right.")
@@ -123,6 +138,45 @@ def tell(demo: Demo) -> dict[str, object]:
                 }
 
 
+def fail_over(demo: Demo) -> dict[str, object]:
+    """The story's second part, kill -9; returns its figures."""
+    demo.put_weights_back()
+    os.environ.update(demo.environment)
+    port = free_port()
+    command = tuple(demo.command(port))
+    say("The weights are put back. As under `gms run --shadows 1 -- vllm serve ...`, a primary and its shadow start on one and the same port.")
+    wanted = Wanted(
+        command=command,
+        restart_command=command,
+        endpoint=Endpoint("127.0.0.1", port),
+        kills=1,
+        load=REQUESTS,
+        restarts=("warm",),
+        devices=() if demo.gpu else ("host",),
+        log_dir=demo.logs / "failover",
+    )
+    found = measure(wanted, lambda line: say(f"  {line}"))
+    killed = found.failovers[0] if found.failovers else None
+    if killed is None or found.faults():
+        raise ProgramError("; ".join(found.faults()))
+    first_s, restart_s = killed.events["first_token"], found.restarts["warm"].start_to_first_token_s
+    flying, failed = killed.requests.in_flight, killed.requests.in_flight_failed
+    say(f"kill -9 of all processes of the primary: its shadow answers a new request at the same port after {first_s * 1000:.0f} ms.")
+    say(f"  {failed} of {flying} requests in flight failed, and {killed.requests.failed - failed} that came too early after the kill;")
+    say(f"  the shadow's tokens are those of the dead engine: {killed.compared_tokens} compared, {killed.wrong_tokens} wrong.")
+    say(f"To start that engine again instead takes {restart_s:.1f} s to the first token, {restart_s / first_s:.0f} times as long.")
+    for line in timeline(killed):
+        say(f"  {line}")
+    return {
+        "kill_to_first_token_s": first_s,
+        "failed_requests": killed.requests.failed,
+        "restart_s": restart_s,
+        "kill_to_gone_s": killed.events["gone"],
+        "wrong_tokens": found.wrong_tokens,
+        "max_primaries": found.max_primaries,
+    }
+
+
 def main() -> int:
     """Run the demonstration and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -138,8 +192,9 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gms-demo-") as directory:
         try:
-            figures = tell(Demo(Path(directory), gpu=gpu))
-        except ProgramError as failure:
+            demo = Demo(Path(directory), gpu=gpu)
+            figures = {**share(demo), **fail_over(demo)}
+        except (ProgramError, GmsError) as failure:
             print(f"The demonstration failed: {failure}", file=sys.stderr)
             return 1
     options.out.write_text(json.dumps(figures, indent=2) + "\n")

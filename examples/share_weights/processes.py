@@ -103,5 +103,5 @@ def complete(port: int, model: str, prompt: str, count: int) -> list[str]:
 
 
 def program(name: str) -> list[str]:
-    """The command of a console script beside the running interpreter."""
-    return [os.fspath(Path(sys.executable).with_name(name))]
+    """The command line of ``gms`` or ``vllm`` in this Python's environment; its console scripts may be anywhere, or nowhere."""
+    return [sys.executable, "-m", {"gms": "gms_core.cli", "vllm": "vllm.entrypoints.cli.main"}[name]]

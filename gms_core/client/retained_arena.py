@@ -5,67 +5,17 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from gms_core.client.arena import Received, Take, round_up
+from gms_core.client.scratch import scratch_layout
 from gms_core.errors import InvalidArgument, ProtocolError, SessionClosed
 from gms_core.layout import Allocation
 from gms_core.vmm.driver import Access, Address, Driver, Handle
 from gms_core.vmm.undo import UndoStack
 
-MOST_ALIASES = 4096
-"""Mappings of one scratch: each costs tens of microseconds to make and to grant, whatever its size."""
-
 Backing = Literal["none", "scratch", "front", "pool"]
 """What lies beneath the addresses. ``front``: the pool's front, and scratch, if there was any, beneath the rest."""
-
-
-class ScratchPiece(NamedTuple):
-    """One mapping of a scratch.
-
-    Attributes:
-        offset: Bytes from the base.
-        size: Bytes.
-        allocation: Which allocation lies there, counted from 0. All pieces with the same number have the same size.
-    """
-
-    offset: int
-    size: int
-    allocation: int
-
-
-def scratch_layout(size: int, granularity: int, alias_bytes: int, cuts: Sequence[int] = ()) -> list[ScratchPiece]:
-    """Cover a range with as little memory, mapped again and again, as a reasonable number of mappings allows.
-
-    Memory is mapped whole, so what is left at the end of the range, or before a cut, is an allocation of its own; equal ends share one.
-
-    Args:
-        size: Bytes of the range, a multiple of the granularity.
-        granularity: Bytes; of all offsets and sizes.
-        alias_bytes: Bytes of the one allocation that lies beneath most of the range. It is rounded up, and made larger where the range would
-            need more than `MOST_ALIASES` mappings.
-        cuts: Offsets at which a piece has to end, multiples of the granularity.
-
-    Returns:
-        The pieces, in order and side by side.
-
-    Raises:
-        InvalidArgument: A size or a cut is out of range, or no multiple of the granularity.
-    """
-    if size <= 0 or size % granularity or alias_bytes <= 0:
-        raise InvalidArgument(f"no scratch of {alias_bytes} bytes can lie beneath {size} bytes with a granularity of {granularity}")
-    if wrong := [cut for cut in cuts if cut % granularity or not 0 <= cut <= size]:
-        raise InvalidArgument(f"{wrong[0]} is no place to cut {size} bytes with a granularity of {granularity}")
-    alias = min(size, round_up(max(alias_bytes, -(-size // MOST_ALIASES)), granularity))
-    numbers: dict[int, int] = {}
-    pieces: list[ScratchPiece] = []
-    start = 0
-    for end in sorted({*cuts, size} - {0}):
-        while start < end:
-            piece = min(alias, end - start)
-            pieces.append(ScratchPiece(start, piece, numbers.setdefault(piece, len(numbers))))
-            start += piece
-    return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +53,9 @@ class RetainedArena:
         self.base: Address = driver.reserve(self.size)
         self._driver = driver
         self._backing: Backing = "none"
+        self._left: Backing = "none"
+        self._alias_bytes, self._turn = 0, 0
+        self._cuts: tuple[int, ...] = ()
         self._mapped: list[_Piece] = []
         self._scratch: list[Handle] = []
         self._pool: list[_Piece] = []
@@ -120,7 +73,7 @@ class RetainedArena:
         What is written at one address may be read at others. There is no promise about the content.
 
         Args:
-            alias_bytes: Bytes that most of the addresses share, see `scratch_layout`.
+            alias_bytes: Bytes that most of the addresses share, see `gms_core.client.scratch.scratch_layout`.
             cuts: Offsets at which a mapping has to end: the borders of the front, if `map_front` is going to be used.
 
         Returns:
@@ -141,6 +94,7 @@ class RetainedArena:
             undo.commit()
         self._release_scratch()
         self._scratch = handles
+        self._alias_bytes, self._cuts = alias_bytes, tuple(cuts)
         return sum(sizes.values())
 
     def adopt(self, receive: Callable[[Take], None], allocations: Sequence[Allocation], spares: Sequence[Allocation] = ()) -> None:
@@ -197,6 +151,7 @@ class RetainedArena:
         if replaced not in (0, sum(piece.size for piece in front)):
             raise InvalidArgument("a mapping of the scratch lies across the border of the front", hint="Name the borders as cuts of map_scratch.")
         self._switch(sorted([*rest, *front], key=lambda piece: piece.offset), "front")
+        self._turn = turn
 
     def map_pool(self, turn: int = 0) -> None:
         """Map the pool's memory in the place of whatever is there. Idempotent. The caller holds the pool, whole.
@@ -210,13 +165,40 @@ class RetainedArena:
         """
         self._check_pool()
         self._switch(self._of_turn(turn), "pool")
+        self._turn = turn
         self._release_scratch()
 
     def unmap(self) -> None:
         """Leave bare addresses. The pool's memory and its contents stay; scratch is freed. Idempotent."""
         self._check()
+        if self._backing == "none":
+            return
+        left = self._backing
         self._switch([], "none")
+        self._left = left
         self._release_scratch()
+
+    def remap(self) -> None:
+        """Put back what `unmap` took away: the same memory of the pool, and scratch as large as it was. Idempotent.
+
+        Raises:
+            OutOfMemory: There is no room for scratch. The call can be repeated.
+        """
+        self._check()
+        if self._backing != "none":
+            return
+        left = self._left
+        try:
+            if left in ("scratch", "front") and self._alias_bytes:
+                self.map_scratch(self._alias_bytes, self._cuts)
+            if left == "front":
+                self.map_front(self._turn)
+            elif left == "pool":
+                self.map_pool(self._turn)
+        except BaseException:
+            self.unmap()
+            self._left = left
+            raise
 
     def close(self) -> None:
         """Unmap everything and give the addresses back. Tensors that lie here must not be used any more. Idempotent."""

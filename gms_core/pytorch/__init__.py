@@ -3,7 +3,8 @@
 from gms_core.pytorch.cuda_pool import capture
 from gms_core.pytorch.materialise import check_no_meta, materialise
 from gms_core.pytorch.memory import Report, TensorArena
+from gms_core.pytorch.placed import placed
 from gms_core.pytorch.publish import publish
 from gms_core.pytorch.slots import Slot, SlotFilter, Step
 
-__all__ = ["Report", "Slot", "SlotFilter", "Step", "TensorArena", "capture", "check_no_meta", "materialise", "publish"]
+__all__ = ["Report", "Slot", "SlotFilter", "Step", "TensorArena", "capture", "check_no_meta", "materialise", "placed", "publish"]

@@ -1,0 +1,149 @@
+"""How long an engine takes to fall asleep and to wake up, by GMS and by vLLM's own sleep mode, and what memory it gives back meanwhile.
+
+    python examples/share_weights/sleep.py 8b --kv-gib 60
+
+On a machine without a GPU only GMS is measured: vLLM's own sleep mode needs one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from model import SHAPES, write_model
+from processes import Program, ProgramError, complete, free_port, running, wait_until_healthy
+
+GIB = 2**30
+GMS = [sys.executable, "-m", "gms_core.cli"]
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+LEVELS = (1, 2)
+
+
+def used_gib() -> float | None:
+    """Memory of the first GPU that is in use, by whomever; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) / GIB
+
+
+def post(port: int, path: str) -> float:
+    """Ask an engine for something; returns the milliseconds until it has answered."""
+    started = time.perf_counter()
+    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", method="POST"), timeout=600):
+        return (time.perf_counter() - started) * 1000
+
+
+class Bench:
+    """The programs under test, on one model."""
+
+    def __init__(self, directory: Path, shape: str, kv_bytes: int, rounds: int) -> None:
+        self.model = directory / "model"
+        self.runtime = directory / "run"
+        self.logs = directory / "logs"
+        self.logs.mkdir()
+        self.kv_bytes, self.rounds = kv_bytes, rounds
+        self.environment = {
+            "GMS_RUNTIME_DIR": str(self.runtime),
+            "GMS_CACHE_DIR": str(directory / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_SERVER_DEV_MODE": "1",
+        }
+        write_model(self.model, shape, "float32" if used_gib() is None else "bfloat16")
+
+    @contextlib.contextmanager
+    def engine(self, name: str, *options: str) -> Iterator[int]:
+        """An engine that answers on the port that is given."""
+        port = free_port()
+        command = [*VLLM, "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096", "--enable-sleep-mode"]
+        command += ["--kv-cache-memory-bytes", str(self.kv_bytes), "--gpu-memory-utilization", "0.9", *options]
+        with running(name, command, self.logs / f"{name}.log", self.environment) as engine:
+            wait_until_healthy(engine, port)
+            yield port
+
+    @contextlib.contextmanager
+    def server(self) -> Iterator[Program]:
+        """A device server that clients can reach."""
+        device = ["--device", "host"] if used_gib() is None else []
+        with running("gms serve", [*GMS, "serve", *device, "--runtime-dir", str(self.runtime)], self.logs / "gms.log", self.environment) as server:
+            while not list(self.runtime.glob("*.sock")):
+                server.check()
+                time.sleep(0.01)
+            yield server
+
+    def answers(self, port: int) -> list[list[str]]:
+        """Greedy answers to some prompts."""
+        return [complete(port, str(self.model), f"w{3 + number} w14 w15 w92", 32) for number in range(4)]
+
+    def cycles(self, port: int, levels: tuple[int, ...]) -> dict[str, object]:
+        """Let an engine sleep and wake up; the figures are medians, in milliseconds and GiB."""
+        right, awake = self.answers(port), used_gib()
+        figures: dict[str, object] = {"awake_gib": awake}
+        equal = True
+        for level in levels:
+            sleeps, wakes, asleep = [], [], awake
+            for _ in range(self.rounds):
+                sleeps.append(post(port, f"/sleep?level={level}"))
+                asleep = used_gib()
+                wakes.append(post(port, "/wake_up"))
+                equal = equal and self.answers(port) == right
+            figures[f"level_{level}"] = {"sleep_ms": statistics.median(sleeps), "wake_ms": statistics.median(wakes), "asleep_gib": asleep}
+        return figures | {"tokens_equal": equal}
+
+
+def measure(bench: Bench) -> dict[str, object]:
+    """Run the engines; returns the figures."""
+    figures: dict[str, object] = {}
+    if used_gib() is not None:
+        with bench.engine("stock") as port:
+            figures["stock"] = bench.cycles(port, (1,))  # at level 2 its weights are gone
+    with bench.server(), bench.engine("gms", "--load-format", "gms") as port:
+        figures["gms"] = bench.cycles(port, LEVELS)
+    return figures
+
+
+def main() -> int:
+    """Write a model, measure, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("--kv-gib", type=float, default=60.0, help="memory of the KV cache (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="times to sleep and wake up at each level (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the figures here too")
+    parser.add_argument("--logs", type=Path, help="keep the programs' logs here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gms-bench-") as name:
+        bench = Bench(Path(name), options.shape, int(options.kv_gib * GIB), options.rounds)
+        try:
+            figures = {"shape": options.shape, "kv_gib": options.kv_gib, **measure(bench)}
+        except ProgramError as failure:
+            print(f"The benchmark failed: {failure}", file=sys.stderr)
+            return 1
+        finally:
+            if options.logs:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                for log in bench.logs.glob("*.log"):
+                    (options.logs / f"sleep-{options.shape}-{log.name}").write_bytes(log.read_bytes())
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What a worker adds so that its engine sleeps and wakes up by GMS."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+from vllm.platforms import current_platform
+
+from gms_core.engine_config import GmsConfig
+from gms_core.errors import EngineAsleep, EngineUnsupported
+from gms_core.failover.config import failover_config
+from gms_core.pytorch import placed
+from gms_core.vmm import open_driver
+from gms_vllm import holdings
+from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_vllm.place import device_id
+from gms_vllm.private_kv import PrivateKv
+from gms_vllm.sleep import KV_CACHE, GmsSleepBackend, KvMemory, register_backend
+
+log = logging.getLogger("vllm.gms")
+
+
+class GmsSleepMixin:
+    """Sleep and wake-up, and KV memory that can be given back meanwhile. With another load format than ``gms`` it changes nothing.
+
+    Attributes:
+        kv_memory: The KV memory, if GMS has placed it. An engine that fails over sets it to a `RetainedKvMemory`.
+    """
+
+    vllm_config: Any
+    kv_memory: KvMemory | None = None
+    _backend: GmsSleepBackend | None = None
+    _weights: tuple[holdings.Holding, ...] = ()
+    _kv_sizes: frozenset[int] = frozenset()
+
+    def _sleeps_by_gms(self) -> bool:
+        return bool(self.vllm_config.load_config.load_format == LOAD_FORMAT)
+
+    def sleep_backend(self) -> GmsSleepBackend:
+        """The mechanism of this worker."""
+        if self._backend is None:
+            register_backend()
+            self._backend = SleepModeBackendFactory.get_backend_class("gms")()
+        self._backend.kv, self._backend.weights = self.kv_memory, self._weights
+        return self._backend
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load, and remember which of this process's weights are this worker's."""
+        before = holdings.all_kept()
+        base: Any = super()
+        base.load_model(*args, **kwargs)
+        self._weights = holdings.all_kept()[len(before) :]
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Make the KV cache; with sleep mode, in memory that can be taken away from beneath it."""
+        base: Any = super()
+        if not self._has_private_kv():
+            base.initialize_from_config(kv_cache_config)
+            return
+        sizes = [tensor.size for tensor in kv_cache_config.kv_cache_tensors]
+        # One buffer for each, or one for all of them together (vllm/v1/worker/kv_connector_model_runner_mixin.py, allocate_uniform_kv_caches).
+        self._kv_sizes = frozenset([*sizes, sum(sizes)])
+        kv = PrivateKv(open_driver(device_id()), _device(), self._options().memory_timeout_s)
+        self.kv_memory = kv
+        base.initialize_from_config(kv_cache_config)
+        if sizes and not kv.size:
+            raise EngineUnsupported(
+                "sleep mode: this engine makes its KV cache in a way that GMS does not know", hint="Start without --enable-sleep-mode."
+            )
+
+    def _has_private_kv(self) -> bool:
+        sleeps = self._sleeps_by_gms() and bool(self.vllm_config.model_config.enable_sleep_mode)
+        return sleeps and failover_config(self._options()) is None
+
+    def _options(self) -> GmsConfig:
+        return loader_options(self.vllm_config.load_config.model_loader_extra_config or {}).gms
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        base: Any = super()
+        kv = self.kv_memory
+        if tag != KV_CACHE or not isinstance(kv, PrivateKv):
+            found: AbstractContextManager[Any] = base._maybe_get_memory_pool_context(tag)  # noqa: SLF001 - it is overridden here
+            return found
+
+        def place(size: int) -> int | None:
+            return kv.place(size) if size in self._kv_sizes else None
+
+        return placed(place, _device())
+
+    def sleep(self, level: int = 1) -> None:
+        """Unmap weights and KV memory."""
+        base: Any = super()
+        if not self._sleeps_by_gms():
+            base.sleep(level)
+            return
+        start = time.perf_counter()
+        self.sleep_backend().suspend(level)
+        if self._suspends_communicators():
+            from vllm.distributed.parallel_state import suspend_device_comms
+
+            suspend_device_comms()
+        _give_back_cached()
+        self._say(f"asleep at level {level}", start)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Map weights and KV memory again.
+
+        Args:
+            tags: ``weights`` and ``kv_cache`` name one of them; None means both.
+        """
+        base: Any = super()
+        if not self._sleeps_by_gms():
+            base.wake_up(tags)
+            return
+        start = time.perf_counter()
+        backend = self.sleep_backend()
+        backend.resume(tags)
+        if self._suspends_communicators():
+            from vllm.distributed.parallel_state import resume_device_comms
+
+            resume_device_comms()
+        self._say(f"awake but for {', '.join(sorted(backend.asleep))}" if backend.asleep else "awake", start)
+
+    def discard(self, tags: Collection[str]) -> None:
+        """Unmap what is named, and forget what was cached."""
+        base: Any = super()
+        if not self._sleeps_by_gms():
+            base.discard(tags)
+            return
+        self.sleep_backend().discard(tags)
+        _give_back_cached()
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a step; refused while the engine sleeps."""
+        self._check_awake()
+        base: Any = super()
+        return base.execute_model(*args, **kwargs)
+
+    def execute_dummy_batch(self) -> None:
+        """Run a step without requests; refused while the engine sleeps."""
+        self._check_awake()
+        base: Any = super()
+        base.execute_dummy_batch()
+
+    def _suspends_communicators(self) -> bool:
+        return bool(getattr(self.vllm_config.model_config, "enable_nccl_comm_suspend", False))
+
+    def _say(self, state: str, start: float) -> None:
+        kv = f" ({holdings.amount(self.kv_memory.size)} of KV memory)" if isinstance(self.kv_memory, PrivateKv) else ""
+        log.info("%s, in %.1f ms%s", state, (time.perf_counter() - start) * 1000, kv)
+
+    def _check_awake(self) -> None:
+        # vLLM's scheduler is paused while the engine sleeps. What reaches a worker all the same would be a fault that ends the process.
+        if self._backend is not None and self._backend.asleep:
+            raise EngineAsleep("this engine is asleep: its memory is not mapped", hint="Wake it up first.")
+
+
+def _device() -> torch.device:
+    return torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def _give_back_cached() -> None:
+    """Give back what PyTorch keeps for its next allocations, as vLLM's own sleep mode does."""
+    if current_platform.is_cuda():
+        torch.cuda.empty_cache()
