@@ -6,7 +6,11 @@ vLLM calls `register` in each of its processes. It imports nothing of vLLM: what
 from __future__ import annotations
 
 import logging
+from functools import partial
 
+from gms_core.config import settings
+from gms_core.errors import ConfigurationError
+from gms_core.failover.parent_death import end_with_parent
 from gms_patches.on_import import when_imported
 
 log = logging.getLogger("vllm.gms")
@@ -14,8 +18,23 @@ log = logging.getLogger("vllm.gms")
 
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
+    if _cohort():
+        # Not guarded as the rest is: an engine whose processes outlive one another must not take part in a failover.
+        end_with_parent()
+        when_imported("vllm.v1.engine.core", _extend_engine_core)
+        when_imported("vllm.distributed.device_communicators.shm_broadcast", _patch_message_queues)
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.engine.arg_utils", _patch_engine_args)
+    _patch_front_end()
+
+
+def _cohort() -> str:
+    """The cohort of an engine that fails over, in each of the processes that its first one has started."""
+    try:
+        return settings().cohort
+    except ConfigurationError:  # the first process does not start an engine that fails over in such an environment
+        log.exception("the environment of GMS is not in order")
+        return ""
 
 
 def _register_loader() -> None:
@@ -34,3 +53,25 @@ def _patch_engine_args() -> None:
         patch_engine_args()
     except Exception:  # as above
         log.exception("--load-format gms is not available")
+
+
+def _extend_engine_core() -> None:
+    from gms_vllm.cohort import extend_engine_core
+
+    extend_engine_core()
+
+
+def _patch_message_queues() -> None:
+    from gms_vllm.message_queues import patch_message_queues
+
+    patch_message_queues()
+
+
+def _patch_front_end() -> None:
+    try:
+        from gms_vllm.serving import PATCHED, patch_front_end
+
+        for module in PATCHED:
+            when_imported(module, partial(patch_front_end, module))
+    except Exception:  # as above
+        log.exception("failover is not available")

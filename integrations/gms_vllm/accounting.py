@@ -20,6 +20,7 @@ import torch
 
 from gms_core.engine_config import GmsConfig
 from gms_core.errors import OutOfMemory
+from gms_core.failover.config import failover_config
 from gms_patches.apply import applied
 from gms_patches.for_vllm import REQUEST_MEMORY
 from gms_vllm.holdings import GIB, Holding
@@ -44,21 +45,44 @@ def external_bytes(config: Any, options: GmsConfig) -> int:
     return 0 if pool is None else pool.bytes or pool.draft_bytes
 
 
+def kv_is_planned(config: Any, options: GmsConfig) -> bool:
+    """Whether this engine will adopt KV memory that the server has already: it is a shadow, and takes none of its own.
+
+    Raises:
+        GmsError: The device server does not answer.
+    """
+    failover = failover_config(options)
+    if failover is None:
+        return False
+    with connect(options) as session:
+        pools = {pool.name: pool for pool in session.status().retained}
+    pool = pools.get(pool_name(config, options.model_copy(update={"tag": failover.kv_tag})))
+    return pool is not None and pool.bytes > 0
+
+
 @contextlib.contextmanager
 def startup_check(config: Any, options: GmsConfig) -> Iterator[None]:
-    """While it lasts, vLLM's start-up check and budget leave shared weights out, where vLLM has no seam of its own for that."""
+    """While it lasts, vLLM's start-up check and budget leave out what is on the device already for this engine: shared weights, and a shadow's KV.
+
+    VLLM has a seam of its own for weights from 0.32 on, and none for KV memory.
+    """
     import vllm.v1.worker.gpu_worker as gpu_worker
 
-    if "external_weight_memory" in inspect.signature(gpu_worker.request_memory).parameters:
+    has_seam = "external_weight_memory" in inspect.signature(gpu_worker.request_memory).parameters
+    if has_seam and failover_config(options) is None:
         yield
         return
 
     def build(original: Callable[..., int]) -> Callable[..., int]:
-        def request_memory(init_snapshot: Any, cache_config: Any) -> int:
+        def request_memory(init_snapshot: Any, cache_config: Any, *rest: Any, **named: Any) -> int:
+            seen = copy.copy(init_snapshot)
+            if kv_is_planned(config, options):
+                seen.free_memory = seen.total_memory
+            if has_seam:
+                return original(seen, cache_config, *rest, **named)
             external = external_bytes(config, options)
-            without = copy.copy(init_snapshot)
-            without.free_memory += external
-            return original(without, cache_config) - external
+            seen.free_memory += external
+            return original(seen, cache_config) - external
 
         return request_memory
 
@@ -71,12 +95,13 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
-def settle(worker: Any, holding: Holding) -> None:
+def settle(worker: Any, holding: Holding, *, shadow: bool) -> None:
     """Correct the budget and the baseline once it is known which part this engine took.
 
     Args:
         worker: vLLM's GPU worker, after loading.
         holding: What it loaded.
+        shadow: Whether its KV memory is there already, so that no budget has to fit.
 
     Raises:
         OutOfMemory: The budget does not fit beside what the neighbours use now.
@@ -87,7 +112,7 @@ def settle(worker: Any, holding: Holding) -> None:
     snapshot.non_torch_memory += holding.neighbours
     requested = math.ceil(snapshot.total_memory * cache.gpu_memory_utilization) - holding.external_bytes
     worker.requested_memory = requested
-    if cache.kv_cache_memory_bytes is None and not 0 < requested <= snapshot.free_memory:
+    if not shadow and cache.kv_cache_memory_bytes is None and not 0 < requested <= snapshot.free_memory:
         raise OutOfMemory(
             f"--gpu-memory-utilization {cache.gpu_memory_utilization} leaves {requested / GIB:.2f} GiB beside {holding.external_bytes / GIB:.2f} GiB "
             f"of shared weights, and {snapshot.free_memory / GIB:.2f} of {snapshot.total_memory / GIB:.2f} GiB are free",

@@ -97,6 +97,12 @@ def current() -> Holding | None:
         return _holdings[-1] if _holdings else None
 
 
+def all_kept() -> tuple[Holding, ...]:
+    """What was kept, in order."""
+    with _lock:
+        return tuple(_holdings)
+
+
 def defer_commits() -> None:
     """From now on drafts wait for `commit_due`."""
     global _deferred

@@ -60,7 +60,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         from gms_vllm.identity import DUMMY, check_content, expected_identity
         from gms_vllm.place import LoadRequest, connect
         from gms_vllm.roles import acquire
-        from gms_vllm.unsupported import check_config, check_engine, is_draft
+        from gms_vllm.unsupported import check_config, check_engine, check_worker, is_draft
 
         check_engine()
         request = LoadRequest(vllm_config, model_config, prefix)
@@ -68,6 +68,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
             log.info("%s is the draft model of speculative decoding: it is loaded into this engine's own memory", model_config.model)
             return self._inner().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         check_config(vllm_config)
+        check_worker(str(vllm_config.parallel_config.worker_cls))
         options = self.options.gms
         inner = options.inner.lower()
         files = weight_files(model_config, inner, self.load_config.download_dir)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
+import vllm.envs as envs
 import vllm.model_executor.utils as executor_utils
 from vllm.platforms import current_platform
 
@@ -15,6 +17,10 @@ from gms_patches.check import in_range
 from gms_patches.for_vllm import DISTRIBUTIONS, TESTED
 
 STOCK = "Use vLLM's own --load-format for this engine."
+WORKER = "gms_vllm.worker.GmsWorker"
+_WORKER_HINT = "Leave --worker-cls out, or derive your class from gms_vllm.worker.GmsWorkerMixin (first) and from vLLM's worker."
+_NO_FAILOVER = "Leave failover out of the block gms (and out of GMS_FAILOVER) for this engine."
+_EXECUTORS = (None, "mp", "uni")
 
 
 def has_processed_flag() -> bool:
@@ -69,7 +75,16 @@ def check_config(config: Any) -> None:
             "Start without --cpu-offload-gb and the --offload options.",
         ),
         (config.weight_transfer_config is not None, "weights that are updated in place cannot be shared", "Start without --weight-transfer-config."),
-        (model.enable_sleep_mode, "vLLM's sleep mode would move weights that it does not own", "Start without --enable-sleep-mode."),
+        (
+            model.enable_sleep_mode and config.kv_transfer_config is not None,
+            "a KV connector registers memory that sleep mode takes away",
+            "Start without --enable-sleep-mode, or without --kv-transfer-config and KV offloading.",
+        ),
+        (
+            model.enable_sleep_mode and getattr(model, "sleep_mode_offload_cudagraph", False),
+            "CUDA graphs stay where they are while the engine sleeps",
+            "Start without --sleep-mode-offload-cudagraph.",
+        ),
         (
             _other_device(config),
             "weights that are loaded to another device are moved afterwards and cannot be shared",
@@ -78,6 +93,56 @@ def check_config(config: Any) -> None:
     ):
         if refused:
             raise EngineUnsupported(f"--load-format gms: {what}", hint=fix)
+
+
+def check_worker(chosen: str) -> None:
+    """Refuse a worker class that does not understand shared weights.
+
+    Args:
+        chosen: Its qualified name.
+    """
+    if chosen == WORKER:
+        return
+    from gms_vllm.worker import GmsWorkerMixin
+
+    module, _, name = chosen.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EngineUnsupported(f"--worker-cls {chosen} cannot be imported: {error}", hint=_WORKER_HINT) from error
+    if not (isinstance(found, type) and issubclass(found, GmsWorkerMixin)):
+        raise EngineUnsupported(f"--worker-cls {chosen} does not understand weights that GMS shares", hint=_WORKER_HINT)
+
+
+def check_failover(config: Any, *, headless: bool) -> None:
+    """Refuse engines that cannot be primaries and shadows of one another.
+
+    Args:
+        config: A ``VllmConfig``.
+        headless: Whether it has no API server.
+    """
+    parallel = config.parallel_config
+    for refused, what, fix in (
+        (headless or parallel.nnodes > 1, "engines over several nodes do not fail over yet", _NO_FAILOVER),
+        (
+            parallel.data_parallel_size > 1,
+            "engines with data parallelism do not fail over yet",
+            "Start one engine for each rank, each with a lock and a port of its own.",
+        ),
+        (
+            parallel.distributed_executor_backend not in _EXECUTORS,
+            f"ranks that the executor {parallel.distributed_executor_backend!r} has started do not end with their engine",
+            "Use --distributed-executor-backend mp.",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "a KV connector registers memory that a shadow does not have yet",
+            "Start without --kv-transfer-config and without KV offloading.",
+        ),
+        (envs.VLLM_USE_RUST_FRONTEND, "the Rust front end cannot be held until its engine is promoted", "Unset VLLM_USE_RUST_FRONTEND."),
+    ):
+        if refused:
+            raise EngineUnsupported(f"failover: {what}", hint=fix)
 
 
 def _offloads(config: Any) -> bool:

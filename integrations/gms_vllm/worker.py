@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from gms_core.errors import EngineUnsupported
 from gms_vllm import accounting, holdings
 from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_vllm.shadow_worker import GmsShadowMixin
 
 log = logging.getLogger("vllm.gms")
 
@@ -21,7 +22,7 @@ _PLATFORM_WORKERS = {"cuda": ("vllm.v1.worker.gpu_worker", "Worker"), "cpu": ("v
 _REFUSED_HINT = "Start another engine with the new weights, and stop this one."
 
 
-class GmsWorkerMixin:
+class GmsWorkerMixin(GmsShadowMixin):
     """What a worker adds so that memory is accounted for, and weights are published only once the engine is ready.
 
     To be named before vLLM's worker among the bases of a class. With another load format than ``gms`` it changes nothing.
@@ -55,7 +56,7 @@ class GmsWorkerMixin:
             base.load_model(*args, **kwargs)
         holding = holdings.current()
         if holding is not None and self._shares() and current_platform.is_cuda():
-            accounting.settle(self, holding)
+            accounting.settle(self, holding, shadow=accounting.kv_is_planned(self.vllm_config, self._options()))
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, which is the last step of the start; then publish."""

@@ -38,6 +38,8 @@ def check_patch(patch: Patch, source: EngineSource) -> Verdict:
     """Whether a patch can be applied: version, parameter list and, where it replaces, the code."""
     if patch.unnecessary_from and in_range(source.version, f">={patch.unnecessary_from}"):
         return Verdict(patch.name, Status.OK, f"not needed from {patch.unnecessary_from} on")
+    if patch.necessary_from and in_range(source.version, f"<{patch.necessary_from}"):
+        return Verdict(patch.name, Status.OK, f"not needed before {patch.necessary_from}")
     found = find(patch.target, source.text)
     if found is None:
         return Verdict(patch.name, Status.FAIL, f"{patch.target} not found", _FIX)

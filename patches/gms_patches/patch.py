@@ -47,6 +47,7 @@ class Patch:
         reason: Why it exists, in a sentence.
         upstream: Where the engine's project discusses it, or the seam that would make it unnecessary.
         unnecessary_from: The engine version from which it is no longer needed; empty while there is none.
+        necessary_from: The engine version from which it is needed, because the function was elsewhere before; empty for all.
     """
 
     name: str
@@ -59,3 +60,4 @@ class Patch:
     fingerprints: tuple[str, ...] = ()
     upstream: str = ""
     unnecessary_from: str = ""
+    necessary_from: str = ""

@@ -33,12 +33,12 @@ with warnings.catch_warnings():
     import gms_vllm
     from gms_vllm import accounting, files
     from gms_vllm.config import inner_load_config, loader_options, streaming_inner
-    from gms_vllm.engine_args import WORKER
     from gms_vllm.holdings import Figures, Holding
     from gms_vllm.loader import GmsModelLoader
     from gms_vllm.processed import already_processed, check_model
     from gms_vllm.reader import check_sizes
-    from gms_vllm.unsupported import check_config
+    from gms_vllm.sleep_mode import stock_sleep_mode_off
+    from gms_vllm.unsupported import WORKER, check_config
     from gms_vllm.worker import GmsWorker, GmsWorkerMixin
     from gms_vllm.writer import COMMUNICATION
 
@@ -148,7 +148,6 @@ def test_engine_is_refused_early_when_an_option_cannot_be_combined(model: Path, 
     [
         ("parallel_config", "enable_eplb", True, "--enable-eplb"),
         ("parallel_config", "enable_elastic_ep", True, "--enable-elastic-ep"),
-        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
         (None, "weight_transfer_config", SimpleNamespace(), "--weight-transfer-config"),
         ("load_config", "load_format", "bitsandbytes", "bitsandbytes"),
         ("load_config", "device", "cuda", "load device"),
@@ -160,6 +159,35 @@ def test_configuration_is_refused_when_it_moves_or_rewrites_weights(model: Path,
     object.__setattr__(config if section is None else getattr(config, section), name, value)
     with pytest.raises(EngineUnsupported, match=named):
         check_config(config)
+
+
+def test_gms_is_the_mechanism_when_sleep_mode_is_wanted(model: Path) -> None:
+    wanted = arguments(model, enable_sleep_mode=True)
+    config = wanted.create_engine_config().model_config
+    assert (config.enable_sleep_mode, config.sleep_mode_backend, config.enable_cumem_allocator) == (True, "gms", False)
+    assert wanted.enable_sleep_mode
+    assert not arguments(model).create_engine_config().model_config.enable_sleep_mode
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "named"),
+    [(None, "kv_transfer_config", SimpleNamespace(), "--kv-transfer-config"), ("model_config", "sleep_mode_offload_cudagraph", True, "cudagraph")],
+)
+def test_configuration_is_refused_when_it_cannot_be_combined_with_sleep_mode(
+    model: Path, section: str | None, name: str, value: Any, named: str
+) -> None:
+    config = arguments(model, enable_sleep_mode=True).create_engine_config()
+    check_config(config)
+    object.__setattr__(config if section is None else getattr(config, section), name, value)
+    with pytest.raises(EngineUnsupported, match=named):
+        check_config(config)
+
+
+def test_another_mechanism_is_refused_when_it_would_move_the_weights() -> None:
+    wanted = SimpleNamespace(enable_sleep_mode=True, sleep_mode_backend="criu")
+    with pytest.raises(EngineUnsupported, match="criu"), stock_sleep_mode_off(wanted):
+        pass
+    assert wanted.enable_sleep_mode
 
 
 def test_other_version_is_refused_when_untested_engines_are_not_allowed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,12 @@ class Engine:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def again(self) -> dict[str, Any]:
-        self.tell("again")
+    def ask(self, line: str) -> dict[str, Any]:
+        self.tell(line)
         return self.answer()
+
+    def again(self) -> dict[str, Any]:
+        return self.ask("again")
 
     def end(self) -> int:
         self.process.communicate("end\n", timeout=60)

@@ -3,11 +3,13 @@
     python vllm_engine.py MODEL LOAD_FORMAT [EXTRA [ARGUMENTS]]
 
 EXTRA is the JSON of ``--model-loader-extra-config``, ARGUMENTS that of further engine arguments. On standard input ``again`` generates again,
-``write`` writes to a weight, and any other line ends it. An error ends it with a line of JSON too.
+``write`` writes to a weight, ``sleep LEVEL`` and ``wake [TAG...]`` do what they say, ``step`` asks the worker for a step past the scheduler, and any
+other line ends it. An error ends it with a line of JSON too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -60,6 +62,18 @@ def pss_of(path: str) -> int:
     return total
 
 
+def memory() -> dict[str, int]:
+    """Bytes of memory files that this process has mapped, and that it keeps through descriptors."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        ends = [line.split(" ", 1)[0].split("-") for line in file if "memfd:gms-" in line]
+    held = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if "memfd:gms-" in os.readlink(f"/proc/self/fd/{name}"):
+                held += os.stat(f"/proc/self/fd/{name}").st_size
+    return {"mapped": sum(int(end, 16) - int(start, 16) for start, end in ends), "held": held}
+
+
 def figures() -> dict[str, Any] | None:
     import msgspec
 
@@ -76,10 +90,36 @@ def write_to_a_weight(engine: Any) -> None:
     engine.apply_model(write)
 
 
+def step(engine: Any) -> dict[str, Any]:
+    """What the worker answers to a step that vLLM's scheduler has not made."""
+    try:
+        engine.collective_rpc("execute_dummy_batch")
+    except Exception as error:  # noqa: BLE001 - the test asks which
+        return {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
+    return {"error": None}
+
+
+def obey(engine: Any, command: str, *words: str) -> dict[str, Any] | None:
+    """Carry out one line; None ends it."""
+    if command == "sleep":
+        engine.sleep(int(words[0]))
+    elif command == "wake":
+        engine.wake_up(list(words) or None)
+    elif command == "step":
+        return step(engine)
+    elif command in ("again", "write"):
+        if command == "write":
+            write_to_a_weight(engine)
+        return {"tokens": generate(engine), "pss": pss_of("memfd:")}
+    else:
+        return None
+    return memory()
+
+
 def main(model: str, load_format: str, extra: str = "{}", arguments: str = "{}") -> int:
     try:
         engine = start(model, load_format, json.loads(extra), json.loads(arguments))
-        result = {"tokens": generate(engine), "pss": pss_of("memfd:"), "figures": figures() if load_format == "gms" else None}
+        result = {"tokens": generate(engine), "pss": pss_of("memfd:"), **memory(), "figures": figures() if load_format == "gms" else None}
     except Exception as error:  # noqa: BLE001 - the test asks what went wrong
         traceback.print_exc()
         cause: BaseException | None = error
@@ -90,11 +130,10 @@ def main(model: str, load_format: str, extra: str = "{}", arguments: str = "{}")
         return 1
     say(result)
     for line in sys.stdin:
-        if line.strip() == "write":
-            write_to_a_weight(engine)
-        elif line.strip() != "again":
+        answer = obey(engine, *(line.split() or ["end"]))
+        if answer is None:
             break
-        say({"tokens": generate(engine), "pss": pss_of("memfd:")})
+        say(answer)
     return 0
 
 

@@ -1,6 +1,27 @@
 """What GMS changes in vLLM, and what it relies on there."""
 
-from gms_patches.for_vllm.patches import CPU_GEMM_DISPATCH, CREATE_ENGINE_CONFIG, DISTRIBUTIONS, PATCHES, REQUEST_MEMORY, TESTED
+from gms_patches.for_vllm.patches import (
+    CPU_GEMM_DISPATCH,
+    CREATE_ENGINE_CONFIG,
+    DISTRIBUTIONS,
+    MESSAGE_QUEUE,
+    PATCHES,
+    REQUEST_MEMORY,
+    SERVE_HTTP_PATCHES,
+    SETUP_SERVER_PATCHES,
+    TESTED,
+)
 from gms_patches.for_vllm.symbols import SYMBOLS
 
-__all__ = ["CPU_GEMM_DISPATCH", "CREATE_ENGINE_CONFIG", "DISTRIBUTIONS", "PATCHES", "REQUEST_MEMORY", "SYMBOLS", "TESTED"]
+__all__ = [
+    "CPU_GEMM_DISPATCH",
+    "CREATE_ENGINE_CONFIG",
+    "DISTRIBUTIONS",
+    "MESSAGE_QUEUE",
+    "PATCHES",
+    "REQUEST_MEMORY",
+    "SERVE_HTTP_PATCHES",
+    "SETUP_SERVER_PATCHES",
+    "SYMBOLS",
+    "TESTED",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gms_patches.for_vllm.serving import SERVING
+from gms_patches.for_vllm.sleep_mode import SLEEP_MODE
 from gms_patches.patch import Symbol
 
 _PROCESSED = ">=0.30"
@@ -247,4 +249,4 @@ _CPU = (
     Symbol("vllm.model_executor.layers.utils:cpu_unquantized_gemm", "the CPU engine", ("layer, x, weight, bias=",)),
 )
 
-SYMBOLS: tuple[Symbol, ...] = (*_LOAD, *_ATTACH, *_IDENTITY, *_WORKER, *_CPU)
+SYMBOLS: tuple[Symbol, ...] = (*_LOAD, *_ATTACH, *_IDENTITY, *_WORKER, *_CPU, *SERVING, *SLEEP_MODE)

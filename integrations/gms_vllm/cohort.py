@@ -1,0 +1,142 @@
+"""The cohort of an engine: its name, which every process inherits, and each process's place in it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import secrets
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from gms_core.client import Membership
+from gms_core.config import export_cohort, settings
+from gms_core.errors import GmsError
+from gms_core.failover.parent_death import end_with_parent
+from gms_core.failover.process import EngineProcess
+from gms_patches.on_import import when_imported
+
+log = logging.getLogger("vllm.gms")
+
+GRACE_S = 20.0
+"""Seconds that an engine has to end in order, beside those that vLLM gives running requests; then the servers end what is left of it."""
+
+
+class ApiPlace(NamedTuple):
+    """Which of its engine's API servers a process is.
+
+    Attributes:
+        rank: From 0; -1 for a process that only starts API servers.
+        servers: How many there are.
+    """
+
+    rank: int
+    servers: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """What ``EngineArgs`` or a ``ParallelConfig`` says of the process that made it."""
+        return cls(config._api_process_rank, config._api_process_count)  # noqa: SLF001 - there is no public name in any version
+
+    @property
+    def main_pid(self) -> int:
+        """The process that the user has started: it starts the others if there are several API servers."""
+        parent = multiprocessing.parent_process()
+        return parent.pid if self.servers > 1 and self.rank >= 0 and parent is not None and parent.pid is not None else os.getpid()
+
+
+def begin_cohort() -> None:
+    """Name the cohort of the engine that this process begins. One that is in the environment already belongs to some outer engine."""
+    export_cohort(secrets.token_hex(16), settings().engine or f"vllm-{os.getpid()}")
+    when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
+
+
+def this_process(name: str, sockets: Iterable[Path] = (), **options: Any) -> EngineProcess:
+    """This process, as one of the engine whose cohort is in the environment; options are further fields of `EngineProcess`."""
+    told = settings()
+    return EngineProcess(told.cohort, told.engine, name, tuple(sockets), **options)
+
+
+class Places:
+    """A process's places in its engine's cohort, one for each device server. They last as long as the process."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._joined: dict[Path, Membership] = {}
+
+    def take(self, process: EngineProcess) -> None:
+        """Join the cohort on each of the process's servers where it has no place, or has lost it because the server was restarted.
+
+        Raises:
+            GmsError: A server is not there, or does not want this process.
+        """
+        with self._guard:
+            for socket in process.sockets:
+                if not self._has(socket):
+                    self._joined[socket] = process.join(socket)
+
+    def depart(self, grace_s: float) -> None:
+        """Tell the servers that the whole engine ends within so many seconds. One that is not there need not know."""
+        for membership in list(self._joined.values()):
+            try:
+                membership.depart(grace_s)
+            except GmsError as error:
+                log.debug("a server was not told of the end: %s", error)
+
+    def _has(self, socket: Path) -> bool:
+        membership = self._joined.get(socket)
+        if membership is None:
+            return False
+        try:
+            membership.beat()
+        except GmsError:
+            membership.close()
+            return False
+        return True
+
+
+_places = Places()
+_answering: dict[int, int] = {}
+"""In the engine core: requests that each API server is answering, of those that have said so."""
+
+
+def take_place(name: str, sockets: Iterable[Path], *, serves: bool, connect_timeout_s: float) -> None:
+    """Join this process to its engine's cohort on each of these servers. Idempotent; a place that was lost is taken anew.
+
+    Args:
+        name: Which of the engine's processes this is.
+        sockets: Of the servers.
+        serves: Whether clients can reach this process.
+        connect_timeout_s: Seconds to connect to each.
+
+    Raises:
+        GmsError: A server is not there, or does not want this process.
+    """
+    _places.take(this_process(name, sockets, serves=serves, connect_timeout_s=connect_timeout_s))
+
+
+def depart(grace_s: float) -> None:
+    """Tell the servers that this process has joined that the whole engine ends within so many seconds."""
+    _places.depart(grace_s)
+
+
+def extend_engine_core() -> None:
+    """Give vLLM's engine core the calls that the front end makes: they are reached by name, as all of its own are."""
+    from vllm.v1.engine.core import EngineCore
+
+    EngineCore.gms_join = _join
+    EngineCore.gms_unfinished = _unfinished
+
+
+def _join(_: Any, sockets: list[str], connect_timeout_s: float) -> None:
+    """Join the engine core's process to the cohort."""
+    end_with_parent()
+    take_place("engine-core", map(Path, sockets), serves=False, connect_timeout_s=connect_timeout_s)
+
+
+def _unfinished(engine_core: Any, rank: int, servers: int, answering: int) -> int:
+    """Requests that the engine, or one of its API servers, has not finished. Each API server says what it is about, until all of them are done."""
+    _answering[rank] = answering
+    return int(engine_core.scheduler.get_num_unfinished_requests()) + sum(_answering.get(server, 1) for server in range(servers))

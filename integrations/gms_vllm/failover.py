@@ -1,0 +1,55 @@
+"""The beginning of an engine that fails over, in the process that makes its configuration: before anything of it has been started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gms_core.config import settings
+from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.errors import EngineUnsupported
+from gms_vllm.cohort import GRACE_S, ApiPlace, begin_cohort
+from gms_vllm.gate import is_set_up
+from gms_vllm.serving import can_hold
+from gms_vllm.unsupported import check_failover
+
+_API_SERVER = "OPENAI_API_SERVER"
+_IN_PROCESS = (None, "UNKNOWN_CONTEXT", "LLM_CLASS", "ENGINE_CONTEXT")
+"""Who uses an engine in its own process has no server that could be held: its worker refuses to compute before it is promoted, and that is all."""
+
+
+def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: FailoverConfig, usage_context: Any, *, headless: bool) -> None:
+    """Check that this engine can fail over, and give its processes their cohort.
+
+    Args:
+        arguments: ``EngineArgs``.
+        config: The ``VllmConfig`` that was made of them.
+        gms: The engine's block.
+        failover: How it fails over.
+        usage_context: For what vLLM starts it.
+        headless: Whether it has no API server.
+
+    Raises:
+        EngineUnsupported: It cannot; the message says why.
+        GmsError: Its lock cannot be had.
+    """
+    check_failover(config, headless=headless)
+    context = getattr(usage_context, "value", usage_context)
+    api_server = ApiPlace.of(arguments)
+    further = api_server.main_pid != os.getpid() and bool(settings().cohort)
+    serves = context not in _IN_PROCESS
+    if serves and not (context == _API_SERVER and can_hold() and (further or is_set_up())):
+        raise EngineUnsupported(
+            "failover: this front end cannot be held until its engine is promoted",
+            hint="Start it with `vllm serve`, without --grpc; `gms patches check` shows whether this vLLM is known.",
+        )
+    if not further:
+        begin_cohort()
+    if serves and api_server.rank < 0:
+        from gms_vllm.main_process import take_part
+
+        take_part(gms.connect_timeout_s, GRACE_S + config.shutdown_timeout)
+    elif serves and api_server.rank == 0:
+        from gms_vllm.front_end import open_early
+
+        open_early(failover)

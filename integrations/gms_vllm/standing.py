@@ -1,0 +1,194 @@
+"""How an API server comes to serve: the engine's first one is elected and makes all ranks take the KV memory over; its siblings follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from gms_core.engine_config import FailoverConfig
+from gms_core.errors import GmsError
+from gms_core.failover.control import Control
+from gms_core.failover.follower import Follower
+from gms_core.failover.locks import FailoverLock
+from gms_core.failover.notifications import Notifier
+from gms_core.failover.process import EngineProcess
+from gms_core.failover.promotion import Promotion
+from gms_core.failover.status import EngineState, Promoted, RoleChange
+from gms_core.failover.threads import from_thread
+from gms_vllm.status_page import StatusPage
+from gms_vllm.timeline import Clock
+
+log = logging.getLogger("vllm.gms")
+
+NOTIFY_S = 5.0
+"""Seconds that the last notifications may take before the process ends."""
+
+
+class Standing(Protocol):
+    """An API server's part in its engine."""
+
+    def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
+        """Join the servers. Blocks for a moment; the callbacks run in threads.
+
+        Raises:
+            GmsError: A server is not there, or does not want this process.
+        """
+
+    async def become_primary(self) -> None:
+        """Wait until this process may serve.
+
+        Raises:
+            GmsError: It never will: the engine was ended before.
+        """
+
+    def gate_opened(self) -> None:
+        """Clients can connect."""
+
+    def depart(self, grace_s: float) -> None:
+        """Tell the servers that the whole engine ends within so many seconds."""
+
+
+BEAT_AGAIN_S = 0.05
+"""Seconds between two questions to a rank whose device is busy with one long piece of work."""
+
+
+async def beat(client: Any) -> None:
+    """Come back once every rank has answered that it makes progress.
+
+    Raises:
+        GmsError: One of them does not.
+    """
+    answers = await client.collective_rpc("gms_beat")
+    stalled = [rank for rank, moves in enumerate(answers) if not moves]
+    if stalled:
+        raise GmsError(f"the device of rank {', '.join(map(str, stalled))} has not finished what it was given before the last look")
+
+
+class Leader:
+    """The engine's first API server."""
+
+    def __init__(
+        self,
+        process: EngineProcess,
+        state: EngineState,
+        failover: FailoverConfig,
+        lock: FailoverLock,
+        client: Any,
+        *,
+        rejoin: Callable[[], None],
+    ) -> None:
+        """Prepare; `start` connects.
+
+        Args:
+            process: This one.
+            state: The engine's.
+            failover: How it fails over.
+            lock: What elects it.
+            client: vLLM's ``AsyncLLM``.
+            rejoin: Makes the engine's other processes join a server again that was lost; called in a thread.
+        """
+        self._state = state
+        self._failover = failover
+        self._client = client
+        self._clock = Clock()
+        state.listen(self._changed)
+        self._notifier = Notifier(state, on_promoted=failover.on_promoted, webhook=failover.webhook)
+        loop = asyncio.get_running_loop()
+        check = from_thread(loop, lambda: beat(client)) if process.deadline_s else None
+        self._control = Control(process, state, lock, check=check, on_found=lambda _: rejoin())
+        self._promotion = Promotion(
+            process,
+            state,
+            lock,
+            self._promote,
+            self._control.depart,
+            autonomous=failover.autonomous,
+            timeout_s=failover.promotion_timeout_s,
+        )
+        self._page = StatusPage(state, failover.status_address) if failover.status_address else None
+
+    def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
+        """As `Standing.start`."""
+        self._control.start(on_promote=self._promotion.go, on_demote=on_demote, on_lost=on_lost)
+
+    async def become_primary(self) -> None:
+        """As `Standing.become_primary`."""
+        self._state.ready()
+        await self._promotion.run()
+
+    def gate_opened(self) -> None:
+        """As `Standing.gate_opened`."""
+        told = self._state.snapshot()
+        timeline = self._clock.listening(told.engine, told.term, told.epochs)
+        self._notifier.gate_opened()
+        log.info("%s serves at %s, %.1f ms after its election [%s]", told.engine, told.address, timeline.listening_ms, timeline.line())
+
+    def depart(self, grace_s: float) -> None:
+        """As `Standing.depart`."""
+        self._control.depart(grace_s)
+        self._notifier.close(NOTIFY_S)
+        if self._page is not None:
+            self._page.close()
+
+    async def _promote(self) -> Promoted:
+        asked = time.monotonic()
+        answers = await self._client.collective_rpc("gms_promote", args=(self._failover.promotion_timeout_s,))
+        return self._clock.promoted(asked, answers)
+
+    def _changed(self, change: RoleChange) -> None:
+        if change.role == "promoting":
+            self._clock.elected()
+
+
+class Sibling:
+    """A further API server of the engine."""
+
+    def __init__(self, process: EngineProcess, state: EngineState, client: Any) -> None:
+        """Prepare; `start` connects.
+
+        Args:
+            process: This one.
+            state: This process's own.
+            client: vLLM's ``AsyncLLM``.
+        """
+        self._process = process
+        self._state = state
+        loop = asyncio.get_running_loop()
+        check = from_thread(loop, lambda: beat(client)) if process.deadline_s else None
+        self._follower = Follower(process, state, check=check)
+
+    def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
+        """As `Standing.start`."""
+        self._follower.start(on_demote=on_demote, on_lost=on_lost)
+
+    async def become_primary(self) -> None:
+        """As `Standing.become_primary`."""
+        self._state.ready()
+        await self._follower.follow()
+
+    def gate_opened(self) -> None:
+        """As `Standing.gate_opened`."""
+        log.info("%s of %s serves", self._process.name, self._process.engine)
+
+    def depart(self, grace_s: float) -> None:
+        """As `Standing.depart`: all API servers end at once, and whichever is the first to go must have said so."""
+        for socket in self._process.sockets:
+            _depart_from(self._process, socket, grace_s)
+
+
+def _depart_from(process: EngineProcess, socket: Path, grace_s: float) -> None:
+    try:
+        membership = process.join(socket, part="departure")
+    except GmsError as error:
+        log.debug("the server at %s was not told that %s ends: %s", socket, process.engine, error)
+        return
+    try:
+        membership.depart(grace_s)
+    except GmsError as error:
+        log.debug("the server at %s was not told that %s ends: %s", socket, process.engine, error)
+    finally:
+        membership.close()

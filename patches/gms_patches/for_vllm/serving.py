@@ -1,0 +1,57 @@
+"""What failover relies on in vLLM's front end, its processes and its way to end."""
+
+from __future__ import annotations
+
+from gms_patches.patch import Symbol
+
+_CALLS = "calls from the front end to all ranks"
+_ENDS = "leaving in order"
+_COUNT = "several API servers"
+_REFUSED = "refusals of failover"
+
+
+def _group(feature: str, module: str, names: dict[str, tuple[str, ...]]) -> tuple[Symbol, ...]:
+    return tuple(Symbol(f"{module}:{name}", feature, signatures) for name, signatures in names.items())
+
+
+SERVING: tuple[Symbol, ...] = (
+    *_group(
+        _CALLS,
+        "vllm.v1.engine.async_llm",
+        {
+            "AsyncLLM.collective_rpc": ("self, method, timeout=, args=, kwargs=",),
+            "AsyncLLM.engine_core": (),
+            "AsyncLLM.vllm_config": (),
+            "AsyncLLM.errored": ("self",),
+        },
+    ),
+    *_group(
+        _CALLS,
+        "vllm.v1.engine.core_client",
+        {"AsyncMPClient.call_utility_async": ("self, method, *args",)},
+    ),
+    *_group(_CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": ()}),
+    *_group(_ENDS, "vllm.v1.engine.async_llm", {"AsyncLLM.shutdown": ("self, timeout=",)}),
+    *_group(_ENDS, "vllm.config.vllm", {"VllmConfig.shutdown_timeout": ()}),
+    *_group(_ENDS, "vllm.v1.core.sched.interface", {"SchedulerInterface.get_num_unfinished_requests": ("self",)}),
+    Symbol("vllm.entrypoints.launchers.launcher:NoSignalServer._accept_tasks", _ENDS, (), ">=0.33"),
+    *_group(
+        "leaving no shared memory behind",
+        "vllm.distributed.device_communicators.shm_broadcast",
+        {"MessageQueue.buffer": (), "ShmRingBuffer.is_creator": (), "ShmRingBuffer.shared_memory": ()},
+    ),
+    *_group(_COUNT, "vllm.engine.arg_utils", {"EngineArgs._api_process_rank": (), "EngineArgs._api_process_count": ()}),
+    *_group(_COUNT, "vllm.config.parallel", {"ParallelConfig._api_process_rank": (), "ParallelConfig._api_process_count": ()}),
+    *_group(
+        _REFUSED,
+        "vllm.config.parallel",
+        {"ParallelConfig.nnodes": (), "ParallelConfig.distributed_executor_backend": ()},
+    ),
+    *_group(_REFUSED, "vllm.config.vllm", {"VllmConfig.kv_transfer_config": ()}),
+    *_group(_REFUSED, "vllm.envs", {"VLLM_USE_RUST_FRONTEND": ()}),
+    *_group(
+        _REFUSED,
+        "vllm.usage.usage_lib",
+        {"UsageContext.OPENAI_API_SERVER": (), "UsageContext.LLM_CLASS": (), "UsageContext.ENGINE_CONTEXT": (), "UsageContext.UNKNOWN_CONTEXT": ()},
+    ),
+)

@@ -1,0 +1,29 @@
+"""What tests with real engines share: a model, and what a stock engine makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chaos.reference import ask_stock
+from chaos.warden import Warden
+from models import write_model
+
+
+@pytest.fixture
+def warden() -> Iterator[Warden]:
+    """To be asked for before the server: whatever is started from then on ends with the test, even if the test itself is killed."""
+    with Warden() as warden:
+        yield warden
+
+
+@pytest.fixture(scope="session")
+def failover_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="session")
+def stock_answers(failover_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The tokens of a stock engine for each of `chaos.reference.PROMPTS`, of which the first is that of `failover_story`."""
+    return ask_stock(failover_model, tmp_path_factory.mktemp("stock"))

@@ -1,0 +1,52 @@
+"""Real engines that are killed in every way, one after the other, while requests flow: one of them serves, rightly, and the dead leave nothing.
+
+What is done, and what is looked at, is in `tests/chaos`; `make chaos` does more of the same.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos.run import Run
+from chaos.warden import Warden
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+SEED = 3
+FIRST = "kill writer"
+CASES = (
+    "kill group",
+    "kill api-server 0",
+    "kill engine-core",
+    "kill rank 0",
+    "stop api-server 0",
+    "stop engine-core",
+    "stop rank 0",
+    "kill shadow",
+    "kill starting",
+    "kill promoting",
+)
+LAST = ("kill server", "kill group")
+"""The second one shows that the server that was started again knows all that it has to."""
+
+
+def test_one_engine_serves_rightly_when_engines_and_their_server_are_killed_in_every_way(
+    warden: Warden, server: Any, failover_model: Path, stock_answers: list[list[str]], tmp_path: Path, record_property: Any
+) -> None:
+    kinds = [FIRST, *random.Random(SEED).sample(CASES, len(CASES)), *LAST]
+    run = Run(server, failover_model, tmp_path, SEED, lambda line: sys.stdout.write(f"{line}\n"))
+    result = run.go(kinds, warden, stock_answers)
+    for kind, seconds in result.recovery_s.items():
+        record_property(kind, seconds)
+    assert result.findings == []
+    assert result.max_primaries == 1
+    assert result.wrong_tokens == result.failed_promotions == result.leftovers == result.unexpected_ends == 0
+    assert set(result.kinds) == set(kinds)
+    assert result.requests["answered"] > result.kills
+    assert result.ok
+    server.stop()
+    assert warden.left() == []

@@ -1,0 +1,157 @@
+"""The gate in its port form, with real HTTP servers that share an address: who listens, who does not, and what becomes of an address that is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from gms_core.engine_config import FailoverConfig
+from gms_core.errors import ConfigurationError
+from gms_core.failover.http import Receive, Scope, Send
+from gms_vllm.gate import Gate, ListenLast, is_set_up, set_up
+
+pytestmark = pytest.mark.engine
+
+PORT_FORM = FailoverConfig()
+OTHER_FORM = FailoverConfig(gate="503")
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+def bound(args: Namespace, *, reuse_port: bool) -> tuple[str, socket.socket]:
+    """What vLLM's ``setup_server`` does, without its checks."""
+    if args.uds:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(args.uds)
+        return f"unix:{args.uds}", listener
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind(("127.0.0.1", args.port))
+    return f"http://127.0.0.1:{args.port}", listener
+
+
+def app_that_says(name: str) -> Callable[[Scope, Receive, Send], Any]:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            while True:
+                event = await receive()
+                await send({"type": f"{event['type']}.complete"})
+                if event["type"] == "lifespan.shutdown":
+                    return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(name)).encode())]})
+        await send({"type": "http.response.body", "body": name.encode()})
+
+    return app
+
+
+@contextlib.asynccontextmanager
+async def http_server(name: str, listener: socket.socket, gate: Gate) -> AsyncIterator[uvicorn.Server]:
+    server = uvicorn.Server(uvicorn.Config(ListenLast(app_that_says(name), gate), log_config=None))
+    serving = asyncio.create_task(server._serve([listener]))  # what `serve` does, but for the signals
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        gate.let_go()
+        await serving
+        listener.close()
+
+
+async def asked(port: int) -> str:
+    """What whoever listens says; empty if nobody does."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return ""
+    writer.write(b"GET / HTTP/1.1\r\nHost: gate\r\nConnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer.rpartition(b"\r\n\r\n")[2].decode()
+
+
+@in_a_loop
+async def test_two_servers_have_one_port_when_only_one_of_them_listens() -> None:
+    _, first_listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
+    port = first_listener.getsockname()[1]
+    _, second_listener = set_up(bound, Namespace(uds=None, port=port), PORT_FORM, reuse_port=False)
+    assert is_set_up()
+    first, second = Gate(first_listener, None, 16), Gate(second_listener, None, 16)
+    assert first.address == f"127.0.0.1:{port}"
+    async with http_server("first", first_listener, first) as serving, http_server("second", second_listener, second):
+        await first.reached()
+        await second.reached()
+        assert await asked(port) == ""
+        first.open()
+        assert {await asked(port) for _ in range(20)} == {"first"}
+        first.shut(serving.servers)
+        assert await asked(port) == ""
+        second.open()
+        assert {await asked(port) for _ in range(20)} == {"second"}
+
+
+@in_a_loop
+async def test_connections_wait_when_the_gate_opens_before_the_server_accepts() -> None:
+    _, listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
+    gate = Gate(listener, None, 16)
+    gate.open()
+    asking = asyncio.create_task(asked(listener.getsockname()[1]))
+    async with http_server("late", listener, gate):
+        assert await asking == "late"
+
+
+@in_a_loop
+async def test_path_changes_hands_when_a_gate_opens(runtime_dir: Path) -> None:
+    path = runtime_dir / "api.sock"
+    address, listener = set_up(bound, Namespace(uds=str(path), port=0), PORT_FORM, reuse_port=False)
+    assert address == f"unix:{path}"
+    assert list(runtime_dir.iterdir()) == []
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    sibling = listener.dup()
+    Gate(listener, path, 16).open()
+    Gate(sibling, path, 16).open()
+    assert list(runtime_dir.iterdir()) == [path]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    listener.close()
+    sibling.close()
+
+
+def test_path_is_replaced_at_once_when_every_engine_has_its_own(runtime_dir: Path) -> None:
+    path = runtime_dir / "api.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    arguments = Namespace(uds=str(path), port=0)
+    _, listener = set_up(bound, arguments, OTHER_FORM, reuse_port=False)
+    assert arguments.uds == str(path)
+    listener.listen()
+    with pytest.raises(ConfigurationError, match="another server answers"):
+        set_up(bound, Namespace(uds=str(path), port=0), OTHER_FORM, reuse_port=False)
+    listener.close()
+
+
+def test_path_is_refused_when_it_cannot_be_taken_later(runtime_dir: Path) -> None:
+    taken = runtime_dir / "file"
+    taken.write_text("")
+    for path, message in ((taken, "no socket"), (runtime_dir / "none" / "api.sock", "written"), (runtime_dir / ("a" * 100), "too long")):
+        with pytest.raises(ConfigurationError, match=message):
+            set_up(bound, Namespace(uds=str(path), port=0), PORT_FORM, reuse_port=False)
