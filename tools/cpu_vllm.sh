@@ -32,7 +32,7 @@ echo "making $directory with vLLM $version for CPU; this takes a few minutes the
 install() { "$directory/bin/python" -m pip install --quiet --quiet --disable-pip-version-check "$@"; }
 
 install --upgrade "pip>=25.1" # for --group
-install "$torch" "${dependencies[@]}" --group dev --editable .
+install "$torch" "${dependencies[@]}" --group dev --editable '.[bench]'
 install --no-deps "${engine[@]}" # last: pip then does not list the dependencies that are left out as conflicts
 
 # The engine's command line reads the version of a distribution named vllm, so its metadata is needed under that name as well.

@@ -1,0 +1,1 @@
+"""Engines killed again and again, in every way, while somebody asks them for tokens."""
