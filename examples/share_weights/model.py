@@ -1,6 +1,6 @@
 """Write a random model with a tokenizer, so that nothing has to be downloaded.
 
-    python examples/share_weights/model.py 8b DIRECTORY
+python examples/share_weights/model.py 8b DIRECTORY
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
     "8b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128},
-    "32b": {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64, "head_dim": 128},
+    "32b": {
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "head_dim": 128,
+    },
 }
 """Qwen3's shapes, but for a small vocabulary."""
 SPREAD = {"tiny": 0.2}

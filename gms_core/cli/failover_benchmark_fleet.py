@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,9 @@ STOP_S = 20
 """Seconds that an engine gets to end by itself."""
 END_S = 120.0
 SETTLE_S = 0.02
+
+MOST_FAILURES = 3
+RUN_LOG = "run.log"
 
 _PROMOTED = re.compile(r"\[gms ([^\]]*\bevent=promoted\b[^\]]*)\]")
 _PARTS: dict[Kind, tuple[str, ...]] = {
@@ -167,6 +170,26 @@ def promotions(log: str) -> list[Promotion]:
     return found
 
 
+def failed_starts(lines: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """How often in a row each engine has ended before it could serve, and why it did last, as ``gms run -o json`` tells."""
+    found: dict[str, tuple[int, str]] = {}
+    running: set[str] = set()
+    for line in lines:
+        if not line.startswith("{"):
+            continue
+        change = json.loads(line)
+        engine, state = str(change.get("subject", "")), str(change.get("state", ""))
+        if state in ("standby", "promoting", "primary"):
+            found.pop(engine, None)
+            running.discard(engine)
+        elif state in ("starting", "init"):
+            running.add(engine)
+        elif state == "waiting" and engine in running:
+            running.discard(engine)
+            found[engine] = found.get(engine, (0, ""))[0] + 1, str(change.get("detail", ""))
+    return found
+
+
 class Fleet:
     """A private ``gms run``, until the context ends."""
 
@@ -187,20 +210,27 @@ class Fleet:
         self._group: Group | None = None
 
     def __enter__(self) -> Self:
-        self._group = Group(self._command, child_environment(), self._log_dir / "run.log", "gms run")
+        self._group = Group(self._command, child_environment(), self._log_dir / RUN_LOG, "gms run")
         return self
 
     def check(self) -> None:
-        """Raise if it has ended.
+        """Raise if there is no point in waiting.
 
         Raises:
-            GmsError: What it said.
+            GmsError: It has ended; this is what it said.
+            EngineFailed: An engine ends again and again before it is ready.
         """
         if self._group is not None and self._group.first_has_exited:
             group, self._group = self._group, None
             while not group.settle():
                 time.sleep(SETTLE_S)
             raise _said(group.log, how(group.reap()))
+        for engine, (failures, why) in failed_starts(_lines(self._log_dir / RUN_LOG)).items():
+            if failures >= MOST_FAILURES:
+                line = last_line(self._log_dir / f"{engine}.log")
+                raise EngineFailed(
+                    f"{engine} has failed to start {failures} times in a row; it {why.partition(';')[0]}", hint=f"Its log ends with: {line}"
+                )
 
     def promotion_since(self, since_s: float) -> Promotion | None:
         """The first promotion after an instant on the monotonic clock, as the logs of the engines tell; None if they do not."""
@@ -225,6 +255,12 @@ class Fleet:
         while not group.settle():
             time.sleep(SETTLE_S)
         group.reap()
+
+
+def _lines(log: Path) -> list[str]:
+    """The whole lines of a log."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _said(log: Path, ending: str) -> GmsError:

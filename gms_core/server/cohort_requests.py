@@ -186,8 +186,8 @@ class CohortRequests:
             elif not isinstance(effect, Kill):
                 self._post([effect])
 
-    def _ending(self, cohort: str, reason: str) -> None:
-        self._noticed[cohort] = (self.cohorts.by_name[cohort].engine, reason, time.monotonic())
+    def _ending(self, cohort: str, engine: str, reason: str) -> None:
+        self._noticed[cohort] = (engine, reason, time.monotonic())
         for seat in self._owned(lambda claim: claim.cohort == cohort):
             self._post(seat.end(reason))
         self._ending_elsewhere(cohort, reason)

@@ -20,9 +20,10 @@ REMEMBERED = 1024
 
 @dataclass(frozen=True)
 class Kill:
-    """End the processes of these members."""
+    """End the processes of these members; none if all of them have exited already."""
 
     cohort: str
+    engine: str
     members: tuple[SessionId, ...]
     reason: str
 
@@ -214,4 +215,4 @@ class Cohorts:
         refused: list[CohortEffect] = [Refuse(waiting, CohortFenced(f"{cohort.engine} is being ended: {reason}")) for waiting in cohort.awaiting]
         cohort.awaiting.clear()
         living = tuple(member.session for member in cohort.members.values() if not member.exited)
-        return [Kill(name, living, reason), *refused]
+        return [Kill(name, cohort.engine, living, reason), *refused]

@@ -50,7 +50,7 @@ class Fencer:
         cohorts: The rules.
         limits: How long an exit may take.
         apply: Carries out the other effects, `Gone` among them.
-        ending: Called with a cohort and the reason as soon as it is being ended.
+        ending: Called with a cohort, its engine and the reason as soon as it is being ended.
         exited: Called with a session as soon as its process has exited.
         failed: Called with a cohort and the error when it cannot be ended.
     """
@@ -61,7 +61,7 @@ class Fencer:
         limits: Limits,
         *,
         apply: Callable[[list[CohortEffect]], None],
-        ending: Callable[[str, str], None],
+        ending: Callable[[str, str, str], None],
         exited: Callable[[SessionId], None],
         failed: Callable[[str, GmsError], None],
     ) -> None:
@@ -131,7 +131,7 @@ class Fencer:
     def depart(self, session: SessionId, grace_s: float) -> None:
         """The session's cohort ends by itself, within so many seconds."""
         cohort = self._cohorts.depart(session)
-        self._ending(cohort.name, f"{cohort.engine} is ending in an orderly way")
+        self._ending(cohort.name, cohort.engine, f"{cohort.engine} is ending in an orderly way")
         self._after(cohort.name, grace_s, lambda: self.apply(self._cohorts.fence(cohort.name, f"its orderly end took longer than {grace_s:g} s")))
 
     def lost(self, session: SessionId) -> None:
@@ -161,10 +161,9 @@ class Fencer:
                 pass  # its exit is about to be reported
             except OSError as error:
                 refused.append(f"{self._process(kill.cohort, session)}: {error.strerror}")
-        engine = self._cohorts.by_name[kill.cohort].engine
-        self._ending(kill.cohort, f"{engine} is being ended ({kill.reason})")
+        self._ending(kill.cohort, kill.engine, f"{kill.engine} is being ended ({kill.reason})")
         if refused:
-            self._fail(kill.cohort, f"processes of {engine} cannot be ended: {'; '.join(refused)}")
+            self._fail(kill.cohort, f"processes of {kill.engine} cannot be ended: {'; '.join(refused)}")
         self._after(kill.cohort, self._limits.exit_s, lambda: self._overdue(kill.cohort))
 
     def _overdue(self, cohort: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,26 +43,28 @@ def wrong_memory(report: StatusReport, first: Memory) -> list[str]:
     return found
 
 
-def descriptors(pid: int) -> Counter[str]:
-    """Open descriptors of a process, counted by what they are."""
-    found: Counter[str] = Counter()
+def descriptors(pid: int) -> tuple[int, set[int]]:
+    """How many files of memory a process has open, and which processes it watches; -1 is one that has exited."""
+    files: set[int] = set()
+    watched: set[int] = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
+        with contextlib.suppress(FileNotFoundError):
             target = os.readlink(entry)
-        except FileNotFoundError:
-            continue
-        found["memory" if target.startswith("/memfd:") else target.partition(":")[0]] += 1
-        found["pidfd"] += target == "anon_inode:[pidfd]"
-    return found
+            if target == "anon_inode:[pidfd]":
+                facts = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+                watched |= {int(line.split()[1]) for line in facts.splitlines() if line.startswith("Pid:")}
+            elif target.startswith("/memfd:"):
+                files.add(entry.stat().st_ino)
+    return len(files), watched
 
 
 def wrong_descriptors(server: Any, report: StatusReport) -> list[str]:
-    """What the device server has open that its report does not explain: it watches a process for each member, and has a file for each allocation."""
-    found = descriptors(server.pid)
-    members = sum(len(cohort.members) for cohort in report.cohorts)
+    """What the device server has open that its report does not explain: descriptors of processes that belong to no engine, and of memory."""
+    files, watched = descriptors(server.pid)
+    members = {member.pid for cohort in report.cohorts for member in cohort.members}
     wrong = []
-    if found["pidfd"] != members:
-        wrong.append(f"{found['pidfd']} processes are watched, of {members} members")
-    if found["memory"] < report.allocations or (not members and found["memory"] != report.allocations):
-        wrong.append(f"{found['memory']} files of memory are open, for {report.allocations} allocations")
+    if not watched <= members:
+        wrong.append(f"processes {watched - members} are watched, which are no engine's")
+    if files < report.allocations or (not members and files > report.allocations):
+        wrong.append(f"{files} files of memory are open, for {report.allocations} allocations")
     return wrong

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Self
 
 from failover_story import Running
 
+from chaos.sockets import Listeners
 from gms_core.client import Session
 from gms_core.errors import GmsError
 from gms_core.failover.engines import engines
 
-LOOK_S = 0.01
-ASK_S = 0.05
-_LISTENING = "0A"
+LOOK_S = 0.005
+ASK_S = 0.1
 
 
 class Answer(NamedTuple):
@@ -51,7 +51,7 @@ class Watch:
         self.conflicts: list[str] = []
         self.answers: dict[int, str] = {}
         self._server, self._port, self._running = server, port, running
-        self._owners: dict[str, str] = {}
+        self._owners: dict[int, str] = {}
         self._latest: Answer | None = None
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in (self._look, self._listen, self._ask)]
@@ -90,12 +90,12 @@ class Watch:
 
     def _listen(self) -> None:
         """Count whose sockets listen."""
-        while not self._stop.wait(LOOK_S):
-            inodes = listeners(self._port)
-            if inodes:
-                self.most_listeners = max(self.most_listeners, len({self._owner(inode) for inode in inodes}))
+        with Listeners(self._port) as listeners:
+            while not self._stop.wait(LOOK_S):
+                owners = {self._owner(inode) for inode in listeners.inodes()}
+                self.most_listeners = max(self.most_listeners, len(owners))
 
-    def _owner(self, inode: str) -> str:
+    def _owner(self, inode: int) -> str:
         """Which engine has a socket, which several of its processes may share; the socket itself if that cannot be said any more."""
         if inode not in self._owners:
             self._owners[inode] = next((running.name for running in self._running() if _has(running, inode)), f"socket {inode}")
@@ -121,14 +121,7 @@ class Watch:
         self._latest = answer
 
 
-def listeners(port: int) -> list[str]:
-    """Inodes of the sockets that listen on a port of the loopback interface, at one instant."""
-    wanted = f"0100007F:{port:04X}"
-    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    return [fields[9] for line in lines if (fields := line.split())[1] == wanted and fields[3] == _LISTENING]
-
-
-def _has(running: Running, inode: str) -> bool:
+def _has(running: Running, inode: int) -> bool:
     for pid in running.pids():
         with contextlib.suppress(OSError):
             for entry in Path(f"/proc/{pid}/fd").iterdir():

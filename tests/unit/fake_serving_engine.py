@@ -1,6 +1,6 @@
 """An engine that speaks the completions API, and does with GMS what a real one does: several processes, an election, a pool, a shared port.
 
-    python fake_serving_engine.py --port PORT [--loads-for SECONDS] [--lies-in-term TERM] [--claims-to-serve] [--fails]
+    python fake_serving_engine.py --port PORT [--loads-for SECONDS] [--lies-in-term TERM] [--claims-to-serve] [--fails] [--fails-beside-a-primary]
 
 Without ``GMS_FAILOVER`` it is the same engine without GMS, and serves at once.
 """
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--lies-in-term", type=int, default=0)
     parser.add_argument("--claims-to-serve", action="store_true")
     parser.add_argument("--fails", action="store_true")
+    parser.add_argument("--fails-beside-a-primary", action="store_true")
     parser.add_argument("--part", default="")
     parser.add_argument("--cohort", default="")
     options = parser.parse_args()
@@ -128,6 +129,11 @@ class Engine:
     def run(self) -> None:
         server = Server(self.options.port)
         self.control = self.join("api-server 0 (control)")
+        if self.options.fails_beside_a_primary and len(self.control.session.status().cohorts) > 1:
+            say("there is no room beside a primary")
+            sys.stdout.flush()
+            self.control.depart(10.0)
+            os._exit(1)
         self.report()
         parts = [self.start(name) for name in ("engine-core", "rank 0")]
         threading.Thread(target=self.keep_reporting, daemon=True).start()

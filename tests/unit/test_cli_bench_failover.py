@@ -112,6 +112,14 @@ def test_end_of_the_log_is_told_when_the_engine_cannot_start(port: int) -> None:
     assert "--log-dir" in error["hint"]
 
 
+def test_it_gives_up_when_shadows_fail_to_start(port: int) -> None:
+    result = bench(port, "--restarts", "none", engine=["--fails-beside-a-primary"])
+    assert result.exit_code == ExitCode.FAILOVER, result.output
+    error = json.loads(result.stderr)["error"]
+    assert error["message"] == "engine-1 has failed to start 3 times in a row; it exited with code 1"
+    assert "there is no room beside a primary" in error["hint"]
+
+
 def test_command_of_the_engine_without_gms_is_used_when_it_is_given(port: int) -> None:
     other = f"{ENGINE[0]} {ENGINE[1]} --port {port} --fails"
     result = bench(port, "--restart-command", other)

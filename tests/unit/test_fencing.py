@@ -249,6 +249,20 @@ def test_rest_of_a_cohort_is_killed_before_the_first_one_has_exited_when_the_ker
     assert "is dying" in report.ends[0].reason
 
 
+def test_next_engine_is_granted_when_the_last_one_had_exited_before_the_server_could_look(server, start):
+    first = holder(start)
+    second = start("two")
+    second.ask("plan", "kv", "a")
+    second.tell("hold", 30.0)
+    status_when(server, lambda report: report.retained[0].waiting)
+    pid = server.pid
+    os.kill(pid, signal.SIGSTOP)
+    first.kill()
+    first.wait()
+    os.kill(pid, signal.SIGCONT)
+    assert second.answer() == 2
+
+
 def test_server_keeps_no_descriptor_when_cohorts_have_come_and_gone(server, start):
     def descriptors():
         return sorted(os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))
