@@ -150,7 +150,7 @@ def failover_command(
     from gms_core.cli.failover_benchmark import Wanted, measure
     from gms_core.cli.failover_benchmark_client import endpoint_of
     from gms_core.cli.failover_benchmark_restart import command_without_gms
-    from gms_core.cli.failover_benchmark_result import document, read
+    from gms_core.cli.failover_benchmark_result import INTERRUPTED, document, read
     from gms_core.cli.failover_benchmark_table import lines
 
     draw = _drawing(timeline) if timeline is not None else None
@@ -182,7 +182,7 @@ def failover_command(
     if draw is not None and chosen is not None:
         draw(chosen)
     if result.faults():
-        raise click.exceptions.Exit(ExitCode.FINDINGS)
+        raise click.exceptions.Exit(ExitCode.INTERRUPTED if result.ended_by == INTERRUPTED else ExitCode.FINDINGS)
 
 
 def _drawing(path: Path) -> Callable[[Failover], None]:

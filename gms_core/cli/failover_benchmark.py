@@ -15,10 +15,10 @@ import msgspec
 
 from gms_core import __version__
 from gms_core.cli.failover_benchmark_client import Endpoint, FirstAnswer, Tokens, check_unused, complete, first_answer, model_name, prompt
-from gms_core.cli.failover_benchmark_fleet import Fleet, Lookout, kill
+from gms_core.cli.failover_benchmark_fleet import RUN_LOG, Fleet, Lookout, kill
 from gms_core.cli.failover_benchmark_load import Load, Task, load
 from gms_core.cli.failover_benchmark_restart import restart
-from gms_core.cli.failover_benchmark_result import KINDS, Failover, Kind, Requests, Restart, Result, differences
+from gms_core.cli.failover_benchmark_result import INTERRUPTED, KINDS, Failover, Kind, Requests, Restart, Result, differences
 from gms_core.devices import HOST, list_gpus
 from gms_core.errors import AcquireTimeout, DriverUnavailable, EngineFailed, GmsError, InvalidArgument
 from gms_core.failover.engines import Engine
@@ -83,7 +83,8 @@ def measure(wanted: Wanted, tell: Tell) -> Result:
         tell: Called with what is being done.
 
     Raises:
-        GmsError: Something could not be started, or did not become ready. A wrong token and a second primary are no errors: the result tells of them.
+        GmsError: Something could not be started, or did not become ready, before there was a first figure. Afterwards the result tells of it, as of
+            wrong tokens and of a second primary.
     """
     check_unused(wanted.endpoint)
     with tempfile.TemporaryDirectory(prefix="gms-bench-") as directory:
@@ -100,6 +101,8 @@ def measure(wanted: Wanted, tell: Tell) -> Result:
 def _make(log_dir: Path) -> None:
     try:
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in (KILLS, RUN_LOG):  # of an earlier run
+            (log_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise InvalidArgument(f"{log_dir} cannot be used for logs: {error.strerror}", hint="Name another directory with --log-dir.") from error
 
@@ -113,14 +116,20 @@ class _Benchmark:
         self._restarts: dict[str, Restart] = {}
         self._without_gms: list[Tokens] | None = None
         self._failovers: list[Failover] = []
+        self._right: list[Tokens] | None = None
 
     def run(self, runtime_dir: Path) -> Result:
-        wanted = self._wanted
-        self._restart("cold")
-        devices = wanted.devices or _default_devices()
-        with Lookout(runtime_dir) as lookout, Fleet(wanted.command, wanted.shadows, devices, runtime_dir, self._log_dir) as fleet:
-            right = self._fail_over(fleet, lookout)
-        self._restart("warm")
+        wanted, lookout = self._wanted, Lookout(runtime_dir)
+        ended_by = ""
+        try:
+            self._restart("cold")
+            with lookout, Fleet(wanted.command, wanted.shadows, wanted.devices or _default_devices(), runtime_dir, self._log_dir) as fleet:
+                self._fail_over(fleet, lookout)
+            self._restart("warm")
+        except (KeyboardInterrupt, GmsError) as error:
+            if not self._failovers:
+                raise
+            ended_by = error.message if isinstance(error, GmsError) else INTERRUPTED
         return Result(
             gms=__version__,
             devices=lookout.devices,
@@ -136,7 +145,8 @@ class _Benchmark:
             restarts=self._restarts,
             failovers=tuple(self._failovers),
             max_primaries=lookout.max_primaries,
-            stock_tokens_equal=None if self._without_gms is None or right is None else self._without_gms == right,
+            stock_tokens_equal=None if self._without_gms is None or self._right is None else self._without_gms == self._right,
+            ended_by=ended_by,
         )
 
     def _name(self) -> str | None:
@@ -161,13 +171,13 @@ class _Benchmark:
     def _first_answer(self, check: Callable[[], None]) -> FirstAnswer:
         return first_answer(self._wanted.endpoint, self._name, self._words[0], patience_s=self._wanted.patience_s, check=check)
 
-    def _fail_over(self, fleet: Fleet, lookout: Lookout) -> list[Tokens] | None:
-        """Kill as often as is wanted; returns the tokens that are right, or None if there were two primaries from the start."""
+    def _fail_over(self, fleet: Fleet, lookout: Lookout) -> None:
+        """Kill as often as is wanted, as long as there are no two primaries."""
         self._tell("starting engines")
         if not self._wait_until_ready(fleet, lookout):
-            return None
-        right = [self._first_answer(fleet.check).tokens, *self._ask()]
-        if not all(right):
+            return
+        self._right = [self._first_answer(fleet.check).tokens, *self._ask()]
+        if not all(self._right):
             raise EngineFailed("the first engine does not answer", hint="Do --prompt-tokens and --new-tokens fit into the engine's context?")
         with self._load() as flow:
             for number in range(1, self._wanted.kills + 1):
@@ -175,12 +185,11 @@ class _Benchmark:
                 if not self._wait_until_ready(fleet, lookout):
                     break
                 lookout.close = True
-                found = self._kill(number, fleet, lookout, flow, right)
+                found = self._kill(number, fleet, lookout, flow, self._right)
                 lookout.close = False
                 self._failovers.append(found)
                 with (self._log_dir / KILLS).open("ab") as file:
                     file.write(msgspec.json.encode(found) + b"\n")
-        return right
 
     @contextlib.contextmanager
     def _load(self) -> Iterator[Load | None]:

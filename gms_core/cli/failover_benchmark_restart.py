@@ -87,7 +87,7 @@ def restart(
 
     def check() -> None:
         if group.first_has_exited:
-            raise EngineFailed(f"the engine without GMS has ended before it answered: {last_line(log)}", hint=f"Look at {log}.")
+            raise EngineFailed(f"the engine without GMS {_ending(group)} before it answered: {last_line(log)}", hint=f"Look at {log}.")
 
     try:
         first = first_answer(endpoint, model, words, patience_s=patience_s, pause_s=PAUSE_S, check=check)
@@ -104,6 +104,13 @@ def restart(
     if ending != how(-signal.SIGKILL):
         raise EngineFailed(f"the engine without GMS {ending} when it was to be killed", hint=f"Look at {log}.")
     return Restart(first.at - group.started_at, gone_s), answers
+
+
+def _ending(group: Group) -> str:
+    """How a first process has ended, which is left to be reaped."""
+    ended = os.waitid(os.P_PIDFD, group.pidfd, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    return how(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)
 
 
 def _kill(group: Group) -> float:

@@ -12,6 +12,7 @@ import msgspec
 from gms_core.errors import InvalidArgument
 
 SCHEMA = "gms-bench-failover/1"
+INTERRUPTED = "it was interrupted"
 
 Kind = Literal["group", "front-end", "engine-core", "worker"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -128,6 +129,7 @@ class Result(msgspec.Struct, frozen=True):
         failovers: One for each kill.
         max_primaries: The most engines that were the primary at any one look at the servers.
         stock_tokens_equal: Whether the engine without GMS gives the same tokens; None if it was not asked.
+        ended_by: What ended the run early, in words; empty if nothing did.
     """
 
     gms: str
@@ -145,6 +147,7 @@ class Result(msgspec.Struct, frozen=True):
     failovers: tuple[Failover, ...]
     max_primaries: int
     stock_tokens_equal: bool | None
+    ended_by: str = ""
     schema: str = SCHEMA
 
     @property
@@ -181,6 +184,8 @@ class Result(msgspec.Struct, frozen=True):
             found.append(f"{self.wrong_tokens} tokens were wrong after a kill")
         if len(self.failovers) < self.kills:
             found.append(f"only {len(self.failovers)} of {self.kills} kills were done")
+        if self.ended_by:
+            found.append(f"the run has ended early: {self.ended_by}")
         return found
 
     def median_failover(self) -> Failover | None:

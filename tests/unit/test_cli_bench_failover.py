@@ -108,7 +108,7 @@ def test_end_of_the_log_is_told_when_the_engine_cannot_start(port: int) -> None:
     assert result.exit_code == ExitCode.FAILOVER
     error = json.loads(result.stderr)["error"]
     assert error["code"] == "engine_failed"
-    assert error["message"].endswith("has ended before it answered: there is no such model")
+    assert error["message"].endswith("exited with code 1 before it answered: there is no such model")
     assert "--log-dir" in error["hint"]
 
 
@@ -126,8 +126,9 @@ def test_command_of_the_engine_without_gms_is_used_when_it_is_given(port: int) -
     assert json.loads(result.stderr)["error"]["message"].endswith("there is no such model")
 
 
-def test_nothing_is_left_when_it_is_told_to_end(port: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gms_core.cli", *arguments(port, "--restarts", "none", "--kills", "1000", "--log-dir", str(tmp_path))]
+def test_figures_are_told_and_nothing_is_left_when_it_is_told_to_end(port: int, tmp_path: Path) -> None:
+    options = ["--restarts", "none", "--kills", "1000", "--log-dir", str(tmp_path), "-o", "json"]
+    command = [sys.executable, "-m", "gms_core.cli", *arguments(port, *options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "kills.jsonl").exists():
@@ -135,7 +136,11 @@ def test_nothing_is_left_when_it_is_told_to_end(port: int, tmp_path: Path) -> No
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == ExitCode.INTERRUPTED
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == ExitCode.INTERRUPTED
+    told = json.loads(output)
+    assert told["failovers"]
+    assert told["summary"]["faults"][1] == "the run has ended early: it was interrupted"
     assert named_on_their_command_line(f"--port {port}") == []
     assert named_on_their_command_line(str(tmp_path)) == []
 
