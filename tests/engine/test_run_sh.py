@@ -16,7 +16,7 @@ import pytest
 from chaos.warden import Warden
 from failover_story import ENVIRONMENT, KV_BYTES, OPTIONS, PATIENCE_S, Client, free_port, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "shadow_failover" / "run.sh"
 CALLER = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.stdin.read()"
