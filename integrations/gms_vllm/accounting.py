@@ -95,7 +95,7 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
-def settle(worker: Any, holding: Holding, *, shadow: bool) -> None:
+def settle(worker: Any, holding: Holding, *, shadow: bool = False) -> None:
     """Correct the budget and the baseline once it is known which part this engine took.
 
     Args:
