@@ -14,6 +14,7 @@ import pytest
 
 from gms_core.errors import EngineUnsupported
 from gms_core.plugins.findings import Status
+from gms_patches import on_import
 from gms_patches.apply import MARKER, applied, apply, in_force
 from gms_patches.check import check_patch, check_symbol
 from gms_patches.on_import import when_imported
@@ -275,15 +276,18 @@ def test_version_is_not_checked_but_parameters_are_when_untested_engines_are_all
 
 
 @pytest.mark.usefixtures("engine")
-def test_callback_runs_once_when_the_module_is_imported_later() -> None:
+def test_callback_runs_once_when_the_module_is_imported_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests of this process may have loaded the plugins, which wait for engine modules of their own.
+    monkeypatch.setattr(on_import, "_waiting", {})
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if type(finder).__module__ != on_import.__name__])
     calls: list[bool] = []
     when_imported("fakeengine.core", lambda: calls.append(hasattr(sys.modules["fakeengine.core"], "CONSTANT")))
     assert calls == []
     module = importlib.import_module("fakeengine.core")
     importlib.import_module("fakeengine.core")
     assert calls == [True]
-    assert type(module.__loader__).__module__ != "gms_patches.on_import"
-    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "gms_patches.on_import"]
+    assert type(module.__loader__).__module__ != on_import.__name__
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == on_import.__name__]
 
 
 @pytest.mark.usefixtures("engine")
