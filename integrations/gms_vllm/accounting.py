@@ -4,6 +4,9 @@ vLLM budgets ``total x gpu_memory_utilization`` for everything that it uses on a
 free memory since a snapshot at the start (vllm/v1/worker/gpu_worker.py, determine_available_memory). A reader's weights are on the device before
 that snapshot, or appear while it waits for the writer; either way they are no loss of its own, so they leave its budget instead. A writer's weights
 appear after the snapshot and are counted by the loss, as always.
+
+KV memory of an engine that fails over is the server's. The first engine has it made once it has measured what there is room for; the others take
+over its plan, so they have no budget that would have to fit.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import torch
 
 from gms_core.engine_config import GmsConfig
 from gms_core.errors import OutOfMemory
-from gms_core.failover.config import failover_config
 from gms_patches.apply import applied
 from gms_patches.for_vllm import REQUEST_MEMORY
 from gms_vllm.holdings import GIB, Holding
@@ -45,44 +47,40 @@ def external_bytes(config: Any, options: GmsConfig) -> int:
     return 0 if pool is None else pool.bytes or pool.draft_bytes
 
 
-def kv_is_planned(config: Any, options: GmsConfig) -> bool:
-    """Whether this engine will adopt KV memory that the server has already: it is a shadow, and takes none of its own.
-
-    Raises:
-        GmsError: The device server does not answer.
-    """
-    failover = failover_config(options)
-    if failover is None:
-        return False
-    with connect(options) as session:
-        pools = {pool.name: pool for pool in session.status().retained}
-    pool = pools.get(pool_name(config, options.model_copy(update={"tag": failover.kv_tag})))
-    return pool is not None and pool.bytes > 0
-
-
 @contextlib.contextmanager
-def startup_check(config: Any, options: GmsConfig) -> Iterator[None]:
-    """While it lasts, vLLM's start-up check and budget leave out what is on the device already for this engine: shared weights, and a shadow's KV.
+def startup_check(config: Any, options: GmsConfig, adopts_plan: Callable[[], bool] | None = None) -> Iterator[None]:
+    """While it lasts, vLLM's start-up check and budget leave out what is on the device already, and belongs to this engine all the same.
 
-    VLLM has a seam of its own for weights from 0.32 on, and none for KV memory.
+    These are shared weights, for which vLLM has a seam of its own from 0.32 on, and KV memory that another engine has planned: whoever takes that
+    over needs no room for KV memory, and is not asked for any.
+
+    Args:
+        config: A ``VllmConfig``.
+        options: The engine's block.
+        adopts_plan: For an engine that fails over: called once, when the device is set up, and may wait for another engine. Whether this one takes
+            planned KV memory over.
     """
     import vllm.v1.worker.gpu_worker as gpu_worker
 
-    has_seam = "external_weight_memory" in inspect.signature(gpu_worker.request_memory).parameters
-    if has_seam and failover_config(options) is None:
+    seam = "external_weight_memory" in inspect.signature(gpu_worker.request_memory).parameters
+    if seam and adopts_plan is None:
         yield
         return
 
     def build(original: Callable[..., int]) -> Callable[..., int]:
-        def request_memory(init_snapshot: Any, cache_config: Any, *rest: Any, **named: Any) -> int:
-            seen = copy.copy(init_snapshot)
-            if kv_is_planned(config, options):
-                seen.free_memory = seen.total_memory
-            if has_seam:
-                return original(seen, cache_config, *rest, **named)
+        def request_memory(init_snapshot: Any, cache_config: Any, external_weight_memory: int | None = None) -> int:
+            adopts = adopts_plan is not None and adopts_plan()
+            if adopts_plan is not None:
+                init_snapshot.measure()  # others may have taken or freed memory while this engine waited to be told
             external = external_bytes(config, options)
-            seen.free_memory += external
-            return original(seen, cache_config) - external
+            if adopts:
+                return int(math.ceil(init_snapshot.total_memory * cache_config.gpu_memory_utilization) - external)
+            if external_weight_memory is not None:
+                budget: int = original(init_snapshot, cache_config, external)
+                return budget
+            without = copy.copy(init_snapshot)
+            without.free_memory += external
+            return original(without, cache_config) - external
 
         return request_memory
 
@@ -95,13 +93,12 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
-def settle(worker: Any, holding: Holding, *, shadow: bool = False) -> None:
+def settle(worker: Any, holding: Holding) -> None:
     """Correct the budget and the baseline once it is known which part this engine took.
 
     Args:
         worker: vLLM's GPU worker, after loading.
         holding: What it loaded.
-        shadow: Whether its KV memory is there already, so that no budget has to fit.
 
     Raises:
         OutOfMemory: The budget does not fit beside what the neighbours use now.
@@ -112,7 +109,7 @@ def settle(worker: Any, holding: Holding, *, shadow: bool = False) -> None:
     snapshot.non_torch_memory += holding.neighbours
     requested = math.ceil(snapshot.total_memory * cache.gpu_memory_utilization) - holding.external_bytes
     worker.requested_memory = requested
-    if not shadow and cache.kv_cache_memory_bytes is None and not 0 < requested <= snapshot.free_memory:
+    if cache.kv_cache_memory_bytes is None and not 0 < requested <= snapshot.free_memory:
         raise OutOfMemory(
             f"--gpu-memory-utilization {cache.gpu_memory_utilization} leaves {requested / GIB:.2f} GiB beside {holding.external_bytes / GIB:.2f} GiB "
             f"of shared weights, and {snapshot.free_memory / GIB:.2f} of {snapshot.total_memory / GIB:.2f} GiB are free",

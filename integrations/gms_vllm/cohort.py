@@ -47,10 +47,21 @@ class ApiPlace(NamedTuple):
         return parent.pid if self.servers > 1 and self.rank >= 0 and parent is not None and parent.pid is not None else os.getpid()
 
 
+_begun_in = 0
+"""The process that has begun a cohort; a forked child has this variable too."""
+
+
 def begin_cohort() -> None:
     """Name the cohort of the engine that this process begins. One that is in the environment already belongs to some outer engine."""
+    global _begun_in
+    _begun_in = os.getpid()
     export_cohort(secrets.token_hex(16), settings().engine or f"vllm-{os.getpid()}")
     when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
+
+
+def began_here() -> bool:
+    """Whether this process has begun its engine: nobody has started it for an engine, so it need not end with anybody."""
+    return _begun_in == os.getpid()
 
 
 def this_process(name: str, sockets: Iterable[Path] = (), **options: Any) -> EngineProcess:

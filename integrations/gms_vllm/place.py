@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from vllm.platforms import current_platform
 
 from gms_core.client import Session
 from gms_core.client import connect as open_session
+from gms_core.config import settings
 from gms_core.devices import HOST, DeviceId, cuda_uuid
 from gms_core.engine_config import GmsConfig
+from gms_core.runtime_dir import socket_path
 from gms_patches.apply import installed_version
 from gms_patches.for_vllm import DISTRIBUTIONS
 
@@ -36,11 +39,21 @@ def connect(options: GmsConfig, *, rank: int | None = None) -> Session:
     )
 
 
+def server_socket(options: GmsConfig) -> Path:
+    """Where the server of this worker's device listens."""
+    return options.socket_path or socket_path(device_id(), settings().runtime_dir)
+
+
 def pool_name(config: Any, options: GmsConfig) -> str:
+    """The pool of this rank's weights."""
+    return rank_pool(config, options.tag)
+
+
+def rank_pool(config: Any, tag: str) -> str:
     """The pool of this rank. A GPU has one rank of an engine, so the tag names it; on ``host`` all ranks share the device."""
     parallel = config.parallel_config
     rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
-    return f"{options.tag}.{rank}" if current_platform.is_cpu() and rank else options.tag
+    return f"{tag}.{rank}" if current_platform.is_cpu() and rank else tag
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class PrivateKv:
         try:
             # Scratch that is as large as its range is plain memory, which no other address shares.
             arena.map_scratch(arena.size)
-            self._clear(arena)
+            clear(arena, self._device)
         except BaseException:
             arena.close()
             raise
@@ -79,14 +79,16 @@ class PrivateKv:
                         raise
                     time.sleep(_LOOK_S)
                 else:
-                    self._clear(arena)
+                    clear(arena, self._device)
 
     def close(self) -> None:
         """Give memory and addresses back. Tensors that lie here must not be used any more."""
         while self._arenas:
             self._arenas.pop().close()
 
-    def _clear(self, arena: RetainedArena) -> None:
-        if self._device.type == "cuda":
-            bytes_on(storage_at(arena.base, arena.size, self._device)).view(torch.int64).zero_()
-            torch.cuda.synchronize(self._device)
+
+def clear(arena: RetainedArena, device: torch.device) -> None:
+    """Make fresh memory zero, where the device does not; on ``host`` it is."""
+    if device.type == "cuda":
+        bytes_on(storage_at(arena.base, arena.size, device)).view(torch.int64).zero_()
+        torch.cuda.synchronize(device)

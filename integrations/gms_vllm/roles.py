@@ -36,7 +36,7 @@ def acquire(config: Any, options: GmsConfig, session: Session, identity: Identit
     """
     mode: Mode = options.mode
     start = time.perf_counter()
-    group = _group() if mode == "auto" else None
+    group = all_ranks() if mode == "auto" else None
     if group is None:
         lease = _ask(config, options, session, identity, mode)
     elif group.rank_in_group == 0:
@@ -54,8 +54,8 @@ def acquire(config: Any, options: GmsConfig, session: Session, identity: Identit
     return Granted(lease, time.perf_counter() - start)
 
 
-def _group() -> Any:
-    """All ranks that compute together, if there are several."""
+def all_ranks() -> Any:
+    """The group of all ranks that compute together, if there are several; else None."""
     from vllm.distributed.parallel_state import get_world_group
 
     world = get_world_group()

@@ -1,133 +1,204 @@
-"""What a worker adds so that its engine can stand by on scratch, and be promoted."""
+"""What a worker adds so that its engine can stand in for another one: a KV cache on scratch memory, and the promotion that puts real memory there."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
-from gms_core.client import Membership
 from gms_core.config import settings
-from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported, NotPromoted
 from gms_core.failover.config import failover_config
-from gms_core.layout import Identity
-from gms_core.pytorch import placed
-from gms_core.runtime_dir import socket_path
-from gms_vllm.cohort import take_place, this_process
-from gms_vllm.config import LOAD_FORMAT
-from gms_vllm.identity import expected_identity
-from gms_vllm.place import device_id, pool_name
-from gms_vllm.retained_kv import RetainedKv
-from gms_vllm.sleep import KV_CACHE, RetainedKvMemory
-from gms_vllm.sleeping_worker import GmsSleepMixin
+from gms_core.failover.parent_death import end_with_parent
+from gms_core.vmm import open_driver
+from gms_vllm import cohort, kv_planning
+from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_vllm.holdings import amount
+from gms_vllm.kv import RetainedKv, TakenOver
+from gms_vllm.kv_buffers import raw_buffers
+from gms_vllm.kv_plan import KvPlan
+from gms_vllm.place import device_id, server_socket
+from gms_vllm.sleep import RetainedKvMemory
+from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_device
 
 log = logging.getLogger("vllm.gms")
 
 
 class GmsShadowMixin(GmsSleepMixin):
-    """Scratch KV, the plan of the KV memory, and promotion. Without a failover block it changes nothing."""
+    """A shadow's KV memory, and its promotion. Without failover it changes nothing.
 
-    _retained: RetainedKv | None = None
-    _kv_identity: Identity | None = None
-    _available_bytes = 0
-    _warm = False
+    Attributes:
+        planning: What this rank has to do for its pool; None before its device is set up.
+        kv: The KV memory; None before the cache is made.
+    """
+
+    planning: kv_planning.KvPlanning | None = None
+    kv: RetainedKv | None = None
+    _measured = 0
+    _parked = False
+    _taken_over: TakenOver | None = None
     _mark: Any = None
 
-    def _failover(self) -> FailoverConfig | None:
-        if self.vllm_config.load_config.load_format != LOAD_FORMAT:
-            return None
-        return failover_config(self._options())
-
-    def init_device(self) -> None:
-        """Set the device up, and join the engine's cohort on the device's server."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         base: Any = super()
-        base.init_device()
-        failover = self._failover()
+        with _smallest_cache(config.cache_config) if current_platform.is_cpu() and _failover(config) else contextlib.nullcontext():
+            base.__init__(*args, **kwargs)
+
+    @property
+    def fails_over(self) -> bool:
+        """Whether another engine can stand in for this one, and this one for others."""
+        return _failover(self.vllm_config) is not None
+
+    def adopts_plan(self) -> bool:
+        """Take this process's place in the cohort, and learn whether the KV memory is planned already. The device is set up.
+
+        Returns:
+            Whether the engine takes a plan over, so that it needs no room for KV memory of its own.
+
+        Raises:
+            EngineUnsupported: The engine has no cohort.
+            GmsError: See `gms_vllm.kv_planning.begin`.
+        """
+        failover = _failover(self.vllm_config)
         if failover is None:
-            return
+            return False
         if not settings().cohort:
-            raise EngineUnsupported("failover: this worker was started by something that has named no cohort", hint="Use `vllm serve` or `LLM`.")
-        gms = self._options()
-        membership = this_process(self._name(), (), serves=False, connect_timeout_s=gms.connect_timeout_s).join(self._socket())
-        name = pool_name(self.vllm_config, gms.model_copy(update={"tag": failover.kv_tag}))
-        device = torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
-        self._retained = RetainedKv(membership, name, device, gms, failover)
-        self._kv_identity = kv_identity(self.vllm_config, gms)
+            raise EngineUnsupported(
+                "failover: this engine was started in a way that GMS does not know, and has no cohort", hint="Start it with `vllm serve` or LLM()."
+            )
+        if not cohort.began_here():
+            end_with_parent()
+        self._take_place()
+        self.planning = kv_planning.begin(self.vllm_config, self._options(), failover)
+        if self.planning.memory_bytes is not None:
+            self.vllm_config.cache_config.kv_cache_memory_bytes = self.planning.memory_bytes
+        return self.planning.memory_bytes is not None
 
     def determine_available_memory(self) -> int:
-        """Measure what the KV cache can have; an engine that finds a plan adopts it, and does not measure beside a busy neighbour."""
+        """Bytes for the KV cache: those of the plan, if there is one, else what vLLM measures."""
         base: Any = super()
-        if self._retained is None or self._kv_identity is None:
+        if self.planning is None:
             return int(base.determine_available_memory())
-        cache: Any = self.vllm_config.cache_config
-        plan = self._retained.ask_plan(self._kv_identity)
-        if plan is not None:
-            cache.kv_cache_memory_bytes = plan.available_bytes
-            log.info("adopted the plan of %.2f GiB of KV memory", plan.available_bytes / 2**30)
-        available = int(base.determine_available_memory())
-        self._available_bytes = int(cache.kv_cache_memory_bytes or getattr(self, "available_kv_cache_memory_bytes", 0) or available)
+        cache, planned = self.vllm_config.cache_config, self.planning.memory_bytes
+        with self.planning.given_up_on_failure():
+            if planned is not None and current_platform.is_cpu():
+                with _smallest_cache(cache):
+                    base.determine_available_memory()
+                return planned
+            available = int(base.determine_available_memory())
+        # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
+        self._measured = cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available))
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Make the KV cache, on scratch."""
+        """Make the KV cache on scratch memory; provide the pool's memory, or make sure that what is there is what this cache needs."""
         base: Any = super()
-        if self._retained is None:
+        if not self.fails_over:
             base.initialize_from_config(kv_cache_config)
             return
-        if current_platform.is_cuda():
-            torch.cuda.empty_cache()  # what the profile has left in PyTorch's cache is needed by the server
-        sizes = [tensor.size for tensor in kv_cache_config.kv_cache_tensors]
-        self._retained.lay_out(sizes, kv_cache_config.num_blocks, self._available_bytes)
-        base.initialize_from_config(kv_cache_config)
-        self._retained.check_placed()
-        if self._retained.arena is not None:
-            self.kv_memory = RetainedKvMemory(self._retained.arena)
+        if self.planning is None:
+            raise EngineUnsupported("failover: this engine sets its device up in a way that GMS does not know", hint="Leave failover out for it.")
+        with self.planning.given_up_on_failure():
+            # What profiling has left there is room that the server, or another engine, cannot take otherwise.
+            give_back_cached()
+            base.initialize_from_config(kv_cache_config)
+            assert self.kv is not None
+            here = KvPlan.of(kv_cache_config, self.planning.memory_bytes or self._measured)
+            self.planning.check_or_provide(here, self.kv.slabs(), self._options().memory_timeout_s)
+            self.kv.adopt(self.planning.pool)
+        log.info(
+            "KV cache: %d blocks in %s of addresses, on %s of scratch memory",
+            here.num_blocks,
+            amount(self.kv.size),
+            amount(self.kv.scratch_bytes),
+        )
 
-    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
-        retained = self._retained
-        if tag == KV_CACHE and retained is not None and retained.arena is not None:
-            return placed(retained.place, retained.device)
-        return super()._maybe_get_memory_pool_context(tag)
+    def _kv_placing(self, kv_cache_config: Any) -> Callable[[int], int] | None:
+        failover = _failover(self.vllm_config)
+        if failover is None:
+            return super()._kv_placing(kv_cache_config)
+        self.kv = RetainedKv(open_driver(device_id()), torch_device(), raw_buffers(kv_cache_config), failover.alias_bytes)
+        self.kv_memory = RetainedKvMemory(self.kv.arena)
+        return self.kv.place
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, which may run steps on scratch; from then on only a promoted engine runs any."""
+        """Warm up, which computes on scratch memory. From here on nothing does, until the engine is promoted."""
         base: Any = super()
         result = base.compile_or_warm_up_model()
-        self._warm = True
+        self._parked = self.kv is not None and self._taken_over is None
         return result
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step; refused while the KV cache is scratch."""
-        if self._retained is not None and self._warm and not self._retained.promoted:
-            raise NotPromoted("this engine is a shadow: its KV memory is scratch", hint="It answers once it is promoted.")
+        """Run a step; refused before the promotion."""
+        self._check_promoted()
         return super().execute_model(*args, **kwargs)
 
-    def gms_place(self) -> dict[str, Any]:
-        """Where this rank is: ``rank``, ``device``, and the ``socket`` of the device's server, which it joins again if that was restarted."""
-        if self._retained is not None:
-            take_place(self._name(), [self._socket()], serves=False, connect_timeout_s=self._options().connect_timeout_s)
-        return {"rank": int(self.vllm_config.parallel_config.rank), "device": str(device_id()), "socket": str(self._socket())}
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Choose the tokens of a step; refused before the promotion."""
+        self._check_promoted()
+        base: Any = super()
+        return base.sample_tokens(*args, **kwargs)
 
-    def gms_promote(self, timeout_s: float) -> dict[str, Any]:
-        """Give the KV cache its memory. Returns ``rank``, ``epoch``, ``bytes``, ``hold_s`` and ``map_s``.
+    def execute_dummy_batch(self) -> None:
+        """Run a step without requests; refused before the promotion."""
+        self._check_promoted()
+        super().execute_dummy_batch()
+
+    def gms_place(self) -> dict[str, Any]:
+        """Where this rank computes. Called again, it takes its place in the cohort anew, if the server has been restarted.
 
         Raises:
-            EngineUnsupported: The engine does not fail over.
-            GmsError: The memory was not granted, or could not be mapped.
+            GmsError: The server is not there, or does not want this process.
         """
-        if self._retained is None:
-            raise EngineUnsupported("this engine does not fail over", hint="Give it a failover block.")
-        if self.sleep_backend().asleep:
-            self.wake_up()
-        return {"rank": int(self.vllm_config.parallel_config.rank), **self._retained.promote(timeout_s)}
+        socket = self._take_place()
+        return {"rank": self.vllm_config.parallel_config.rank, "device": str(device_id()), "socket": str(socket)}
+
+    def gms_promote(self, timeout_s: float) -> dict[str, Any]:
+        """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
+
+        An engine that sleeps wakes up.
+
+        Args:
+            timeout_s: Seconds to wait at most.
+
+        Returns:
+            ``rank``, ``epoch``, ``bytes``, and the seconds ``hold_s`` and ``map_s``.
+
+        Raises:
+            EngineUnsupported: This engine does not fail over.
+            AcquireTimeout: The holder before has not ended in time.
+            FenceFailed: It cannot be ended.
+        """
+        if self.planning is None or self.planning.plan is None or self.kv is None:
+            raise EngineUnsupported("this engine does not fail over", hint="Put failover into the block gms of --model-loader-extra-config.")
+        rank, pool, mark = self.vllm_config.parallel_config.rank, self.planning.pool, self.planning.plan.mark.encode()
+        if self._taken_over is None:
+            if self._backend is not None and self._backend.asleep:
+                self.wake_up()
+            self._taken_over = self.kv.take_over(
+                pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason)
+            )
+            self._parked = False
+            taken = self._taken_over
+            log.info(
+                "rank %d holds pool %s, epoch %d: %s, granted after %.1f ms, mapped in %.1f ms",
+                rank,
+                pool.name,
+                taken.epoch,
+                amount(taken.bytes),
+                taken.hold_s * 1e3,
+                taken.map_s * 1e3,
+            )
+        return {"rank": rank, **self._taken_over._asdict()}
 
     def gms_beat(self) -> bool:
-        """Whether this rank makes progress: it got here, and its device has done what it was given before the last beat."""
+        """Whether this rank makes progress: it answers, and its device has done what it was given before the last beat."""
         if not current_platform.is_cuda():
             return True
         if self._mark is not None and not self._mark.query():
@@ -136,35 +207,37 @@ class GmsShadowMixin(GmsSleepMixin):
         self._mark.record()
         return True
 
-    def _name(self) -> str:
-        return f"rank {self.vllm_config.parallel_config.rank}"
+    def _take_place(self) -> Any:
+        options = self._options()
+        socket = server_socket(options)
+        name = f"rank {self.vllm_config.parallel_config.rank}"
+        cohort.take_place(name, [socket], serves=False, connect_timeout_s=options.connect_timeout_s)
+        return socket
 
-    def _join(self) -> Membership:
-        patience_s = self._options().connect_timeout_s
-        return this_process(self._name(), (), serves=False, connect_timeout_s=patience_s).join(self._socket())
+    def _check_promoted(self) -> None:
+        if self._parked:
+            raise NotPromoted(
+                "this engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense",
+                hint='It computes once it is promoted: by its API server, or by collective_rpc("gms_promote", args=(timeout_s,)).',
+            )
 
-    def _socket(self) -> Path:
-        return self._options().socket_path or socket_path(device_id(), settings().runtime_dir)
+
+def _failover(config: Any) -> FailoverConfig | None:
+    """How an engine fails over, if it does."""
+    load = config.load_config
+    return failover_config(loader_options(load.model_loader_extra_config or {}).gms) if load.load_format == LOAD_FORMAT else None
 
 
-def kv_identity(config: Any, gms: GmsConfig) -> Identity:
-    """What has to be equal for two engines to have the same KV memory. To be asked before loading, which changes the configuration.
+@contextlib.contextmanager
+def _smallest_cache(cache: Any) -> Iterator[None]:
+    """While it lasts, vLLM on CPU believes that the smallest KV cache is wanted, and finds room for it beside those of other engines.
 
-    Args:
-        config: A ``VllmConfig``.
-        gms: The engine's block.
+    It compares the size with what is free before the engine can know whether it needs any (vllm/v1/worker/cpu_worker.py, ``__init__``), and again
+    where the memory is there already (determine_available_memory). An engine that measures is checked by the measurement.
     """
-    weights = expected_identity(config, config.model_config, content="", extra=gms.identity)
-    cache, scheduler = config.cache_config, config.scheduler_config
-    speculative = config.speculative_config
-    fields = {
-        "block_size": str(cache.block_size),
-        "gpu_memory_utilization": str(cache.gpu_memory_utilization),
-        "kv_cache_memory_bytes": str(cache.kv_cache_memory_bytes or ""),
-        "num_gpu_blocks_override": str(cache.num_gpu_blocks_override or ""),
-        "max_num_seqs": str(scheduler.max_num_seqs),
-        "max_num_batched_tokens": str(scheduler.max_num_batched_tokens),
-        "draft": str(speculative.model or speculative.method or "") if speculative is not None else "",
-        "draft_tokens": str(speculative.num_speculative_tokens) if speculative is not None else "",
-    }
-    return Identity({**weights.fields, **{name: value for name, value in fields.items() if value}})
+    before = cache.kv_cache_memory_bytes
+    cache.kv_cache_memory_bytes = 1
+    try:
+        yield
+    finally:
+        cache.kv_cache_memory_bytes = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,12 +13,13 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 from vllm.platforms import current_platform
 
 from gms_core.engine_config import GmsConfig
-from gms_core.errors import EngineAsleep, EngineUnsupported
+from gms_core.errors import EngineAsleep
 from gms_core.failover.config import failover_config
 from gms_core.pytorch import placed
 from gms_core.vmm import open_driver
 from gms_vllm import holdings
 from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_vllm.kv_buffers import RawBuffers, raw_buffers
 from gms_vllm.place import device_id
 from gms_vllm.private_kv import PrivateKv
 from gms_vllm.sleep import KV_CACHE, GmsSleepBackend, KvMemory, register_backend
@@ -30,14 +31,14 @@ class GmsSleepMixin:
     """Sleep and wake-up, and KV memory that can be given back meanwhile. With another load format than ``gms`` it changes nothing.
 
     Attributes:
-        kv_memory: The KV memory, if GMS has placed it. An engine that fails over sets it to a `RetainedKvMemory`.
+        kv_memory: The KV memory, if GMS has placed it; of an engine that fails over a `RetainedKvMemory`.
     """
 
     vllm_config: Any
     kv_memory: KvMemory | None = None
     _backend: GmsSleepBackend | None = None
     _weights: tuple[holdings.Holding, ...] = ()
-    _kv_sizes: frozenset[int] = frozenset()
+    _buffers: RawBuffers | None = None
 
     def _sleeps_by_gms(self) -> bool:
         return bool(self.vllm_config.load_config.load_format == LOAD_FORMAT)
@@ -58,21 +59,27 @@ class GmsSleepMixin:
         self._weights = holdings.all_kept()[len(before) :]
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Make the KV cache; with sleep mode, in memory that can be taken away from beneath it."""
+        """Make the KV cache, at addresses of GMS where its memory is to be taken away from beneath it.
+
+        Raises:
+            EngineUnsupported: It, or a part of it, was made elsewhere.
+        """
         base: Any = super()
-        if not self._has_private_kv():
+        place = self._kv_placing(kv_cache_config)
+        if place is None:
             base.initialize_from_config(kv_cache_config)
             return
-        sizes = [tensor.size for tensor in kv_cache_config.kv_cache_tensors]
-        # One buffer for each, or one for all of them together (vllm/v1/worker/kv_connector_model_runner_mixin.py, allocate_uniform_kv_caches).
-        self._kv_sizes = frozenset([*sizes, sum(sizes)])
-        kv = PrivateKv(open_driver(device_id()), _device(), self._options().memory_timeout_s)
-        self.kv_memory = kv
+        self._buffers = RawBuffers(raw_buffers(kv_cache_config), place)
         base.initialize_from_config(kv_cache_config)
-        if sizes and not kv.size:
-            raise EngineUnsupported(
-                "sleep mode: this engine makes its KV cache in a way that GMS does not know", hint="Start without --enable-sleep-mode."
-            )
+        self._buffers.check_complete()
+        self._buffers = None
+
+    def _kv_placing(self, kv_cache_config: Any) -> Callable[[int], int] | None:  # noqa: ARG002 - for mixins that override it
+        """What gives the raw buffers of the KV cache their addresses; None for memory of PyTorch's own."""
+        if not self._has_private_kv():
+            return None
+        kv = self.kv_memory = PrivateKv(open_driver(device_id()), torch_device(), self._options().memory_timeout_s)
+        return kv.place
 
     def _has_private_kv(self) -> bool:
         sleeps = self._sleeps_by_gms() and bool(self.vllm_config.model_config.enable_sleep_mode)
@@ -82,16 +89,11 @@ class GmsSleepMixin:
         return loader_options(self.vllm_config.load_config.model_loader_extra_config or {}).gms
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        if tag == KV_CACHE and self._buffers is not None:
+            return placed(self._buffers.place, torch_device())
         base: Any = super()
-        kv = self.kv_memory
-        if tag != KV_CACHE or not isinstance(kv, PrivateKv):
-            found: AbstractContextManager[Any] = base._maybe_get_memory_pool_context(tag)  # noqa: SLF001 - it is overridden here
-            return found
-
-        def place(size: int) -> int | None:
-            return kv.place(size) if size in self._kv_sizes else None
-
-        return placed(place, _device())
+        found: AbstractContextManager[Any] = base._maybe_get_memory_pool_context(tag)  # noqa: SLF001 - it is overridden here
+        return found
 
     def sleep(self, level: int = 1) -> None:
         """Unmap weights and KV memory."""
@@ -105,7 +107,7 @@ class GmsSleepMixin:
             from vllm.distributed.parallel_state import suspend_device_comms
 
             suspend_device_comms()
-        _give_back_cached()
+        give_back_cached()
         self._say(f"asleep at level {level}", start)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
@@ -134,7 +136,7 @@ class GmsSleepMixin:
             base.discard(tags)
             return
         self.sleep_backend().discard(tags)
-        _give_back_cached()
+        give_back_cached()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step; refused while the engine sleeps."""
@@ -161,11 +163,12 @@ class GmsSleepMixin:
             raise EngineAsleep("this engine is asleep: its memory is not mapped", hint="Wake it up first.")
 
 
-def _device() -> torch.device:
+def torch_device() -> torch.device:
+    """The device of this worker, for PyTorch."""
     return torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
-def _give_back_cached() -> None:
+def give_back_cached() -> None:
     """Give back what PyTorch keeps for its next allocations, as vLLM's own sleep mode does."""
     if current_platform.is_cuda():
         torch.cuda.empty_cache()

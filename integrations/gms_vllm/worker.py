@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from gms_core.errors import EngineUnsupported
 from gms_vllm import accounting, holdings
-from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_vllm.config import LOAD_FORMAT
 from gms_vllm.shadow_worker import GmsShadowMixin
 
 log = logging.getLogger("vllm.gms")
@@ -34,7 +34,7 @@ class GmsWorkerMixin(GmsShadowMixin):
         return bool(self.vllm_config.load_config.load_format == LOAD_FORMAT)
 
     def init_device(self) -> None:
-        """Set the device up; the start-up check leaves shared weights out."""
+        """Set the device up; the start-up check leaves out what is shared."""
         base: Any = super()
         if not self._shares():
             base.init_device()
@@ -44,9 +44,9 @@ class GmsWorkerMixin(GmsShadowMixin):
         holdings.defer_commits()
         if not current_platform.is_cuda():
             base.init_device()
+            self.adopts_plan()
             return
-        options = loader_options(self.vllm_config.load_config.model_loader_extra_config or {}).gms
-        with accounting.startup_check(self.vllm_config, options):
+        with accounting.startup_check(self.vllm_config, self._options(), self.adopts_plan if self.fails_over else None):
             base.init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ class GmsWorkerMixin(GmsShadowMixin):
             base.load_model(*args, **kwargs)
         holding = holdings.current()
         if holding is not None and self._shares() and current_platform.is_cuda():
-            accounting.settle(self, holding, shadow=accounting.kv_is_planned(self.vllm_config, self._options()))
+            accounting.settle(self, holding)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, which is the last step of the start; then publish."""

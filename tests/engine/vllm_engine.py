@@ -3,8 +3,9 @@
     python vllm_engine.py MODEL LOAD_FORMAT [EXTRA [ARGUMENTS]]
 
 EXTRA is the JSON of ``--model-loader-extra-config``, ARGUMENTS that of further engine arguments. On standard input ``again`` generates again,
-``write`` writes to a weight, ``sleep LEVEL`` and ``wake [TAG...]`` do what they say, ``step`` asks the worker for a step past the scheduler, and any
-other line ends it. An error ends it with a line of JSON too.
+``write`` writes to a weight, ``sleep LEVEL`` and ``wake [TAG...]`` do what they say, ``step [METHOD]`` asks the worker for a step past the scheduler,
+``promote SECONDS`` gives an engine that fails over its KV memory, and any other line ends it. Such an engine does not generate before it is told to.
+An error ends it with a line of JSON too.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from typing import Any
 
 PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
 TOKENS = 24
-
+MEMORY = r"memfd:gms-\d"
+"""In the name of a memory file."""
 
 DEFAULTS = {
     "dtype": "float32",
@@ -65,11 +68,11 @@ def pss_of(path: str) -> int:
 def memory() -> dict[str, int]:
     """Bytes of memory files that this process has mapped, and that it keeps through descriptors."""
     with open("/proc/self/maps", encoding="utf-8") as file:
-        ends = [line.split(" ", 1)[0].split("-") for line in file if "memfd:gms-" in line]
+        ends = [line.split(" ", 1)[0].split("-") for line in file if re.search(MEMORY, line)]
     held = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
-            if "memfd:gms-" in os.readlink(f"/proc/self/fd/{name}"):
+            if re.search(MEMORY, os.readlink(f"/proc/self/fd/{name}")):
                 held += os.stat(f"/proc/self/fd/{name}").st_size
     return {"mapped": sum(int(end, 16) - int(start, 16) for start, end in ends), "held": held}
 
@@ -90,13 +93,12 @@ def write_to_a_weight(engine: Any) -> None:
     engine.apply_model(write)
 
 
-def step(engine: Any) -> dict[str, Any]:
-    """What the worker answers to a step that vLLM's scheduler has not made."""
+def call(engine: Any, method: str, *arguments: Any) -> dict[str, Any]:
+    """What the workers answer to a call that vLLM's scheduler has not made."""
     try:
-        engine.collective_rpc("execute_dummy_batch")
+        return {"error": None, "answers": engine.collective_rpc(method, args=arguments)}
     except Exception as error:  # noqa: BLE001 - the test asks which
         return {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
-    return {"error": None}
 
 
 def obey(engine: Any, command: str, *words: str) -> dict[str, Any] | None:
@@ -106,7 +108,11 @@ def obey(engine: Any, command: str, *words: str) -> dict[str, Any] | None:
     elif command == "wake":
         engine.wake_up(list(words) or None)
     elif command == "step":
-        return step(engine)
+        return call(engine, "execute_dummy_batch") if not words else call(engine, words[0], None)
+    elif command == "promote":
+        return call(engine, "gms_promote", float(words[0]))
+    elif command == "beat":
+        return call(engine, "gms_beat")
     elif command in ("again", "write"):
         if command == "write":
             write_to_a_weight(engine)
@@ -119,7 +125,11 @@ def obey(engine: Any, command: str, *words: str) -> dict[str, Any] | None:
 def main(model: str, load_format: str, extra: str = "{}", arguments: str = "{}") -> int:
     try:
         engine = start(model, load_format, json.loads(extra), json.loads(arguments))
-        result = {"tokens": generate(engine), "pss": pss_of("memfd:"), **memory(), "figures": figures() if load_format == "gms" else None}
+        cache = engine.llm_engine.vllm_config.cache_config
+        result = {"blocks": cache.num_gpu_blocks, "kv_bytes": cache.kv_cache_memory_bytes}
+        if not json.loads(extra).get("gms", {}).get("failover"):
+            result["tokens"] = generate(engine)
+        result |= {"pss": pss_of("memfd:"), **memory(), "figures": figures() if load_format == "gms" else None}
     except Exception as error:  # noqa: BLE001 - the test asks what went wrong
         traceback.print_exc()
         cause: BaseException | None = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gms_patches.for_vllm.kv_cache import KV_CACHE
 from gms_patches.for_vllm.serving import SERVING
 from gms_patches.for_vllm.sleep_mode import SLEEP_MODE
 from gms_patches.patch import Symbol
@@ -249,4 +250,4 @@ _CPU = (
     Symbol("vllm.model_executor.layers.utils:cpu_unquantized_gemm", "the CPU engine", ("layer, x, weight, bias=",)),
 )
 
-SYMBOLS: tuple[Symbol, ...] = (*_LOAD, *_ATTACH, *_IDENTITY, *_WORKER, *_CPU, *SERVING, *SLEEP_MODE)
+SYMBOLS: tuple[Symbol, ...] = (*_LOAD, *_ATTACH, *_IDENTITY, *_WORKER, *_CPU, *SERVING, *SLEEP_MODE, *KV_CACHE)
