@@ -160,7 +160,7 @@ TEXT
 # From here on only look, and tell each change.
 before=
 while true; do
-    now=$(gms failover status -o lines 2>/dev/null | cut -f 1,2,4 | tr '\t' ' ' | paste -s -d ',' || true)
+    now=$(gms failover status -o lines 2>/dev/null | awk -F '\t' '{ printf "%s%s %s", (NR > 1 ? ", " : ""), $1, $2 }' || true)
     if [ "$now" != "$before" ]; then say "engines: ${now:-none}" && before=$now; fi
     living=()
     for recorded in ${groups[@]+"${groups[@]}"}; do

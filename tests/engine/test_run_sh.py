@@ -16,7 +16,7 @@ import pytest
 from chaos.warden import Warden
 from failover_story import ENVIRONMENT, KV_BYTES, OPTIONS, PATIENCE_S, Client, free_port, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "shadow_failover" / "run.sh"
 CALLER = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.stdin.read()"
@@ -94,9 +94,9 @@ def test_shadow_serves_and_nothing_is_left_when_the_example_is_run_and_its_prima
         warden.watch(primary)
         warden.watch(int(script.until_it_says(r"engine-1 is standby \(process group (\d+)\)")[1]))
         assert client.tokens() == stock_answers[0]
-        script.until_it_says("engines: engine-0 primary alive, ?engine-1 standby alive")
+        script.until_it_says("engines: engine-0 primary, engine-1 standby$")
         os.killpg(primary, signal.SIGKILL)
-        script.until_it_says("engines: engine-1 primary alive$")
+        script.until_it_says("engines: engine-1 primary$")
         assert client.tokens() == stock_answers[0]
         assert client.request("GET", "/gms/status")[1]["engine"] == "engine-1"
         script.interrupt()
