@@ -49,7 +49,7 @@ class Wanted:
         kills: How often to kill.
         kill: What of the primary; None for something else each time.
         load: Requests in flight.
-        shadows: Engines that stand by.
+        shadows: Engines that stand by at first. Each kill waits for one of them; the dead are being replaced meanwhile.
         restarts: Lives of the engine without GMS to measure: ``cold`` before all others, ``warm`` after them.
         prompt_tokens: Of each request.
         new_tokens: Of each request.
@@ -174,7 +174,7 @@ class _Benchmark:
     def _fail_over(self, fleet: Fleet, lookout: Lookout) -> None:
         """Kill as often as is wanted, as long as there are no two primaries."""
         self._tell("starting engines")
-        if not self._wait_until_ready(fleet, lookout):
+        if not self._wait_until_ready(fleet, lookout, self._wanted.shadows):
             return
         self._right = [self._first_answer(fleet.check).tokens, *self._ask()]
         if not all(self._right):
@@ -182,7 +182,7 @@ class _Benchmark:
         with self._load() as flow:
             for number in range(1, self._wanted.kills + 1):
                 self._tell(f"kill {number} of {self._wanted.kills}: waiting for a shadow")
-                if not self._wait_until_ready(fleet, lookout):
+                if not self._wait_until_ready(fleet, lookout, 1):
                     break
                 lookout.close = True
                 found = self._kill(number, fleet, lookout, flow, self._right)
@@ -201,15 +201,15 @@ class _Benchmark:
         with load(Task(host, port, self._name() or "", wanted.load, wanted.prompt_tokens, wanted.new_tokens, wanted.seed)) as flow:
             yield flow
 
-    def _wait_until_ready(self, fleet: Fleet, lookout: Lookout) -> bool:
-        """Wait for one primary and all shadows; False if there were two primaries."""
+    def _wait_until_ready(self, fleet: Fleet, lookout: Lookout, shadows: int) -> bool:
+        """Wait for one primary and so many shadows; False if there were two primaries."""
 
         def settled() -> bool:
-            roles = sorted(engine.standing for engine in lookout.engines())
-            return lookout.max_primaries > 1 or roles == ["primary", *["standby"] * self._wanted.shadows]
+            roles = Counter(engine.standing for engine in lookout.engines())
+            return lookout.max_primaries > 1 or (roles["primary"] == 1 and roles["standby"] >= shadows)
 
         try:
-            lookout.wait(settled, "one primary and its shadows were not ready", self._wanted.patience_s, fleet.check)
+            lookout.wait(settled, f"one primary and {shadows} engines that stand by were not ready", self._wanted.patience_s, fleet.check)
         except AcquireTimeout as error:
             raise AcquireTimeout(error.message, hint=f"The logs end with: {fleet.last_lines()}") from error
         return lookout.max_primaries <= 1

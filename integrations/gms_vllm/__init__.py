@@ -22,7 +22,6 @@ def register() -> None:
         # Not guarded as the rest is: an engine whose processes outlive one another must not take part in a failover.
         end_with_parent()
         when_imported("vllm.v1.engine.core", _extend_engine_core)
-        when_imported("vllm.distributed.device_communicators.shm_broadcast", _patch_message_queues)
     when_imported("vllm.model_executor.model_loader", _register_loader)
     when_imported("vllm.engine.arg_utils", _patch_engine_args)
     _patch_front_end()
@@ -59,12 +58,6 @@ def _extend_engine_core() -> None:
     from gms_vllm.cohort import extend_engine_core
 
     extend_engine_core()
-
-
-def _patch_message_queues() -> None:
-    from gms_vllm.message_queues import patch_message_queues
-
-    patch_message_queues()
 
 
 def _patch_front_end() -> None:

@@ -16,6 +16,7 @@ from gms_core.config import export_cohort, settings
 from gms_core.errors import GmsError
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.failover.process import EngineProcess
+from gms_core.failover.resource_tracker import start_apart
 from gms_patches.on_import import when_imported
 
 log = logging.getLogger("vllm.gms")
@@ -56,6 +57,7 @@ def begin_cohort() -> None:
     global _begun_in
     _begun_in = os.getpid()
     export_cohort(secrets.token_hex(16), settings().engine or f"vllm-{os.getpid()}")
+    start_apart()
     when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
 
 

@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import vllm.envs as envs
+
 from gms_core.engine_config import FailoverConfig, GmsConfig
 from gms_core.errors import EngineUnsupported, GmsError, PromotionFailed
-from gms_core.failover.http import HoldMiddleware
+from gms_core.failover.http import App, HoldMiddleware
 from gms_core.failover.locks import FailoverLock, open_lock
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.status import EngineState, RoleChange
@@ -21,6 +23,7 @@ from gms_core.failover.threads import in_thread
 from gms_vllm.cohort import GRACE_S, ApiPlace, this_process
 from gms_vllm.gate import Gate, ListenLast
 from gms_vllm.main_process import name_servers
+from gms_vllm.rehearsal import rehearse
 from gms_vllm.standing import Leader, Sibling, Standing
 
 log = logging.getLogger("vllm.gms")
@@ -71,6 +74,7 @@ class ApiServer:
         self._state = EngineState(told.engine, told.cohort, failover.lock, address=self._gate.address)
         self._state.listen(_tell)
         self._standing: Standing
+        self._inner: App
         self._stop_engine: Callable[..., None] = client.shutdown
         self._failure: GmsError | None = None
         self._departed = False
@@ -112,8 +116,8 @@ class ApiServer:
 
     def _hold(self) -> None:
         """Put the gate around the app. The app's own list of middleware may be closed already, so it goes around all that is in it."""
-        stack = self._app.middleware_stack or self._app.build_middleware_stack()
-        self._app.middleware_stack = ListenLast(HoldMiddleware(stack, self._state), self._gate)
+        self._inner = self._app.middleware_stack or self._app.build_middleware_stack()
+        self._app.middleware_stack = ListenLast(HoldMiddleware(self._inner, self._state), self._gate)
 
     async def _join(self) -> EngineProcess:
         """Join the engine's other processes to the cohort. The ranks have done so, and say where."""
@@ -126,6 +130,10 @@ class ApiServer:
                 await in_thread(lambda: name_servers(sockets), name="gms-name-servers")
         deadline_s = self._failover.deadline_s or 0.0
         return this_process(f"api-server {self._place.rank}", sockets, deadline_s=deadline_s, connect_timeout_s=patience_s)
+
+    def _api_keys(self) -> list[str]:
+        """As vLLM finds them."""
+        return [key for key in (self._app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
 
     def _rejoin(self) -> None:
         """A server is back that was lost: this process has joined it, the others have to."""
@@ -141,6 +149,8 @@ class ApiServer:
     async def _come_to_serve(self) -> None:
         await self._gate.reached()
         try:
+            if self._place.rank == 0:  # before any of the engine's API servers can serve
+                await rehearse(self._inner, self._client, self._api_keys())
             if self._failover.gate == "503":
                 self._gate.open()
             await self._standing.become_primary()

@@ -41,6 +41,7 @@ class GmsShadowMixin(GmsSleepMixin):
     kv: RetainedKv | None = None
     _measured = 0
     _parked = False
+    _rehearses = False
     _taken_over: TakenOver | None = None
     _mark: Any = None
 
@@ -134,9 +135,19 @@ class GmsShadowMixin(GmsSleepMixin):
         self._parked = self.kv is not None and self._taken_over is None
         return result
 
+    def gms_rehearse(self, wanted: bool) -> None:
+        """Let steps compute on scratch memory although nobody may see what comes of them, or end that.
+
+        Args:
+            wanted: Whether to. It says nothing to a rank that is promoted.
+        """
+        self._rehearses = wanted
+
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step; refused before the promotion."""
-        self._check_promoted()
+        """Run a step; refused before the promotion, unless all that it has to do is to forget requests that have ended."""
+        output = args[0] if args else kwargs.get("scheduler_output")
+        if getattr(output, "total_num_scheduled_tokens", None) != 0:
+            self._check_promoted()
         return super().execute_model(*args, **kwargs)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +192,9 @@ class GmsShadowMixin(GmsSleepMixin):
         if self._taken_over is None:
             if self._backend is not None and self._backend.asleep:
                 self.wake_up()
+            self._rehearses = False
+            if current_platform.is_cuda():
+                torch.cuda.synchronize()  # whatever was computed on scratch memory has to be over before that goes
             self._taken_over = self.kv.take_over(
                 pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason)
             )
@@ -215,7 +229,7 @@ class GmsShadowMixin(GmsSleepMixin):
         return socket
 
     def _check_promoted(self) -> None:
-        if self._parked:
+        if self._parked and not self._rehearses:
             raise NotPromoted(
                 "this engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense",
                 hint='It computes once it is promoted: by its API server, or by collective_rpc("gms_promote", args=(timeout_s,)).',

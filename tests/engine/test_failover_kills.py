@@ -42,7 +42,7 @@ def test_one_engine_serves_rightly_when_engines_and_their_server_are_killed_in_e
     result = run.go(kinds, warden, stock_answers)
     for kind, seconds in result.recovery_s.items():
         record_property(kind, seconds)
-    assert result.findings == []
+    assert not result.findings, "\n".join(result.findings)
     assert result.max_primaries == 1
     assert result.wrong_tokens == result.failed_promotions == result.leftovers == result.unexpected_ends == 0
     assert set(result.kinds) == set(kinds)

@@ -108,18 +108,7 @@ SERVE_HTTP_BEFORE = Patch(
     unnecessary_from=_LAUNCHERS,
 )
 
-MESSAGE_QUEUE = Patch(
-    name="vllm-message-queue",
-    target="vllm.distributed.device_communicators.shm_broadcast:MessageQueue.wait_until_ready",
-    kind=Kind.WRAP,
-    distributions=DISTRIBUTIONS,
-    versions=TESTED,
-    signatures=("self",),
-    reason="An engine that is killed with its whole process group leaves named shared memory behind for ever.",
-    upstream="The name is not needed once all readers are there (vllm/distributed/device_communicators/shm_broadcast.py, ShmRingBuffer).",
-)
-
 SETUP_SERVER_PATCHES = (SETUP_SERVER, SETUP_SERVER_BEFORE, SETUP_SERVERS)
 SERVE_HTTP_PATCHES = (SERVE_HTTP, SERVE_HTTP_BEFORE)
 
-PATCHES = (CREATE_ENGINE_CONFIG, REQUEST_MEMORY, CPU_GEMM_DISPATCH, *SETUP_SERVER_PATCHES, *SERVE_HTTP_PATCHES, MESSAGE_QUEUE)
+PATCHES = (CREATE_ENGINE_CONFIG, REQUEST_MEMORY, CPU_GEMM_DISPATCH, *SETUP_SERVER_PATCHES, *SERVE_HTTP_PATCHES)

@@ -20,6 +20,7 @@ SERVING: tuple[Symbol, ...] = (
         "vllm.v1.engine.async_llm",
         {
             "AsyncLLM.collective_rpc": ("self, method, timeout=, args=, kwargs=",),
+            "AsyncLLM.reset_prefix_cache": ("self, reset_running_requests=, reset_connector=",),
             "AsyncLLM.engine_core": (),
             "AsyncLLM.vllm_config": (),
             "AsyncLLM.errored": ("self",),
@@ -31,15 +32,11 @@ SERVING: tuple[Symbol, ...] = (
         {"AsyncMPClient.call_utility_async": ("self, method, *args",)},
     ),
     *_group(_CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": ()}),
+    *_group(_CALLS, "vllm.v1.core.sched.output", {"SchedulerOutput.total_num_scheduled_tokens": ()}),
     *_group(_ENDS, "vllm.v1.engine.async_llm", {"AsyncLLM.shutdown": ("self, timeout=",)}),
     *_group(_ENDS, "vllm.config.vllm", {"VllmConfig.shutdown_timeout": ()}),
     *_group(_ENDS, "vllm.v1.core.sched.interface", {"SchedulerInterface.get_num_unfinished_requests": ("self",)}),
     Symbol("vllm.entrypoints.launchers.launcher:NoSignalServer._accept_tasks", _ENDS, (), ">=0.33"),
-    *_group(
-        "leaving no shared memory behind",
-        "vllm.distributed.device_communicators.shm_broadcast",
-        {"MessageQueue.buffer": (), "ShmRingBuffer.is_creator": (), "ShmRingBuffer.shared_memory": ()},
-    ),
     *_group(_COUNT, "vllm.engine.arg_utils", {"EngineArgs._api_process_rank": (), "EngineArgs._api_process_count": ()}),
     *_group(_COUNT, "vllm.config.parallel", {"ParallelConfig._api_process_rank": (), "ParallelConfig._api_process_count": ()}),
     *_group(
@@ -49,6 +46,7 @@ SERVING: tuple[Symbol, ...] = (
     ),
     *_group(_REFUSED, "vllm.config.vllm", {"VllmConfig.kv_transfer_config": ()}),
     *_group(_REFUSED, "vllm.envs", {"VLLM_USE_RUST_FRONTEND": ()}),
+    *_group(_CALLS, "vllm.envs", {"VLLM_API_KEY": ()}),
     *_group(
         _REFUSED,
         "vllm.usage.usage_lib",

@@ -1,0 +1,102 @@
+"""A few requests through the whole engine before it stands by, so that nothing in it runs for the first time when somebody waits for the answer.
+
+VLLM's warm-up ends at the worker. What the first request passes besides, from HTTP over the tokenizer and the scheduler to the detokenizer, is code
+that has never run in this process, and takes several times as long as for the second one.
+
+The requests compute on scratch memory, so nothing of them may stay: they have a salt of their own, with which nobody finds their blocks in the prefix
+cache, and that cache is emptied before the engine stands by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gms_core.errors import EngineFailed
+from gms_core.failover.http import App, Event
+
+log = logging.getLogger("vllm.gms")
+
+PATIENCE_S = 300.0
+"""Seconds that all of it may take: on a busy CPU each request may have something to compile."""
+_AGAIN_S = 0.01
+_TEXT = "hello"
+_TOKENS = {"max_tokens": 2, "temperature": 0, "ignore_eos": True}
+_REQUESTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("/v1/completions", {"prompt": _TEXT, **_TOKENS}),
+    ("/v1/completions", {"prompt": _TEXT, **_TOKENS, "stream": True}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": _TEXT}], **_TOKENS, "stream": True}),
+)
+"""What clients ask for most. A model that has no such endpoint, or no chat template, refuses."""
+
+
+async def rehearse(app: App, client: Any, api_keys: Sequence[str] = ()) -> None:
+    """Ask the engine, and make it forget what it was asked. Nobody else may be able to ask it meanwhile.
+
+    Args:
+        app: vLLM's, without what holds requests back.
+        client: vLLM's ``AsyncLLM``.
+        api_keys: That the app wants one of.
+
+    Raises:
+        EngineFailed: It does not answer in time, or does not forget.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await client.collective_rpc("gms_rehearse", args=(True,))
+            for path, body in _REQUESTS:
+                status = await _ask(app, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys)
+                log.debug("rehearsed %s: %d", path, status)
+            while not await client.reset_prefix_cache():  # the last request's blocks are still being given back
+                await asyncio.sleep(_AGAIN_S)
+            await client.collective_rpc("gms_rehearse", args=(False,))
+    except TimeoutError:
+        raise EngineFailed(f"this engine has not answered and forgotten {len(_REQUESTS)} short requests within {PATIENCE_S:g} s") from None
+
+
+async def _ask(app: App, path: str, body: Mapping[str, Any], api_keys: Sequence[str]) -> int:
+    """The status of an answer, once all of it is there; 0 if there was none."""
+    content = json.dumps(body).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if api_keys:
+        headers.append((b"authorization", f"Bearer {api_keys[0]}".encode()))
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", os.getpid() % 2**16),
+        "server": ("127.0.0.1", 0),
+        "state": {},
+    }
+    request: list[Event] = [{"type": "http.request", "body": content, "more_body": False}]
+    never = asyncio.Event()
+    status = 0
+
+    async def receive() -> Event:
+        if request:
+            return request.pop()
+        await never.wait()  # this client does not go away
+        raise AssertionError
+
+    async def send(event: Event) -> None:
+        nonlocal status
+        if event["type"] == "http.response.start":
+            status = int(event["status"])
+
+    try:
+        await app(scope, receive, send)
+    except Exception as error:  # noqa: BLE001 - an app may have middleware of anybody's; an engine that has died says so by itself
+        log.warning("a rehearsed request to %s has failed: %s", path, error)
+    return status
