@@ -150,7 +150,7 @@ class ApiServer:
         await self._gate.reached()
         try:
             if self._place.rank == 0:  # before any of the engine's API servers can serve
-                await rehearse(self._inner, self._client, self._api_keys())
+                await rehearse(self._app, self._inner, self._client, self._api_keys())
             if self._failover.gate == "503":
                 self._gate.open()
             await self._standing.become_primary()

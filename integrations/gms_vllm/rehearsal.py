@@ -35,11 +35,12 @@ _REQUESTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 """What clients ask for most. A model that has no such endpoint, or no chat template, refuses."""
 
 
-async def rehearse(app: App, client: Any, api_keys: Sequence[str] = ()) -> None:
+async def rehearse(app: Any, stack: App, client: Any, api_keys: Sequence[str] = ()) -> None:
     """Ask the engine, and make it forget what it was asked. Nobody else may be able to ask it meanwhile.
 
     Args:
-        app: vLLM's, without what holds requests back.
+        app: vLLM's ``FastAPI``.
+        stack: Its middleware and all that is in it, without what holds requests back.
         client: vLLM's ``AsyncLLM``.
         api_keys: That the app wants one of.
 
@@ -50,7 +51,7 @@ async def rehearse(app: App, client: Any, api_keys: Sequence[str] = ()) -> None:
         async with asyncio.timeout(PATIENCE_S):
             await client.collective_rpc("gms_rehearse", args=(True,))
             for path, body in _REQUESTS:
-                status = await _ask(app, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys)
+                status = await _ask(app, stack, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys)
                 log.debug("rehearsed %s: %d", path, status)
             while not await client.reset_prefix_cache():  # the last request's blocks are still being given back
                 await asyncio.sleep(_AGAIN_S)
@@ -59,7 +60,7 @@ async def rehearse(app: App, client: Any, api_keys: Sequence[str] = ()) -> None:
         raise EngineFailed(f"this engine has not answered and forgotten {len(_REQUESTS)} short requests within {PATIENCE_S:g} s") from None
 
 
-async def _ask(app: App, path: str, body: Mapping[str, Any], api_keys: Sequence[str]) -> int:
+async def _ask(app: Any, stack: App, path: str, body: Mapping[str, Any], api_keys: Sequence[str]) -> int:
     """The status of an answer, once all of it is there; 0 if there was none."""
     content = json.dumps(body).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
@@ -73,12 +74,13 @@ async def _ask(app: App, path: str, body: Mapping[str, Any], api_keys: Sequence[
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "root_path": "",
+        "root_path": app.root_path or "",
         "query_string": b"",
         "headers": headers,
         "client": ("127.0.0.1", os.getpid() % 2**16),
         "server": ("127.0.0.1", 0),
         "state": {},
+        "app": app,
     }
     request: list[Event] = [{"type": "http.request", "body": content, "more_body": False}]
     never = asyncio.Event()
@@ -96,7 +98,7 @@ async def _ask(app: App, path: str, body: Mapping[str, Any], api_keys: Sequence[
             status = int(event["status"])
 
     try:
-        await app(scope, receive, send)
+        await stack(scope, receive, send)
     except Exception as error:  # noqa: BLE001 - an app may have middleware of anybody's; an engine that has died says so by itself
-        log.warning("a rehearsed request to %s has failed: %s", path, error)
+        log.warning("a rehearsed request to %s has failed: %r", path, error)
     return status

@@ -19,6 +19,8 @@ from gms_core.failover.engines import Engine, engines
 from gms_core.protocol.messages import Role, StatusReport
 
 LOOK_S = 0.02
+NAMES_S = 10.0
+"""Seconds after the end of an engine in which the names of its shared memory have to be gone."""
 GROUP = "group"
 PARTS = (GROUP, "api-server 0", "engine-core", "rank 0")
 """What of an engine can be killed: all of its processes at once, or one of them, by the name with which it has joined its cohort."""
@@ -36,6 +38,8 @@ class Life:
         doomed: Why it is expected to end; empty if it is not.
         must_end: Whether it has to end then. If not, it has outlived its doom once it stands by.
         last: What it was when it was last seen.
+        files: Names of shared memory that its processes had mapped.
+        ended_at: When its first process was found ended, on the monotonic clock; 0 before.
     """
 
     running: Running
@@ -45,6 +49,7 @@ class Life:
     must_end: bool = True
     last: Role = "init"
     files: set[str] = field(default_factory=set)
+    ended_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -178,9 +183,12 @@ class Fleet:
         if not life.doomed:
             life.doomed = "it ended by itself"
             self.unexpected.append(f"{life.name}, {life.last}, ended with {life.running.process.returncode}:\n{life.running.tail()}")
-        if life.running.pids():
+        now = time.monotonic()
+        life.ended_at = life.ended_at or now
+        left = [name for name in life.files if os.path.exists(f"/dev/shm/{name}")]
+        if life.running.pids() or (left and now - life.ended_at < NAMES_S):
             return
-        self.left += [f"{life.name} has left /dev/shm/{name}" for name in life.files if os.path.exists(f"/dev/shm/{name}")]
+        self.left += [f"{life.name} has left /dev/shm/{name}" for name in left]
         self.lives.remove(life)
         life.context.close()
 

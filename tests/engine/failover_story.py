@@ -78,7 +78,7 @@ class Running:
         return found
 
     def named_memory(self) -> set[str]:
-        """Shared memory that its processes have mapped, and that would be left behind if they were killed."""
+        """Names of shared memory that its processes have mapped; each must be gone soon after the engine."""
         found = set()
         for pid in self.pids():
             with contextlib.suppress(OSError):

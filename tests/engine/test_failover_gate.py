@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failover_story import Client, Running, Story, free_port
+from failover_story import Client, Running, Story, free_port, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 WHOLE = ["api-server 0", "engine-core", "rank 0"]
+SHARED_MEMORY = Path("/dev/shm")
 SEVERAL = ["api-server 0", "api-server 1", "engine-core", "main", "rank 0"]
 
 
@@ -32,8 +33,10 @@ def right(stock_answers: list[list[str]]) -> list[str]:
 def take_over(story: Story, client: Client, dying: Running, process: str, shadow: Running, right: list[str]) -> None:
     """Kill a process of the primary: the shadow serves, and of the primary nothing is left."""
     assert story.primaries() == [dying.name]
+    names = dying.named_memory()
     client.first_token_after(story.kill(dying, process))
     dying.until_gone()
+    until(lambda: not any((SHARED_MEMORY / name).exists() for name in names), f"{names} of {dying.name} are left")
     story.until_role(shadow, "primary")
     assert story.primaries() == [shadow.name]
     assert client.tokens() == right
@@ -56,7 +59,6 @@ def test_shadow_serves_on_the_same_port_when_any_part_of_the_primary_is_killed(s
             shadow = start(f"engine-{number}")
             standby = story.until_role(shadow, "standby")
             assert len(standby.members) == len(WHOLE)
-            assert shadow.named_memory() == set()
             assert client.request("GET", "/gms/status")[1]["engine"] == serving.name
             take_over(story, client, serving, process, shadow, right)
             serving = shadow

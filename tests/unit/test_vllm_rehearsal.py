@@ -16,6 +16,8 @@ from gms_vllm.rehearsal import rehearse
 class Engine:
     """An app and a client that note what they are asked."""
 
+    root_path = "/engine"
+
     def __init__(self, *, busy: int = 0, fails: bool = False, hangs: bool = False) -> None:
         self.said: list[Any] = []
         self.bodies: list[dict[str, Any]] = []
@@ -56,13 +58,13 @@ PATHS = ["/v1/completions", "/v1/completions", "/v1/chat/completions"]
 @pytest.mark.parametrize("fails", [False, True])
 def test_steps_are_allowed_for_the_requests_alone_and_nothing_of_them_stays(fails: bool) -> None:
     engine = Engine(busy=2, fails=fails)
-    asyncio.run(rehearse(engine, engine))
+    asyncio.run(rehearse(engine, engine, engine))
     assert engine.said == [("gms_rehearse", True), *PATHS, "forget", "forget", "forget", ("gms_rehearse", False)]
 
 
 def test_nobody_can_hit_the_blocks_of_a_rehearsal_in_the_prefix_cache() -> None:
     engine = Engine()
-    asyncio.run(rehearse(engine, engine))
+    asyncio.run(rehearse(engine, engine, engine))
     salts = {body["cache_salt"] for body in engine.bodies}
     assert len(salts) == len(PATHS)
     assert min(map(len, salts)) >= 32
@@ -70,9 +72,9 @@ def test_nobody_can_hit_the_blocks_of_a_rehearsal_in_the_prefix_cache() -> None:
 
 def test_key_is_sent_when_the_app_wants_one() -> None:
     engine = Engine()
-    asyncio.run(rehearse(engine, engine, ["secret", "other"]))
+    asyncio.run(rehearse(engine, engine, engine, ["secret", "other"]))
     assert {headers[b"authorization"] for headers in engine.headers} == {b"Bearer secret"}
-    asyncio.run(rehearse(engine, engine))
+    asyncio.run(rehearse(engine, engine, engine))
     assert b"authorization" not in engine.headers[-1]
 
 
@@ -80,4 +82,4 @@ def test_key_is_sent_when_the_app_wants_one() -> None:
 def test_engine_fails_when_it_does_not_get_through(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "PATIENCE_S", 0.05)
     with pytest.raises(EngineFailed):
-        asyncio.run(rehearse(engine, engine))
+        asyncio.run(rehearse(engine, engine, engine))
