@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -136,11 +136,30 @@ def depart(grace_s: float) -> None:
 
 
 def extend_engine_core() -> None:
-    """Give vLLM's engine core the calls that the front end makes: they are reached by name, as all of its own are."""
-    from vllm.v1.engine.core import EngineCore
+    """Give vLLM's engine core the calls that the front end makes, which are reached by name as all of its own are, and let it end with its parent.
+
+    It loads plugins only once it has shaken hands with the process that has started it. If that is killed before, vLLM waits for it for minutes.
+    """
+    global _run_engine_core
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     EngineCore.gms_join = _join
     EngineCore.gms_unfinished = _unfinished
+    if EngineCoreProc.run_engine_core is not run_engine_core:
+        _run_engine_core = EngineCoreProc.run_engine_core
+        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
+
+
+_run_engine_core: Callable[..., None] | None = None
+"""VLLM's own, in a process in which it was replaced; a forked child is one too, a spawned one is not yet."""
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> None:
+    """Be an engine core's process, which ends with the one that has started it. Processes are started by the name of this function."""
+    end_with_parent()
+    from vllm.v1.engine.core import EngineCoreProc
+
+    (_run_engine_core or EngineCoreProc.run_engine_core)(*args, **kwargs)
 
 
 def _join(_: Any, sockets: list[str], connect_timeout_s: float) -> None:

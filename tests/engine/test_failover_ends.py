@@ -125,3 +125,10 @@ def test_next_shadow_takes_its_turn_when_a_promotion_fails(story: Story) -> None
         story.until_role(last, "primary")
         assert client.tokens() == right
         serving.until_gone()
+
+
+def test_nothing_is_left_when_an_engine_is_killed_as_soon_as_it_has_started_its_engine_core(story: Story) -> None:
+    with story.engine("early") as engine:
+        until(lambda: any("spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() for pid in engine.pids()), "it has not started its engine core")
+        engine.process.kill()  # it alone: the engine core has not shaken hands with it, and knows of no plugin yet
+        engine.until_gone()

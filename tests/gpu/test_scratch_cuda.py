@@ -44,6 +44,17 @@ class Pool:
                 close_descriptors([item.descriptor])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def captured_once() -> None:
+    """CUDA opens a socket for itself when a process captures its first graph, and keeps it."""
+    values = torch.zeros(1, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+
+
 @pytest.fixture
 def driver() -> Iterator[Driver]:
     torch.cuda.init()

@@ -34,11 +34,11 @@ class Story:
         port: Of all engines.
     """
 
-    def __init__(self, folder: Path, runner: str, programs: Any) -> None:
-        self._folder, self._programs = folder, programs
+    def __init__(self, folder: Path, runtime_dir: Path, runner: str, programs: Any) -> None:
+        self._folder, self._runtime_dir, self._programs = folder, runtime_dir, programs
         self.port = programs.free_port()
         self._environment = {
-            "GMS_RUNTIME_DIR": str(folder / "run"),
+            "GMS_RUNTIME_DIR": str(runtime_dir),
             "GMS_CACHE_DIR": str(folder / "cache"),
             "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
             "HF_HUB_OFFLINE": "1",
@@ -49,9 +49,9 @@ class Story:
 
     @contextlib.contextmanager
     def server(self) -> Iterator[None]:
-        command = [*self._programs.program("gms"), "serve", "--runtime-dir", str(self._folder / "run")]
+        command = [*self._programs.program("gms"), "serve", "--runtime-dir", str(self._runtime_dir)]
         with self._programs.running("gms serve", command, self._folder / "gms.log", self._environment) as server:
-            while not list((self._folder / "run").glob("*.sock")):
+            while not list(self._runtime_dir.glob("*.sock")):
                 server.check()
                 time.sleep(0.01)
             yield
@@ -102,14 +102,14 @@ def tokens_of_cache(engine: Any) -> str:
 
 @pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_graphs_that_were_captured_on_scratch_are_right_when_the_shadow_is_promoted(
-    tmp_path: Path, runner: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime_dir: Path, runner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import model
     import processes
 
     model.write_model(tmp_path / "model", "0.6b", "bfloat16")
-    story = Story(tmp_path, runner, processes)
+    story = Story(tmp_path, runtime_dir, runner, processes)
     with story.engine("stock") as stock:
         processes.wait_until_healthy(stock, story.port, PATIENCE_S)
         right = story.answers()

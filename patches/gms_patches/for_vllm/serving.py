@@ -31,7 +31,9 @@ SERVING: tuple[Symbol, ...] = (
         "vllm.v1.engine.core_client",
         {"AsyncMPClient.call_utility_async": ("self, method, *args",)},
     ),
-    *_group(_CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": ()}),
+    *_group(
+        _CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": (), "EngineCoreProc": (), "EngineCoreProc.run_engine_core": ()}
+    ),
     *_group(_CALLS, "vllm.v1.core.sched.output", {"SchedulerOutput.total_num_scheduled_tokens": ()}),
     *_group(_ENDS, "vllm.v1.engine.async_llm", {"AsyncLLM.shutdown": ("self, timeout=",)}),
     *_group(_ENDS, "vllm.config.vllm", {"VllmConfig.shutdown_timeout": ()}),
