@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from model import SHAPES, write_model
+from model import SHAPES
 from processes import Program, ProgramError, complete, free_port, running, wait_until_healthy
 
 GIB = 2**30
@@ -64,7 +65,9 @@ class Bench:
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_SERVER_DEV_MODE": "1",
         }
-        write_model(self.model, shape, "float32" if used_gib() is None else "bfloat16")
+        # In a process of its own, which leaves nothing on the device.
+        writer = [sys.executable, str(Path(__file__).with_name("model.py")), shape, str(self.model)]
+        subprocess.run([*writer, "--dtype", "float32" if used_gib() is None else "bfloat16"], check=True)
 
     @contextlib.contextmanager
     def engine(self, name: str, *options: str) -> Iterator[int]:

@@ -14,7 +14,7 @@ import pytest
 from chaos.run import Run
 from chaos.warden import Warden
 
-pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 SEED = 3
 FIRST = "kill writer"
