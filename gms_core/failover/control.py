@@ -18,8 +18,8 @@ from gms_core.protocol.messages import Order, Role
 
 log = logging.getLogger(__name__)
 
-EXCUSED: tuple[Role, ...] = ("promoting",)
-"""Every rank waits for memory then and answers nothing. The promotion has a time limit of its own."""
+EXCUSED: tuple[Role, ...] = ("init", "promoting")
+"""Ranks answer nothing while they compile or warm up, and while they wait for memory. The promotion has a time limit of its own."""
 
 
 class Control:
@@ -57,6 +57,7 @@ class Control:
         self._guard = threading.Lock()
         self._orders: dict[Path, Order] = {}
         self._told: set[str] = set()
+        self._to_be_demoted = False
         self._links: list[Link] = []
 
     def start(self, *, on_promote: Callable[[], None], on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
@@ -109,14 +110,16 @@ class Control:
         if new and order == "promote" and self._first("promote"):
             log.info("an operator wants %s promoted", self._process.engine)
             self._on_promote()
-        elif new and order == "demote":
-            self._demote()
+        elif order == "demote":
+            self._demote(new=new)
 
-    def _demote(self) -> None:
-        if self._state.role != "primary":
-            log.warning("an operator wants %s demoted, which is %s: nothing is done", self._process.engine, self._state.role)
-        elif self._first("demote"):
-            log.info("an operator wants %s demoted", self._process.engine)
+    def _demote(self, *, new: bool) -> None:
+        """Carry the order out. One that comes during the promotion waits for its end; a shadow keeps none for later."""
+        role = self._state.role
+        if new:
+            log.info("an operator wants %s demoted, which is %s", self._process.engine, role)
+            self._to_be_demoted = role in ("promoting", "primary")
+        if self._to_be_demoted and role == "primary" and self._first("demote"):
             self._on_demote()
 
     def _changed(self, _: RoleChange) -> None:

@@ -25,6 +25,7 @@ from gms_vllm.gate import Gate, ListenLast
 from gms_vllm.main_process import name_servers
 from gms_vllm.rehearsal import rehearse
 from gms_vllm.standing import Leader, Sibling, Standing
+from gms_vllm.status_page import listen_at
 
 log = logging.getLogger("vllm.gms")
 
@@ -37,9 +38,11 @@ _lock: FailoverLock | None = None
 
 
 def open_early(failover: FailoverConfig) -> None:
-    """Open the lock before the engine starts, so that one that cannot be had is known at once."""
+    """Open the lock before the engine starts, so that one that cannot be had is known at once, and so with the address of the status page."""
     global _lock
     _lock = open_lock(failover.lock)
+    if failover.status_address:
+        listen_at(failover.status_address).close()
 
 
 def _tell(change: RoleChange) -> None:
@@ -96,7 +99,7 @@ class ApiServer:
         process = await self._join()
         if self._place.rank == 0:
             lock = _lock or open_lock(self._failover.lock)
-            self._standing = Leader(process, self._state, self._failover, lock, self._client, rejoin=self._rejoin)
+            self._standing = Leader(process, self._state, self._failover, lock, self._client, self._gate, rejoin=self._rejoin)
         else:
             self._standing = Sibling(process, self._state, self._client)
         await in_thread(lambda: self._standing.start(on_demote=self._demoted, on_lost=self._lost), name="gms-start")
@@ -184,7 +187,13 @@ class ApiServer:
         if self._failover.gate == "port":
             self._stop_listening()
         self._state.end("demoted by an operator")
-        await self._drain()
+        try:
+            async with asyncio.timeout(self._failover.drain_timeout_s):
+                await self._drain()
+        except TimeoutError:
+            log.warning("%s ends although requests are running: they had %g s", self._state.engine, self._failover.drain_timeout_s)
+        except Exception:  # such as an engine core that has died: the engine ends all the same
+            log.exception("%s ends, and it is not known whether requests are running", self._state.engine)
         if self._place.rank == 0:
             os.kill(self._place.main_pid, signal.SIGTERM)
 
@@ -195,12 +204,8 @@ class ApiServer:
         self._gate.shut(getattr(server, "servers", ()))
 
     async def _drain(self) -> None:
-        """Wait until no API server of the engine is answering any more, for as long as the configuration says."""
-        until = self._loop.time() + self._failover.drain_timeout_s
+        """Wait until no API server of the engine is answering any more."""
         while await self._client.engine_core.call_utility_async("gms_unfinished", *self._place, len(self._app.state.server.server_state.tasks)):
-            if self._loop.time() >= until:
-                log.warning("%s ends although requests are running: they had %g s", self._state.engine, self._failover.drain_timeout_s)
-                return
             await asyncio.sleep(DRAIN_CHECK_S)
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
@@ -210,6 +215,7 @@ class ApiServer:
             self._state.end("stopped")
             self._standing.depart(self._grace_s)
         self._stop_engine(*args, **kwargs)
+        self._standing.close()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside the service."""

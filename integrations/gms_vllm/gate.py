@@ -143,6 +143,28 @@ class Gate:
         self._listener.listen(self._backlog)
         self._open.set()
 
+    def check_alone(self) -> None:
+        """Make sure that nobody else listens at a TCP port that is about to be listened at; it could be shared without either of them knowing.
+
+        Raises:
+            ConfigurationError: Somebody does, and is not of this engine's lock: whoever has had that is gone.
+        """
+        if self._path is not None:
+            return
+        with socket.socket(self._listener.family, socket.SOCK_STREAM) as probe:
+            # Without SO_REUSEPORT it cannot be bound beside a socket that listens, but beside others that are bound.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self._listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+            try:
+                probe.bind(self._listener.getsockname())
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                raise ConfigurationError(
+                    f"another server listens at {self.address}", hint="Engines that do not stand in for one another need ports of their own."
+                ) from error
+
     def let_go(self) -> None:
         """The HTTP server has ended: nobody has to wait for the gate any more."""
         self._open.set()
@@ -183,14 +205,27 @@ class ListenLast:
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on but that word."""
+        """Pass everything on but that word; say it in place of an app that does not, for which the HTTP server would listen at once."""
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        spoke = False
 
         async def held(event: Event) -> None:
+            nonlocal spoke
+            spoke = True
             if event["type"] == "lifespan.startup.complete":
                 await self._gate.reach()
             await send(event)
 
-        await self._app(scope, receive, held if scope["type"] == "lifespan" else send)
+        try:
+            await self._app(scope, receive, held)
+        except Exception:
+            if spoke:
+                raise
+        if not spoke:
+            await self._gate.reach()
+            await send({"type": "lifespan.startup.complete"})
 
 
 def _host_and_port(listener: socket.socket) -> str:

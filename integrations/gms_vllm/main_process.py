@@ -26,6 +26,7 @@ log = logging.getLogger("vllm.gms")
 
 _MOST_BYTES = 2**20
 _PATIENCE_S = 30.0
+_DEPART_S = 3.0
 
 
 def _address(cohort: str) -> str:
@@ -56,7 +57,9 @@ def _depart_first(number: signal.Signals, grace_s: float) -> None:
     then = signal.getsignal(number)
 
     def handle(received: int, frame: FrameType | None) -> None:
-        depart(grace_s)
+        telling = threading.Thread(target=depart, args=(grace_s,), name="gms-depart", daemon=True)
+        telling.start()
+        telling.join(_DEPART_S)  # a server that hangs must not keep the engine from ending
         signal.signal(number, then)
         signal.raise_signal(received) if not callable(then) else then(received, frame)
 

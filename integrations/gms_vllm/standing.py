@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from gms_core.engine_config import FailoverConfig
@@ -19,6 +18,7 @@ from gms_core.failover.process import EngineProcess
 from gms_core.failover.promotion import Promotion
 from gms_core.failover.status import EngineState, Promoted, RoleChange
 from gms_core.failover.threads import from_thread
+from gms_vllm.gate import Gate
 from gms_vllm.status_page import StatusPage
 from gms_vllm.timeline import Clock
 
@@ -51,6 +51,9 @@ class Standing(Protocol):
     def depart(self, grace_s: float) -> None:
         """Tell the servers that the whole engine ends within so many seconds."""
 
+    def close(self) -> None:
+        """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
+
 
 BEAT_AGAIN_S = 0.05
 """Seconds between two questions to a rank whose device is busy with one long piece of work."""
@@ -78,6 +81,7 @@ class Leader:
         failover: FailoverConfig,
         lock: FailoverLock,
         client: Any,
+        gate: Gate,
         *,
         rejoin: Callable[[], None],
     ) -> None:
@@ -89,11 +93,13 @@ class Leader:
             failover: How it fails over.
             lock: What elects it.
             client: vLLM's ``AsyncLLM``.
+            gate: Of the API server.
             rejoin: Makes the engine's other processes join a server again that was lost; called in a thread.
         """
         self._state = state
         self._failover = failover
         self._client = client
+        self._gate = gate
         self._clock = Clock()
         state.listen(self._changed)
         self._notifier = Notifier(state, on_promoted=failover.on_promoted, webhook=failover.webhook)
@@ -130,6 +136,9 @@ class Leader:
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`."""
         self._control.depart(grace_s)
+
+    def close(self) -> None:
+        """As `Standing.close`."""
         self._notifier.close(NOTIFY_S)
         if self._page is not None:
             self._page.close()
@@ -137,6 +146,8 @@ class Leader:
     async def _promote(self) -> Promoted:
         asked = time.monotonic()
         answers = await self._client.collective_rpc("gms_promote", args=(self._failover.promotion_timeout_s,))
+        if self._failover.gate == "port":
+            self._gate.check_alone()
         return self._clock.promoted(asked, answers)
 
     def _changed(self, change: RoleChange) -> None:
@@ -176,19 +187,7 @@ class Sibling:
 
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`: all API servers end at once, and whichever is the first to go must have said so."""
-        for socket in self._process.sockets:
-            _depart_from(self._process, socket, grace_s)
+        self._follower.depart(grace_s)
 
-
-def _depart_from(process: EngineProcess, socket: Path, grace_s: float) -> None:
-    try:
-        membership = process.join(socket, part="departure")
-    except GmsError as error:
-        log.debug("the server at %s was not told that %s ends: %s", socket, process.engine, error)
-        return
-    try:
-        membership.depart(grace_s)
-    except GmsError as error:
-        log.debug("the server at %s was not told that %s ends: %s", socket, process.engine, error)
-    finally:
-        membership.close()
+    def close(self) -> None:
+        """As `Standing.close`."""

@@ -132,3 +132,13 @@ def test_nothing_is_left_when_an_engine_is_killed_as_soon_as_it_has_started_its_
         until(lambda: any("spawn_main" in Path(f"/proc/{pid}/cmdline").read_text() for pid in engine.pids()), "it has not started its engine core")
         engine.process.kill()  # it alone: the engine core has not shaken hands with it, and knows of no plugin yet
         engine.until_gone()
+
+
+def test_demoted_engine_ends_although_its_engine_core_hangs(story: Story) -> None:
+    port = free_port()
+    with story.engine("hangs", "--port", str(port), failover={"drain_timeout_s": 1.0}) as engine:
+        story.until_role(engine, "primary")
+        os.kill(story.pid_of(engine, "engine-core"), signal.SIGSTOP)
+        story.order(engine, "demote")
+        engine.until_gone()
+        assert not Client(story.model, port).listens()

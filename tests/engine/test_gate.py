@@ -61,9 +61,32 @@ def app_that_says(name: str) -> Callable[[Scope, Receive, Send], Any]:
     return app
 
 
+def ignoring_all_but_http(app: Any) -> Any:
+    """Middleware as many have it."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await app(scope, receive, send)
+
+    return middleware
+
+
+def refusing_all_but_http(app: Any) -> Any:
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def plain(app: Any) -> Any:
+    return app
+
+
 @contextlib.asynccontextmanager
-async def http_server(name: str, listener: socket.socket, gate: Gate) -> AsyncIterator[uvicorn.Server]:
-    server = uvicorn.Server(uvicorn.Config(ListenLast(app_that_says(name), gate), log_config=None))
+async def http_server(name: str, listener: socket.socket, gate: Gate, middleware: Any = plain) -> AsyncIterator[uvicorn.Server]:
+    server = uvicorn.Server(uvicorn.Config(ListenLast(middleware(app_that_says(name)), gate), log_config=None))
     serving = asyncio.create_task(server._serve([listener]))  # what `serve` does, but for the signals
     try:
         yield server
@@ -85,6 +108,38 @@ async def asked(port: int) -> str:
     writer.close()
     await writer.wait_closed()
     return answer.rpartition(b"\r\n\r\n")[2].decode()
+
+
+@pytest.mark.parametrize("middleware", [ignoring_all_but_http, refusing_all_but_http])
+def test_nobody_listens_early_when_middleware_knows_nothing_of_starting(middleware: Any) -> None:
+    async def test() -> None:
+        _, listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
+        port, gate = listener.getsockname()[1], Gate(listener, None, 16)
+        async with http_server("late", listener, gate, middleware):
+            await asyncio.wait_for(gate.reached(), 10)
+            assert await asked(port) == ""
+            gate.open()
+            assert await asked(port) == "late"
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_gate_tells_when_somebody_else_listens_at_the_shared_port(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as sockets:
+        mine, other = (sockets.enter_context(socket.socket(family)) for _ in range(2))
+        for one in (mine, other):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind((host, mine.getsockname()[1] if one is other else 0))
+        gate = Gate(mine, None, 16)
+        gate.check_alone()
+        other.listen()
+        with pytest.raises(ConfigurationError, match="another server listens at"):
+            gate.check_alone()
+        other.close()
+        gate.check_alone()
 
 
 @in_a_loop

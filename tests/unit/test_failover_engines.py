@@ -247,6 +247,14 @@ def test_order_to_demote_is_not_kept_for_later_when_the_engine_is_a_shadow(serve
     assert not any(facts.get("demoted") for facts in second.heard)
 
 
+def test_order_to_demote_is_carried_out_after_the_promotion_when_it_comes_during_it(server: RunningServer, start: Start) -> None:
+    first = start("engine-1", promotion_s=2.0)
+    first.until(promoting=True)
+    status_when(server, lambda report: len(report.cohorts) == 1)
+    instruct(server, "engine-1", "demote")
+    first.until(demoted=True)
+
+
 @pytest.mark.parametrize("cancels_first", [False, True])
 def test_nobody_else_is_touched_when_a_shadow_is_stopped(server: RunningServer, start: Start, cancels_first: bool) -> None:
     first = start("engine-1")
