@@ -72,9 +72,9 @@ class CohortRequests:
 
         Raises:
             LeaseConflict: Its process has joined no cohort.
-            CohortFenced: Its cohort is being ended.
+            CohortFenced: Its cohort is being ended, or ends by itself.
         """
-        cohort = self.cohorts.of(session.id)
+        cohort = self.cohorts.alive(session.id)
         return Claim(session.id, cohort.name, cohort.engine)
 
     def goes_first(self, claim: Claim) -> bool:
@@ -108,7 +108,7 @@ class CohortRequests:
 
     async def beat(self, session: Session, _: Beat) -> None:
         """Note that an engine makes progress."""
-        self.cohorts.of(session.id)
+        self.cohorts.alive_or_departing(session.id)
         self._fencer.beat(session.id)
         await session.send(Done(), ())
 
@@ -124,13 +124,9 @@ class CohortRequests:
         claim = self.claim(session)
         seat = self._lock(request.lock)
         self._post(seat.claim(claim, first=self.goes_first(claim)))
-        try:
-            seated: Seated = await session.answer(
-                f"lock {request.lock}", request.timeout_s, ended, lambda: self._post(seat.withdraw(session.id, request.timeout_s))
-            )
-        except ConnectionError:
-            seat.drop(session.id)
-            raise
+        seated: Seated = await session.answer(
+            f"lock {request.lock}", request.timeout_s, ended, lambda: self._post(seat.withdraw(session.id, request.timeout_s))
+        )
         await session.send(Elected(request.lock, seated.number), ())
 
     async def await_role(self, session: Session, request: AwaitRole, ended: asyncio.Event) -> None:
@@ -142,7 +138,7 @@ class CohortRequests:
         )
         await session.send(Done(), ())
 
-    async def instruct(self, session: Session, request: Instruct) -> None:
+    def instruct(self, request: Instruct) -> None:
         """Pass an operator's order on."""
         cohort = self.cohorts.by_name.get(request.cohort)
         if cohort is None:
@@ -151,7 +147,6 @@ class CohortRequests:
         if request.order == "promote":
             for seat in self.locks.values():
                 seat.prefer(cohort.name)
-        await session.send(Done(), ())
 
     def closed(self, session: Session) -> None:
         """A session's connection has ended."""
@@ -188,8 +183,8 @@ class CohortRequests:
 
     def _ending(self, cohort: str, engine: str, reason: str) -> None:
         self._noticed[cohort] = (engine, reason, time.monotonic())
-        for seat in self._owned(lambda claim: claim.cohort == cohort):
-            self._post(seat.end(reason))
+        for seat in self.locks.values():
+            self._post(seat.cohort_ends(cohort, reason))
         self._ending_elsewhere(cohort, reason)
 
     def _exited(self, session: SessionId) -> None:

@@ -119,7 +119,19 @@ class Cohorts:
         cohort.members[member.session] = member
         self._of_session[member.session] = cohort
 
-    def of(self, session: SessionId) -> Cohort:
+    def alive(self, session: SessionId) -> Cohort:
+        """The cohort that the session has joined, which may ask for what outlives a request.
+
+        Raises:
+            LeaseConflict: It has joined none.
+            CohortFenced: It is being ended, or ends by itself.
+        """
+        cohort = self.alive_or_departing(session)
+        if cohort.state != "alive":
+            raise CohortFenced(f"{cohort.engine} is ending in an orderly way")
+        return cohort
+
+    def alive_or_departing(self, session: SessionId) -> Cohort:
         """The cohort that the session has joined.
 
         Raises:
@@ -135,7 +147,7 @@ class Cohorts:
 
     def report(self, session: SessionId, role: Role, detail: str, now: float) -> tuple[Order, list[CohortEffect]]:
         """Note the engine's role; returns what an operator wants of it, and who was waiting for that role."""
-        cohort = self.of(session)
+        cohort = self.alive_or_departing(session)
         if role != cohort.role:
             cohort.role, cohort.role_since = role, now
             if (cohort.order, role) in (("promote", "primary"), ("demote", "fenced")):
@@ -148,7 +160,7 @@ class Cohorts:
 
     def await_role(self, session: SessionId, role: Role) -> list[CohortEffect]:
         """Wait until the session's cohort has this role."""
-        cohort = self.of(session)
+        cohort = self.alive_or_departing(session)
         if cohort.role == role:
             return [RoleReached(session)]
         cohort.awaiting[session] = role
@@ -164,7 +176,7 @@ class Cohorts:
 
     def depart(self, session: SessionId) -> Cohort:
         """The session's cohort ends in an orderly way from now on; that it loses connections and processes is no fault any more."""
-        cohort = self.of(session)
+        cohort = self.alive_or_departing(session)
         cohort.state = "departing"
         return cohort
 

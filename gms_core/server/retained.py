@@ -11,12 +11,13 @@ take turns, and a front is given to nobody while a process may live that was giv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from gms_core.errors import AcquireTimeout, GmsError, IdentityMismatch, LeaseConflict
+from gms_core.errors import AcquireTimeout, CohortFenced, GmsError, IdentityMismatch, LeaseConflict
 from gms_core.layout import Allocation, Identity
 from gms_core.server.effects import Free, Refuse, SessionId, Wait
-from gms_core.server.seat import Claim, Seat, SeatEffect
+from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,29 @@ class MakePlan:
 
 
 @dataclass(frozen=True)
+class GrantHold:
+    """The session holds the memory.
+
+    Attributes:
+        epoch: The number of this grant.
+        turn: Which front it has, as in `RetainedPool`.
+        whole: Whether it has all of the memory; else that front alone, until `Whole`.
+    """
+
+    session: SessionId
+    epoch: int
+    turn: int
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Whole:
     """It is proven that nobody but the holder can touch the rest of the memory: the session may map it."""
 
     session: SessionId
 
 
-RetainedEffect = Adopt | MakePlan | Whole | SeatEffect | Free
+RetainedEffect = Adopt | MakePlan | GrantHold | Whole | Wait | Refuse | Free
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,8 @@ class RetainedPool:
         seat: Who holds the memory; its number is the epoch.
         spares: The second front: allocations for the same offsets as some of ``allocations``. Empty: there is no bridge.
         turn: Which front the holder has, or the last one had: 0 for the one among ``allocations``, 1 for ``spares``.
-        unproven: Cohorts that held the memory before, and may have a process left.
+        holder_state: What is known of the holder: it may answer clients, it cannot but may compute, or nothing of it is left.
+        unproven: Who held the memory before the holder, if its cohort may have a process left.
     """
 
     def __init__(self, name: str) -> None:
@@ -77,10 +95,8 @@ class RetainedPool:
         self.seat = Seat(f"pool {name!r}")
         self.spares: tuple[Allocation, ...] = ()
         self.turn = 0
-        self.unproven: list[str] = []
-        self._mute = False
-        self._gone = False
-        self._bridging: set[SessionId] = set()
+        self.holder_state: Literal["alive", "mute", "gone"] = "alive"
+        self.unproven: Claim | None = None
         self._awaiting: SessionId | None = None
 
     def ask_plan(self, claim: Claim, identity: Identity) -> list[RetainedEffect]:
@@ -102,7 +118,7 @@ class RetainedPool:
         if self._awaiting == session:
             self._awaiting = None
             return [Refuse(session, AcquireTimeout(f"the end of the last holder of pool {self.name!r} is not proven after {waited_s:g} s"))]
-        return list(self.seat.withdraw(session, waited_s))
+        return self._of_seat(self.seat.withdraw(session, waited_s))
 
     def check_provide(self, session: SessionId) -> None:
         """Raise unless this session has to make the plan.
@@ -146,10 +162,13 @@ class RetainedPool:
         """
         if session not in self.users:
             raise LeaseConflict(f"this session does not use pool {self.name!r}", hint="Ask for its plan first.")
-        effects: list[RetainedEffect] = [*self.seat.claim(self.users[session], first=first)]
-        if bridge:
-            self._bridging.add(session)
+        effects = self._of_seat(self.seat.claim(replace(self.users[session], bridge=bridge), first=first))
         return [*effects, *self._pass_on()]
+
+    def prefer(self, cohort: str) -> list[RetainedEffect]:
+        """Put a cohort's claim, if there is one, before all others."""
+        self.seat.prefer(cohort)
+        return self._pass_on()
 
     def await_whole(self, session: SessionId) -> list[RetainedEffect]:
         """The holder asks to be told when it may map all of the memory.
@@ -159,17 +178,16 @@ class RetainedPool:
         """
         if self.seat.holder is None or self.seat.holder.session != session:
             raise LeaseConflict(f"this session does not hold pool {self.name!r}")
-        if not self.unproven:
+        if self.unproven is None:
             return [Whole(session)]
         self._awaiting = session
-        return [Wait(session, "processes of the last holder are still ending")]
+        return [Wait(session, f"processes of {self.unproven.label} are still ending")]
 
     def release(self, session: SessionId) -> list[RetainedEffect]:
         """A living session gives up whatever it has here; it has unmapped the memory."""
         effects = self.session_ended(session)
         if self.seat.holder is not None and self.seat.holder.session == session:
-            self._gone = True
-            effects += self._pass_on()
+            effects += self._holder_is_gone()
         return [*effects, *self._settle()]
 
     def session_ended(self, session: SessionId) -> list[RetainedEffect]:
@@ -177,7 +195,6 @@ class RetainedPool:
         self.users.pop(session, None)
         self.asking = [asking for asking in self.asking if asking.claim.session != session]
         self.seat.drop(session)
-        self._bridging.discard(session)
         if self._awaiting == session:
             self._awaiting = None
         if self.planner is not None and self.planner.claim.session == session:
@@ -185,28 +202,33 @@ class RetainedPool:
         return [*self._pass_on(), *self._settle()]
 
     def cohort_ends(self, cohort: str, reason: str) -> list[RetainedEffect]:
-        """A cohort is being ended, or ends by itself."""
-        if not self._holds(cohort):
-            return []
-        return list(self.seat.end(reason))
+        """A cohort is being ended, or ends by itself: what it has asked for it can never have, what it holds it keeps until it is gone."""
+        effects = self._of_seat(self.seat.cohort_ends(cohort, reason))
+        effects += [Refuse(asking.claim.session, CohortFenced(reason)) for asking in self.asking if asking.claim.cohort == cohort]
+        self.asking = [asking for asking in self.asking if asking.claim.cohort != cohort]
+        if self.planner is not None and self.planner.claim.cohort == cohort:
+            self.planner = None
+        if self._holds(cohort) and self._awaiting is not None:
+            effects.append(Refuse(self._awaiting, CohortFenced(reason)))
+            self._awaiting = None
+        return [*effects, *self._pass_on(), *self._settle()]
 
     def cohort_mute(self, cohort: str) -> list[RetainedEffect]:
         """A cohort that is being ended has no process left that could answer or accept anything; others may still compute."""
-        if not self._holds(cohort):
+        if not self._holds(cohort) or self.holder_state == "gone":
             return []
-        self._mute = True
+        self.holder_state = "mute"
         return self._pass_on()
 
     def cohort_gone(self, cohort: str) -> list[RetainedEffect]:
         """Every process of a cohort has exited."""
         if self._holds(cohort):
-            self._gone = True
-        elif cohort in self.unproven:
-            self.unproven.remove(cohort)
-        else:
+            return [*self._holder_is_gone(), *self._settle()]
+        if not self._is_unproven(cohort):
             return []
+        self.unproven = None
         effects = [*self._pass_on(), *self._settle()]
-        if not self.unproven and self._awaiting is not None:
+        if self._awaiting is not None:
             effects.append(Whole(self._awaiting))
             self._awaiting = None
         return effects
@@ -214,31 +236,45 @@ class RetainedPool:
     def fence_failed(self, cohort: str, error: GmsError) -> list[RetainedEffect]:
         """A cohort that holds or held the memory cannot be ended: nobody who waits for that can get it."""
         effects: list[RetainedEffect] = []
-        if (self._holds(cohort) or cohort in self.unproven) and self._awaiting is not None:
+        if self._is_unproven(cohort) and self._awaiting is not None:
             effects.append(Refuse(self._awaiting, error))
             self._awaiting = None
-        if self._holds(cohort) or (cohort in self.unproven and self._gone):
-            effects += self.seat.refuse_all(error)
+        if self._keeps_others_waiting(cohort):
+            effects += self._of_seat(self.seat.refuse_all(error))
         return effects
 
     def _holds(self, cohort: str) -> bool:
         return self.seat.holder is not None and self.seat.holder.cohort == cohort
 
+    def _is_unproven(self, cohort: str) -> bool:
+        return self.unproven is not None and self.unproven.cohort == cohort
+
+    def _keeps_others_waiting(self, cohort: str) -> bool:
+        return self._holds(cohort) or (self._is_unproven(cohort) and self.holder_state == "gone")
+
+    def _of_seat(self, effects: list[SeatEffect]) -> list[RetainedEffect]:
+        """Effects of the seat, with what else a grant says: it may have changed by the time at which the holder is told."""
+        whole = self.unproven is None
+        return [GrantHold(one.session, one.number, self.turn, whole) if isinstance(one, Seated) else one for one in effects]
+
+    def _holder_is_gone(self) -> list[RetainedEffect]:
+        self.holder_state = "gone"
+        if self.unproven is None:
+            return self._pass_on()
+        return self._of_seat(self.seat.end(f"processes of {self.unproven.label} are still ending"))
+
     def _pass_on(self) -> list[RetainedEffect]:
         """Give the seat to the next, if that is safe: with all of the memory, or with the front that nobody who may live was ever given."""
         holder = self.seat.holder
-        if holder is None or self.unproven:
+        if holder is None or self.unproven is not None:
             return []
-        if self._gone:
-            self._mute = self._gone = False
-            return [*self.seat.vacate()]
         queue = self.seat.queue
-        if self._mute and self.spares and queue and queue[0].session in self._bridging:
-            self.unproven.append(holder.cohort)
-            self.turn = 1 - self.turn
-            self._mute = False
-            return [*self.seat.vacate()]
-        return []
+        if self.holder_state == "mute" and self.spares and queue and queue[0].bridge:
+            self.unproven, self.turn = holder, 1 - self.turn
+        elif self.holder_state != "gone":
+            return []
+        self.holder_state = "alive"
+        return self._of_seat(self.seat.vacate())
 
     def drop(self) -> list[RetainedEffect]:
         """Free the memory and forget the plan.
@@ -246,7 +282,7 @@ class RetainedPool:
         Raises:
             LeaseConflict: Somebody uses or holds it.
         """
-        if self.users or self.seat.holder is not None or self.planner is not None or self.unproven:
+        if self.users or self.seat.holder is not None or self.planner is not None:
             raise LeaseConflict(f"pool {self.name!r} is in use", hint="Stop the engines that use it first; `gms status` lists them.")
         return self._forget()
 
@@ -292,7 +328,7 @@ class RetainedPool:
                 effects.append(Wait(session, f"{self.planner.claim.label} is planning it"))
                 continue
             differences = asking.identity.differences(self.identity) if self.identity is not None else {}
-            if differences and (self.users or self.seat.holder is not None or self.unproven):
+            if differences and (self.users or self.seat.holder is not None):
                 effects.append(Refuse(session, self._mismatch(differences)))
             elif self.identity is None or differences:
                 effects += self._forget()  # memory of another layout that nobody uses any more

@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, QuotaExceeded
+from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
 from gms_core.layout import Allocation
 from gms_core.protocol.messages import AwaitWhole, Done, Drop, Held, Hold, Plan, PlanDue, Planned, Provide, RetainedStatus
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
-from gms_core.server.retained import MakePlan, RetainedEffect, RetainedPool
-from gms_core.server.seat import Claim, Seated
+from gms_core.server.retained import GrantHold, MakePlan, RetainedEffect, RetainedPool
+from gms_core.server.seat import Claim
 from gms_core.server.sessions import Session, check_wait
 
 log = logging.getLogger(__name__)
@@ -64,18 +64,18 @@ class RetainedRequests:
             raise InvalidArgument(f"the front {list(request.front)[:5]} does not name allocations of the plan, each once")
         sizes = (*request.sizes, *(request.sizes[index] for index in request.front))
         made = await self._memory.create(sizes, request.timeout_s, ended)
-        allocations, offset = [], 0
-        for identifier, owned in made[: len(request.sizes)]:
-            allocations.append(Allocation(identifier, offset, owned.size))
-            offset += owned.size
-        spares = [
-            Allocation(identifier, allocations[index].offset, owned.size)
-            for index, (identifier, owned) in zip(request.front, made[len(request.sizes) :], strict=True)
-        ]
         try:
+            allocations, offset = [], 0
+            for identifier, owned in made[: len(request.sizes)]:
+                allocations.append(Allocation(identifier, offset, owned.size))
+                offset += owned.size
+            spares = [
+                Allocation(identifier, allocations[index].offset, owned.size)
+                for index, (identifier, owned) in zip(request.front, made[len(request.sizes) :], strict=True)
+            ]
             effects = pool.provide(session.id, request.plan, allocations, spares)
-        except LeaseConflict:
-            self._memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
+        except BaseException:
+            self._memory.free(identifier for identifier, _ in made)  # such as when the engine began to end meanwhile: it plans nothing any more
             raise
         log.info("pool %s: %s has planned %d bytes", pool.name, pool.users[session.id].label, offset)
         self._apply(effects)
@@ -87,13 +87,12 @@ class RetainedRequests:
         check_wait(request.timeout_s, self._limits.wait_s)
         pool = self._pool(request.pool)
         self._apply(pool.hold(session.id, first=first, bridge=request.bridge))
-        seated: Seated = await session.answer(
+        granted: GrantHold = await session.answer(
             f"pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
         )
-        whole = not pool.unproven
         label = pool.users[session.id].label
-        log.info("pool %s: %s holds %s, epoch %d", pool.name, label, "it" if whole else "the bridge", seated.number)
-        await session.send(Held(pool.name, seated.number, pool.turn, whole), ())
+        log.info("pool %s: %s holds %s, epoch %d", pool.name, label, "it" if granted.whole else "the bridge", granted.epoch)
+        await session.send(Held(pool.name, granted.epoch, granted.turn, granted.whole), ())
 
     async def await_whole(self, session: Session, request: AwaitWhole, ended: asyncio.Event) -> None:
         """Answer once the holder of a bridge may map the rest."""
@@ -110,6 +109,11 @@ class RetainedRequests:
         pool = self._pool(request.pool)
         self._apply(pool.drop())
         await session.send(Done(), ())
+
+    def prefer(self, cohort: str) -> None:
+        """An operator wants this engine to be the next one."""
+        for pool in self.pools.values():
+            self._apply(pool.prefer(cohort))
 
     def release(self, session: Session, pool: RetainedPool) -> None:
         """A living session gives up its use of a pool."""

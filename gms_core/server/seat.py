@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gms_core.errors import AcquireTimeout, GmsError, LeaseConflict
+from gms_core.errors import AcquireTimeout, CohortFenced, GmsError, LeaseConflict
 from gms_core.server.effects import Refuse, SessionId, Wait
 
 
@@ -19,11 +19,13 @@ class Claim:
     Attributes:
         cohort: Whose process the session is.
         label: What people call the engine.
+        bridge: Whether it can begin with a part of what the seat is about, see `gms_core.server.retained`.
     """
 
     session: SessionId
     cohort: str
     label: str
+    bridge: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class Seat:
         self.ending = reason
         return self._settle()
 
+    def cohort_ends(self, cohort: str, reason: str) -> list[SeatEffect]:
+        """A cohort ends: what it has asked for it can never have, since its exits may be over already; what it has it keeps until `vacate`."""
+        refused: list[SeatEffect] = [Refuse(claim.session, CohortFenced(reason)) for claim in self.queue if claim.cohort == cohort]
+        for effect in refused:
+            self.drop(effect.session)
+        if self.holder is not None and self.holder.cohort == cohort:
+            self.ending = reason
+        return [*refused, *self._settle()]
+
     def vacate(self) -> list[SeatEffect]:
         """It is proven that nothing of the holder is left, or it has given the seat back."""
         self.holder, self.ending = None, ""
@@ -102,10 +113,10 @@ class Seat:
 
     def refuse_all(self, error: GmsError) -> list[SeatEffect]:
         """Nobody who waits can get the seat."""
-        refused = [Refuse(claim.session, error) for claim in self.queue]
+        refused: list[SeatEffect] = [Refuse(claim.session, error) for claim in self.queue]
         self.queue.clear()
         self._told.clear()
-        return list(refused)
+        return refused
 
     def _settle(self) -> list[SeatEffect]:
         effects: list[SeatEffect] = []

@@ -121,8 +121,10 @@ class Service:
             return
         for pool in list(self.pools.values()):
             self._release(pool, session)
-        self.engines.closed(session)  # first: what is freed below must not be granted before its holder is known to be ending
-        self.retained.closed(session)
+        try:
+            self.engines.closed(session)  # first: what is freed below must not be granted before its holder is known to be ending
+        finally:
+            self.retained.closed(session)
         log.debug("session %d closed", session.id)
 
     def stop(self) -> None:
@@ -169,7 +171,10 @@ class Service:
             case AwaitRole():
                 await self.engines.await_role(session, request, ended)
             case Instruct():
-                await self.engines.instruct(session, request)
+                self.engines.instruct(request)
+                if request.order == "promote":
+                    self.retained.prefer(request.cohort)
+                await session.send(Done(), ())
             case Plan():
                 self._check_metadata(request.identity)
                 self._check_name(request.pool, others=self.pools)
@@ -180,6 +185,7 @@ class Service:
                 first = self.engines.goes_first(self.engines.claim(session))
                 await self.retained.hold(session, request, first=first, ended=ended)
             case AwaitWhole():
+                self.engines.claim(session)
                 await self.retained.await_whole(session, request, ended)
             case Drop():
                 await self.retained.drop(session, request)

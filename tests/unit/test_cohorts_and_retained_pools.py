@@ -1,5 +1,6 @@
 """The pure machines of fencing together, under any order of events: never two holders, never a grant before the proof, never a lost waiter."""
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -8,10 +9,11 @@ from gms_core.errors import CohortFenced, FenceFailed, GmsError, LeaseConflict
 from gms_core.layout import Allocation, Identity
 from gms_core.server.cohorts import Cohorts, Gone, Kill, Member, Mute
 from gms_core.server.effects import Free, Refuse, Wait
-from gms_core.server.retained import Adopt, MakePlan, RetainedPool, Whole
+from gms_core.server.retained import Adopt, GrantHold, MakePlan, RetainedPool, Whole
 from gms_core.server.seat import Claim, Seat, Seated
 
 KINDS = [Identity({"kind": "a"}), Identity({"kind": "b"})]
+NAMES = ["one", "two", "three", "four"]
 
 
 class Engines(RuleBasedStateMachine):
@@ -59,9 +61,7 @@ class Engines(RuleBasedStateMachine):
         for effect in effects:
             if isinstance(effect, Kill):
                 self.killed |= set(effect.members)
-                self.pool_effects(self.pool.cohort_ends(effect.cohort, effect.reason))
-                if self.lock.holder is not None and self.lock.holder.cohort == effect.cohort:
-                    self.lock_effects(self.lock.end(effect.reason))
+                self.ending(effect.cohort, effect.reason)
             elif isinstance(effect, Mute):
                 assert all(session in self.exited for session in self.serving if self.sessions[session] == effect.cohort)
                 self.pool_effects(self.pool.cohort_mute(effect.cohort))
@@ -69,23 +69,32 @@ class Engines(RuleBasedStateMachine):
                 assert all(session in self.exited for session, cohort in self.sessions.items() if cohort == effect.cohort)
                 self.pool_effects(self.pool.cohort_gone(effect.cohort))
 
+    def ending(self, cohort, reason):
+        self.lock_effects(self.lock.cohort_ends(cohort, reason))
+        self.pool_effects(self.pool.cohort_ends(cohort, reason))
+
+    def answered(self, effect, kinds):
+        if isinstance(effect, Wait) or (isinstance(effect, Refuse) and effect.session not in self.connected):
+            return
+        assert self.waiting.pop(effect.session) in kinds
+        assert effect.session in self.connected
+        if not isinstance(effect, Refuse):
+            assert self.cohorts.by_name[self.sessions[effect.session]].state == "alive", "a cohort that ends was given something"
+
     def pool_effects(self, effects):
         for effect in effects:
             if isinstance(effect, Free):
                 assert not any(self.mapped.values()), "memory was freed that somebody maps"
                 self.memory -= set(effect.ids)
                 continue
-            if isinstance(effect, Seated):
-                self.map(effect.session, self.pool.turn)
-                if not self.pool.unproven:
+            if isinstance(effect, GrantHold):
+                self.map(effect.session, effect.turn)
+                if effect.whole:
                     self.map(effect.session, "rest")
-                assert not self.epochs or effect.number > self.epochs[-1]
-                self.epochs.append(effect.number)
+                self.epochs.append(effect.epoch)
             if isinstance(effect, Whole):
                 self.map(effect.session, "rest")
-            if not isinstance(effect, Wait):
-                assert self.waiting.pop(effect.session) in {"plan", "hold", "whole"}
-                assert effect.session in self.connected
+            self.answered(effect, {"plan", "hold", "whole"})
 
     def map(self, session, part):
         assert all(cohort == self.sessions[session] for cohort in self.mapped[part].values()), "two engines write to the same memory"
@@ -105,8 +114,7 @@ class Engines(RuleBasedStateMachine):
                 assert self.owner is None or self.owner in self.exited, "two primaries"
                 self.terms.append(effect.number)
                 self.owner = effect.session
-            if not isinstance(effect, Wait):
-                assert self.waiting.pop(effect.session) == "lock"
+            self.answered(effect, {"lock"})
 
     def claim(self, session):
         return Claim(session, self.sessions[session], self.sessions[session])
@@ -115,7 +123,7 @@ class Engines(RuleBasedStateMachine):
         free = sorted(session for session in self.connected if session not in self.waiting)
         return data.draw(st.sampled_from(free)) if free else None
 
-    @rule(name=st.sampled_from(["one", "two", "three"]), serves=st.booleans())
+    @rule(name=st.sampled_from(NAMES), serves=st.booleans())
     def join(self, name, serves=False):
         self.number += 1
         try:
@@ -134,7 +142,7 @@ class Engines(RuleBasedStateMachine):
             return
         self.waiting[session] = "plan"
         try:
-            self.cohorts.of(session)
+            self.cohorts.alive(session)
             self.pool_effects(self.pool.ask_plan(self.claim(session), kind))
         except GmsError:
             self.waiting.pop(session, None)
@@ -160,8 +168,9 @@ class Engines(RuleBasedStateMachine):
             return
         self.waiting[session] = "whole"
         try:
+            self.cohorts.alive(session)
             self.pool_effects(self.pool.await_whole(session))
-        except LeaseConflict:
+        except GmsError:
             del self.waiting[session]
 
     @rule(data=st.data(), first=st.booleans(), bridge=st.booleans())
@@ -171,7 +180,7 @@ class Engines(RuleBasedStateMachine):
             return
         self.waiting[session] = "hold"
         try:
-            self.cohorts.of(session)
+            self.cohorts.alive(session)
             self.pool_effects(self.pool.hold(session, first=first, bridge=bridge))
         except GmsError:
             self.waiting.pop(session, None)
@@ -183,7 +192,7 @@ class Engines(RuleBasedStateMachine):
             return
         self.waiting[session] = "lock"
         try:
-            self.cohorts.of(session)
+            self.cohorts.alive(session)
             self.lock_effects(self.lock.claim(self.claim(session), first=first))
         except GmsError:
             self.waiting.pop(session, None)
@@ -221,14 +230,12 @@ class Engines(RuleBasedStateMachine):
         self.carry_out(self.cohorts.lost(session))
         self.pool_effects(self.pool.session_ended(session))
 
-    @rule(data=st.data(), connection_first=st.booleans())
-    def process_exits(self, data, connection_first):
+    @rule(data=st.data())
+    def process_exits(self, data):
         living = sorted(session for session in self.sessions if session not in self.exited)
         if not living:
             return
         session = data.draw(st.sampled_from(living))
-        if connection_first and session in self.connected:
-            self.disconnect(session)
         self.exited.add(session)
         self.unmap(session)
         effects = self.cohorts.exited(self.sessions[session], session)
@@ -236,8 +243,6 @@ class Engines(RuleBasedStateMachine):
             self.owner = None
             self.lock_effects(self.lock.vacate())
         self.carry_out(effects)
-        if session in self.connected:
-            self.disconnect(session)
 
     @rule(data=st.data())
     def notice_of_death(self, data):
@@ -252,15 +257,21 @@ class Engines(RuleBasedStateMachine):
         if session is None:
             return
         try:
-            self.cohorts.depart(session)
+            cohort = self.cohorts.depart(session)
         except GmsError:
             return
+        self.ending(cohort.name, "it ends in an orderly way")
 
-    @rule(name=st.sampled_from(["one", "two", "three"]))
+    @rule(name=st.sampled_from(NAMES))
+    def prefer(self, name):
+        self.lock.prefer(name)
+        self.pool_effects(self.pool.prefer(name))
+
+    @rule(name=st.sampled_from(NAMES))
     def fence(self, name):
         self.carry_out(self.cohorts.fence(name, "an operator said so"))
 
-    @rule(name=st.sampled_from(["one", "two", "three"]))
+    @rule(name=st.sampled_from(NAMES))
     def fence_fails(self, name):
         if (cohort := self.cohorts.by_name.get(name)) is not None and cohort.state == "fencing":
             self.pool_effects(self.pool.fence_failed(name, FenceFailed("it cannot be killed")))
@@ -278,6 +289,22 @@ class Engines(RuleBasedStateMachine):
             assert "hold" not in self.waiting.values()
         if self.lock.holder is None:
             assert "lock" not in self.waiting.values()
+
+    @invariant()
+    def no_holder_is_gone(self):
+        if self.lock.holder is not None:
+            assert self.lock.holder.session not in self.exited
+        if self.pool.seat.holder is not None and self.pool.unproven is None:
+            assert self.pool.seat.holder.cohort in self.cohorts.by_name
+        if self.pool.unproven is not None:
+            assert self.pool.unproven.cohort in self.cohorts.by_name
+
+    @invariant()
+    def nobody_who_ends_is_next(self):
+        planning = [self.pool.planner] if self.pool.planner is not None else []
+        asking = [one.claim for one in (*planning, *self.pool.asking)]
+        for claim in (*asking, *self.lock.queue, *self.pool.seat.queue):
+            assert self.cohorts.by_name[claim.cohort].state == "alive"
 
     @invariant()
     def memory_is_the_pools(self):
@@ -337,7 +364,111 @@ def test_others_are_refused_when_the_fence_fails_and_the_next_is_granted_when_it
     error = FenceFailed("stuck")
     assert pool.fence_failed("one", error) == [Refuse(2, error)]
     assert isinstance(pool.hold(2, first=False)[0], Wait)
-    assert Seated(2, 2) in pool.cohort_gone("one")
+    assert GrantHold(2, 2, 0, whole=True) in pool.cohort_gone("one")
+
+
+def test_next_in_line_is_granted_when_the_one_before_it_was_gone_first():
+    seat, pool = Seat("lock"), RetainedPool("kv")
+    for number, name in enumerate(["one", "two", "three"], start=1):
+        seat.claim(Claim(number, name, name))
+        pool.ask_plan(Claim(number, name, name), KINDS[0])
+        if number == 1:
+            pool.provide(1, b"", [Allocation(1, 0, 1)])
+        pool.hold(number, first=False)
+    for effects in (seat.cohort_ends("two", "it died"), pool.cohort_ends("two", "it died")):
+        assert [(type(effect), effect.session) for effect in effects] == [(Refuse, 2)]
+        assert isinstance(effects[0].error, CohortFenced)
+    assert pool.cohort_gone("two") == []
+    assert seat.vacate() == [Seated(3, 2)]
+    assert pool.cohort_gone("one") == [GrantHold(3, 2, 0, whole=True)]
+
+
+def test_cohort_that_departs_asks_for_nothing_more_and_may_still_report():
+    cohorts = Cohorts()
+    cohorts.join("one", "one", Member(1, 1001, "rank", 0.0))
+    cohorts.depart(1)
+    with pytest.raises(CohortFenced, match="orderly"):
+        cohorts.alive(1)
+    assert cohorts.report(1, "fenced", "", 1.0) == ("", [])
+
+
+def test_other_plans_when_the_cohort_of_the_planner_ends():
+    pool = RetainedPool("kv")
+    pool.ask_plan(Claim(1, "one", "one"), KINDS[0])
+    for session, name in ((2, "two"), (3, "three")):
+        pool.ask_plan(Claim(session, name, name), KINDS[0])
+    assert [(type(effect), effect.session) for effect in pool.cohort_ends("two", "it died")] == [(Refuse, 2), (Wait, 3)]
+    assert pool.cohort_ends("one", "it died") == [MakePlan(3)]
+    with pytest.raises(LeaseConflict):
+        pool.provide(1, b"", [Allocation(1, 0, 1)])
+
+
+def bridged():
+    """Three engines; the second has the bridge, while processes of the first may be there."""
+    pool = RetainedPool("kv")
+    for session, name in ((1, "one"), (2, "two"), (3, "three")):
+        pool.ask_plan(Claim(session, name, name), KINDS[0])
+        if session == 1:
+            pool.provide(1, b"", [Allocation(1, 0, 1)], [Allocation(2, 0, 1)])
+        pool.hold(session, first=False, bridge=True)
+    pool.cohort_ends("one", "it died")
+    assert GrantHold(2, 2, 1, whole=False) in pool.cohort_mute("one")
+    return pool
+
+
+def test_waiter_is_told_of_the_processes_that_are_left_when_the_holder_of_a_bridge_has_released_it():
+    pool = bridged()
+    assert pool.release(2) == [Wait(3, "processes of one are still ending")]
+    assert pool.state == "fencing"
+    assert pool.cohort_mute("two") == []
+    assert pool.cohort_gone("one") == [GrantHold(3, 3, 1, whole=True)]
+
+
+def test_waiter_is_told_of_the_processes_that_are_left_when_the_holder_of_a_bridge_is_gone():
+    pool = bridged()
+    assert pool.cohort_ends("two", "two died") == [Wait(3, "two died")]
+    assert pool.cohort_gone("two") == [Wait(3, "processes of one are still ending")]
+
+
+def test_bridge_is_not_granted_when_it_was_asked_for_by_a_claim_that_is_over():
+    pool = RetainedPool("kv")
+    for session, name in ((1, "one"), (2, "two")):
+        pool.ask_plan(Claim(session, name, name), KINDS[0])
+        if session == 1:
+            pool.provide(1, b"", [Allocation(1, 0, 1)], [Allocation(2, 0, 1)])
+        pool.hold(session, first=False, bridge=True)
+    pool.withdraw(2, 1.0)
+    pool.hold(2, first=False)
+    pool.cohort_ends("one", "it died")
+    assert pool.cohort_mute("one") == []
+    assert pool.cohort_gone("one") == [GrantHold(2, 2, 0, whole=True)]
+
+
+def test_preferred_engine_is_granted_the_memory_first_when_it_asked_last():
+    pool = RetainedPool("kv")
+    for session, name in ((1, "one"), (2, "two"), (3, "three")):
+        pool.ask_plan(Claim(session, name, name), KINDS[0])
+        if session == 1:
+            pool.provide(1, b"", [Allocation(1, 0, 1)])
+        pool.hold(session, first=False)
+    pool.prefer("three")
+    assert GrantHold(3, 2, 0, whole=True) in pool.cohort_gone("one")
+
+
+def test_pool_is_not_dropped_when_somebody_plans_uses_or_holds_it():
+    pool = RetainedPool("kv")
+    pool.ask_plan(Claim(1, "one", "one"), KINDS[0])
+    with pytest.raises(LeaseConflict):
+        pool.drop()
+    pool.provide(1, b"", [Allocation(1, 0, 1)])
+    with pytest.raises(LeaseConflict):
+        pool.drop()
+    pool.hold(1, first=False)
+    pool.session_ended(1)
+    with pytest.raises(LeaseConflict):
+        pool.drop()
+    pool.cohort_gone("one")
+    assert pool.drop() == [Free((1,))]
 
 
 def test_planner_is_asked_again_when_the_first_one_has_gone():
@@ -348,17 +479,9 @@ def test_planner_is_asked_again_when_the_first_one_has_gone():
 
 
 def test_third_engine_waits_for_the_proof_when_both_fronts_were_given_to_engines_that_may_live():
-    pool = RetainedPool("kv")
-    for session, name in ((1, "one"), (2, "two"), (3, "three")):
-        pool.ask_plan(Claim(session, name, name), KINDS[0])
-        if session == 1:
-            pool.provide(1, b"", [Allocation(1, 0, 1)], [Allocation(2, 0, 1)])
-        pool.hold(session, first=False, bridge=True)
-    pool.cohort_ends("one", "it died")
-    assert Seated(2, 2) in pool.cohort_mute("one")
-    assert pool.turn == 1
+    pool = bridged()
     pool.cohort_ends("two", "it died")
     assert pool.cohort_mute("two") == []
-    assert pool.cohort_gone("two") == []
-    assert Seated(3, 3) in pool.cohort_gone("one")
+    assert pool.cohort_gone("two") == [Wait(3, "processes of one are still ending")]
+    assert GrantHold(3, 3, 1, whole=True) in pool.cohort_gone("one")
     assert pool.await_whole(3) == [Whole(3)]
