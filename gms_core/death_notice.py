@@ -20,7 +20,8 @@ from gms_core.errors import ProtocolError
 
 _SYSCALLS = {"x86_64": (273, 202), "aarch64": (99, 98)}
 """Numbers of set_robust_list and futex by machine."""
-_FUTEX_WAIT = 0
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_EVERYBODY = 2**31 - 1
 _WAITERS = 0x80000000
 _OWNER_DIED = 0x40000000
 _UNOWNED = 0
@@ -58,8 +59,12 @@ def create() -> int | None:
     if platform.machine() not in _SYSCALLS:
         return None
     descriptor = os.memfd_create("gms-death-notice", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, mmap.PAGESIZE)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -70,43 +75,71 @@ def give_at_death(descriptor: int) -> None:
         descriptor: Of a page that another process has made; it stays the caller's.
 
     Raises:
-        ProtocolError: It is no such page, or is in use.
+        ProtocolError: It is no such page, or is in use, or this process may not do what it takes.
     """
+    calls = _SYSCALLS.get(platform.machine())
+    if calls is None:
+        raise ProtocolError(f"how a notice of death is asked for is not known on {platform.machine()}")
     try:
         page = _Page(descriptor)
     except (OSError, ValueError) as error:
         raise ProtocolError(f"the page for the notice of death cannot be used: {error}") from error
     if page.word.value != _UNOWNED:
         raise ProtocolError("the page for the notice of death is another process's")
-    owned, failures = threading.Event(), list[int]()
+    answered, failures = threading.Event(), list[Exception]()
 
     def own() -> None:
-        node, head = _Node(), _Head()
-        head.list.next, node.next = ctypes.pointer(node), ctypes.pointer(head.list)
-        head.futex_offset = page.address - ctypes.addressof(node)
-        if _libc.syscall(_SYSCALLS[platform.machine()][0], ctypes.byref(head), ctypes.c_size_t(ctypes.sizeof(head))):
-            failures.append(ctypes.get_errno())
-        page.word.value = threading.get_native_id() | _WAITERS  # a waiter is announced at once: nobody else may write to the word
-        owned.set()
+        try:
+            node, head = _Node(), _Head()
+            head.list.next, node.next = ctypes.pointer(node), ctypes.pointer(head.list)
+            head.futex_offset = page.address - ctypes.addressof(node)
+            if _libc.syscall(calls[0], ctypes.byref(head), ctypes.c_size_t(ctypes.sizeof(head))):
+                raise OSError(ctypes.get_errno(), "set_robust_list failed")
+            page.word.value = threading.get_native_id() | _WAITERS  # a waiter is announced at once: nobody else may write to the word
+        except Exception as error:  # noqa: BLE001 - raised by whoever waits for this thread
+            failures.append(error)
+            return
+        finally:
+            answered.set()
         threading.Event().wait()  # for ever; head and node live as long
 
-    threading.Thread(target=own, name="gms-death-notice", daemon=True).start()
-    owned.wait()
+    try:
+        threading.Thread(target=own, name="gms-death-notice", daemon=True).start()
+    except RuntimeError as error:
+        raise ProtocolError(f"no thread can be started for the notice of death: {error}") from error
+    answered.wait()
     if failures:
-        raise ProtocolError(f"set_robust_list failed: {os.strerror(failures[0])}")
+        raise ProtocolError(f"no notice of death can be given: {failures[0]}") from failures[0]
 
 
-def wait(descriptor: int) -> bool:
-    """Wait until the notice is given, which needs a thread of its own.
+class Notice:
+    """A page, as whoever is to notice sees it.
 
     Args:
-        descriptor: Of the page; it may be closed as soon as this has begun.
+        descriptor: Of the page; it stays the caller's, who may close it at once.
 
-    Returns:
-        True when the process that owned the page has died; False when nobody owns it.
+    Raises:
+        OSError: It cannot be mapped.
     """
-    page = _Page(descriptor)
-    futex = _SYSCALLS[platform.machine()][1]
-    while (value := page.word.value) & _WAITERS and not value & _OWNER_DIED:
-        _libc.syscall(futex, ctypes.c_void_p(page.address), _FUTEX_WAIT, ctypes.c_uint32(value), None, None, 0)
-    return bool(value & _OWNER_DIED)
+
+    def __init__(self, descriptor: int) -> None:
+        self._page = _Page(descriptor)
+        self._futex = _SYSCALLS[platform.machine()][1]
+
+    def wait(self) -> bool:
+        """Wait until the notice is given or `end` is called, which needs a thread of its own.
+
+        Returns:
+            True then; False when nobody owns the page.
+        """
+        while (value := self._page.word.value) & _WAITERS and not value & _OWNER_DIED:
+            self._call(_FUTEX_WAIT, value)
+        return bool(value & _OWNER_DIED)
+
+    def end(self) -> None:
+        """End a `wait`: the process is known to have exited, or nobody wants to know. The kernel gives no notice for a word that it finds changed."""
+        self._page.word.value = _OWNER_DIED
+        self._call(_FUTEX_WAKE, _EVERYBODY)
+
+    def _call(self, operation: int, value: int) -> None:
+        _libc.syscall(self._futex, ctypes.c_void_p(self._page.address), operation, ctypes.c_uint32(value), None, None, 0)

@@ -155,6 +155,16 @@ def _expect(kinds: Kinds[AnyReply], answer: Answer) -> AnyReply:
     return reply
 
 
+def _gives_notice(descriptor: int) -> bool:
+    """Whether the kernel will give notice of this process's death. Without it a death is noticed later, and nothing else is different."""
+    try:
+        death_notice.give_at_death(descriptor)
+    except ProtocolError as error:
+        log.warning("the server gets no early notice of this process's death: %s", error)
+        return False
+    return True
+
+
 class Session:
     """One authenticated connection; it lives in one process. The connection is the lease: when it ends, all leases end.
 
@@ -265,17 +275,16 @@ class Session:
         return _expect(ReadGranted, self._call(request))
 
     def join(self, request: Join) -> None:
-        """Join a cohort, and have the kernel give the server notice of this process's death."""
+        """Join a cohort, and have the kernel give the server notice of this process's death, if it can."""
         with self._lock:
             joined, descriptors = self._call(request)
             try:
                 if not isinstance(joined, Joined) or len(descriptors) != joined.notice:
                     raise ProtocolError(f"the server answered with {type(joined).__name__} and {len(descriptors)} descriptors")
-                for descriptor in descriptors:
-                    death_notice.give_at_death(descriptor)
+                notifies = all(_gives_notice(descriptor) for descriptor in descriptors)
             finally:
                 close_descriptors(descriptors)
-            if descriptors:
+            if descriptors and notifies:
                 self.perform(WillNotify())
 
     def receive_allocations(self, request: Allocate | Export, take: Take) -> None:

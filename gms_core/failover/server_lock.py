@@ -1,6 +1,6 @@
 """A lock that a device server arbitrates, with a lock file behind it.
 
-The server grants it in order of arrival, and only once every process of the engine that had it has exited. A server that was restarted has
+The server grants it in order of arrival, and only once the process that was elected before has exited. A server that was restarted has
 forgotten whom it elected, while that engine may still serve. So whoever is elected also locks a file beside the server's socket: the kernel knows
 what the new server cannot.
 """

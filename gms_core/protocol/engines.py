@@ -73,7 +73,7 @@ class Depart(Message, frozen=True, tag="depart"):
 class Elect(Message, frozen=True, tag="elect"):
     """Ask for a lock that elects the primary; answered by `Elected`.
 
-    It is granted in order of arrival, and only once the process that had it has exited or released it. It ends with the session's process.
+    It is granted in order of arrival, and only once the process that had it has exited. Nothing else ends it.
     """
 
     lock: str

@@ -45,7 +45,7 @@ class CohortRequests:
         ending: Called with a cohort and the reason as soon as it ends.
         mute: Called with a cohort that is ending once it can answer nobody any more.
         gone: Called with a cohort once every process of it has exited.
-        failed: Called with a cohort and the error when it cannot be ended.
+        failed: Called with a cohort and the error when it could not be ended, and whether that is final: it is not while its processes are only late.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CohortRequests:
         ending: Callable[[str, str], None],
         mute: Callable[[str], None],
         gone: Callable[[str], None],
-        failed: Callable[[str, GmsError], None],
+        failed: Callable[[str, GmsError, bool], None],
     ) -> None:
         self.cohorts = Cohorts()
         self.locks: dict[str, Seat] = {}
@@ -192,10 +192,10 @@ class CohortRequests:
         for seat in self._owned(lambda claim: claim.session == session):
             self._post(seat.vacate())
 
-    def _failed(self, cohort: str, error: GmsError) -> None:
+    def _failed(self, cohort: str, error: GmsError, final: bool) -> None:
         for seat in self._owned(lambda claim: claim.cohort == cohort):
-            self._post(seat.refuse_all(error))
-        self._failed_elsewhere(cohort, error)
+            self._post(seat.end(error.message))  # the owner's own process may exit all the same, and a lock needs no more
+        self._failed_elsewhere(cohort, error, final)
 
     def _owned(self, by: Callable[[Claim], bool]) -> list[Seat]:
         return [seat for seat in self.locks.values() if seat.holder is not None and by(seat.holder)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gms_core import death_notice
-from gms_core.errors import FenceFailed, GmsError, PermissionRefused
+from gms_core.errors import FenceFailed, GmsError, PermissionRefused, QuotaExceeded
 from gms_core.protocol.messages import Join
 from gms_core.server.cohorts import CohortEffect, Cohorts, Gone, Kill, Member
 from gms_core.server.effects import SessionId
@@ -33,14 +34,26 @@ SECOND_LOOK_S = 0.05
 
 @dataclass
 class Watched:
-    """What is held of a member: the pidfd, the page for the notice of its death, and the clock of its deadline."""
+    """What is held of a member: the pidfd, the page for the notice of its death, that notice, and the clock of its deadline."""
 
     cohort: str
     pidfd: int
     page: int | None
     deadline_s: float
     beat: float
+    notice: death_notice.Notice | None = None
     clock: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Let all of it go."""
+        asyncio.get_running_loop().remove_reader(self.pidfd)
+        os.close(self.pidfd)
+        if self.page is not None:
+            os.close(self.page)
+        if self.notice is not None:
+            self.notice.end()
+        if self.clock is not None:
+            self.clock.cancel()
 
 
 class Fencer:
@@ -52,7 +65,7 @@ class Fencer:
         apply: Carries out the other effects, `Gone` among them.
         ending: Called with a cohort, its engine and the reason as soon as it is being ended.
         exited: Called with a session as soon as its process has exited.
-        failed: Called with a cohort and the error when it cannot be ended.
+        failed: Called with a cohort and the error when it could not be ended, and whether that is final: it is not while its processes are only late.
     """
 
     def __init__(
@@ -63,7 +76,7 @@ class Fencer:
         apply: Callable[[list[CohortEffect]], None],
         ending: Callable[[str, str, str], None],
         exited: Callable[[SessionId], None],
-        failed: Callable[[str, GmsError], None],
+        failed: Callable[[str, GmsError, bool], None],
     ) -> None:
         self._cohorts = cohorts
         self._limits = limits
@@ -79,40 +92,49 @@ class Fencer:
 
         Raises:
             PermissionRefused: The process cannot be watched or ended from here.
+            QuotaExceeded: The server can open no more files.
             CohortFenced, LeaseConflict: As `Cohorts.join` says.
         """
-        pidfd = _open(session)
-        try:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as undo:
+            try:
+                pidfd = _open(session)
+                undo.callback(os.close, pidfd)
+                page = death_notice.create()
+                if page is not None:
+                    undo.callback(os.close, page)
+                loop.add_reader(pidfd, self._has_exited, session.id)
+                undo.callback(loop.remove_reader, pidfd)
+            except OSError as error:
+                raise QuotaExceeded(f"the server cannot watch one more process: {error.strerror}", hint=_MORE_FILES) from error
             member = Member(session.id, session.peer.pid, request.process, time.monotonic(), request.serves)
-            self._cohorts.join(request.cohort, request.engine, member)
-        except BaseException:
-            os.close(pidfd)
-            raise
-        page = death_notice.create()
+            self._cohorts.join(request.cohort, request.engine, member)  # last: a member that nobody watches could never be gone
+            undo.pop_all()
         self._watched[session.id] = Watched(request.cohort, pidfd, page, request.deadline_s, time.monotonic())
-        asyncio.get_running_loop().add_reader(pidfd, self._has_exited, session.id)
         self._wind(session.id)
         log.info("cohort %s: %s (pid %d) of %s has joined", request.cohort, request.process, session.peer.pid, request.engine)
         return page
 
     def expect_notice(self, session: SessionId) -> None:
-        """The kernel will give notice of a member's death in its page: wait for that. Idempotent."""
+        """The kernel will give notice of a member's death in its page: wait for that, if there can be a thread for it. Idempotent."""
         watched = self._watched.get(session)
         if watched is None or watched.page is None:
             return
         loop, page = asyncio.get_running_loop(), watched.page
-        watched.page = None  # the thread's own from now on
+        watched.page = None
+        try:
+            notice = watched.notice = death_notice.Notice(page)
 
-        def watch() -> None:
-            try:
-                died = death_notice.wait(page)
-            finally:
-                os.close(page)
-            if died:
-                with contextlib.suppress(RuntimeError):  # the server has stopped
-                    loop.call_soon_threadsafe(self._noticed, session)
+            def watch() -> None:
+                if notice.wait():
+                    with contextlib.suppress(RuntimeError):  # the server has stopped
+                        loop.call_soon_threadsafe(self._noticed, session)
 
-        threading.Thread(target=watch, name=f"gms-notice-{session}", daemon=True).start()
+            threading.Thread(target=watch, name=f"gms-notice-{session}", daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            log.warning("cohort %s: no notice of a death is awaited, its exit is: %s", watched.cohort, str(error))
+        finally:
+            os.close(page)
 
     def _noticed(self, session: SessionId) -> None:
         if (watched := self._watched.get(session)) is not None:
@@ -163,18 +185,23 @@ class Fencer:
                 refused.append(f"{self._process(kill.cohort, session)}: {error.strerror}")
         self._ending(kill.cohort, kill.engine, f"{kill.engine} is being ended ({kill.reason})")
         if refused:
-            self._fail(kill.cohort, f"processes of {kill.engine} cannot be ended: {'; '.join(refused)}")
-        self._after(kill.cohort, self._limits.exit_s, lambda: self._overdue(kill.cohort))
+            self._refused(kill.cohort, f"processes of {kill.engine} cannot be ended: {'; '.join(refused)}")
+        else:
+            self._after(kill.cohort, self._limits.exit_s, lambda: self._overdue(kill.cohort))
+
+    def _refused(self, cohort: str, message: str) -> None:
+        self._fail(cohort, message, final=True)
+        self._after(cohort, self._limits.exit_s, lambda: self._refused(cohort, message))  # whoever asks meanwhile is told as well
 
     def _overdue(self, cohort: str) -> None:
         left = [self._process(cohort, member.session) for member in self._cohorts.by_name[cohort].members.values() if not member.exited]
-        self._fail(cohort, f"killed processes have not exited after {self._limits.exit_s:g} s: {', '.join(left)}")
-        self._after(cohort, self._limits.exit_s, lambda: self._overdue(cohort))  # whoever asks meanwhile is told as well
+        self._fail(cohort, f"killed processes have not exited after {self._limits.exit_s:g} s: {', '.join(left)}", final=False)
+        self._after(cohort, self._limits.exit_s, lambda: self._overdue(cohort))
 
-    def _fail(self, cohort: str, message: str) -> None:
+    def _fail(self, cohort: str, message: str, *, final: bool) -> None:
         error = FenceFailed(message, hint="The memory is granted once they have exited. A process that waits for a driver may need a reboot.")
         log.error("cohort %s: %s", cohort, error)
-        self._failed(cohort, error)
+        self._failed(cohort, error, final)
 
     def _process(self, cohort: str, session: SessionId) -> str:
         member = self._cohorts.by_name[cohort].members[session]
@@ -182,12 +209,7 @@ class Fencer:
 
     def _has_exited(self, session: SessionId) -> None:
         watched = self._watched.pop(session)
-        asyncio.get_running_loop().remove_reader(watched.pidfd)
-        os.close(watched.pidfd)
-        if watched.page is not None:
-            os.close(watched.page)
-        if watched.clock is not None:
-            watched.clock.cancel()
+        watched.close()
         log.info("cohort %s: %s has exited", watched.cohort, self._process(watched.cohort, session))
         effects = self._cohorts.exited(watched.cohort, session)
         self._exited(session)
@@ -224,17 +246,10 @@ class Fencer:
 
     def close(self) -> None:
         """Watch nothing any more. Nobody is killed."""
-        loop = asyncio.get_running_loop()
         for clock in self._clocks.values():
             clock.cancel()
         for watched in self._watched.values():
-            if watched.clock is not None:
-                watched.clock.cancel()
-            loop.remove_reader(watched.pidfd)
-            with contextlib.suppress(OSError):
-                os.close(watched.pidfd)
-            if watched.page is not None:
-                os.close(watched.page)
+            watched.close()
         self._watched.clear()
 
 
@@ -242,6 +257,8 @@ def _open(session: Session) -> int:
     try:
         pidfd = session.open_pidfd()
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise PermissionRefused(f"the process behind this connection cannot be watched: {error.strerror}", hint=_SAME_PIDS) from error
     try:
         signal.pidfd_send_signal(pidfd, 0)
@@ -252,3 +269,4 @@ def _open(session: Session) -> int:
 
 
 _SAME_PIDS = "Server and engines have to share a PID namespace, and the server has to run as the engines' user or as root."
+_MORE_FILES = "Raise the server's limit of open files (ulimit -n)."

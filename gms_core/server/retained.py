@@ -233,14 +233,21 @@ class RetainedPool:
             self._awaiting = None
         return effects
 
-    def fence_failed(self, cohort: str, error: GmsError) -> list[RetainedEffect]:
-        """A cohort that holds or held the memory cannot be ended: nobody who waits for that can get it."""
+    def fence_failed(self, cohort: str, error: GmsError, *, final: bool) -> list[RetainedEffect]:
+        """A cohort that holds or held the memory has not been ended.
+
+        Args:
+            cohort: Which.
+            error: Why.
+            final: Whether it cannot be: whoever waits for that is refused. Else they wait on: were they refused, a process that is slow to exit
+                would use up one engine after the other.
+        """
         effects: list[RetainedEffect] = []
         if self._is_unproven(cohort) and self._awaiting is not None:
-            effects.append(Refuse(self._awaiting, error))
-            self._awaiting = None
-        if self._keeps_others_waiting(cohort):
-            effects += self._of_seat(self.seat.refuse_all(error))
+            effects.append(Refuse(self._awaiting, error) if final else Wait(self._awaiting, error.message))
+            self._awaiting = None if final else self._awaiting
+        if self._holds(cohort) or (self._is_unproven(cohort) and self.holder_state == "gone"):
+            effects += self._of_seat(self.seat.refuse_all(error) if final else self.seat.end(error.message, error))
         return effects
 
     def _holds(self, cohort: str) -> bool:
@@ -248,9 +255,6 @@ class RetainedPool:
 
     def _is_unproven(self, cohort: str) -> bool:
         return self.unproven is not None and self.unproven.cohort == cohort
-
-    def _keeps_others_waiting(self, cohort: str) -> bool:
-        return self._holds(cohort) or (self._is_unproven(cohort) and self.holder_state == "gone")
 
     def _of_seat(self, effects: list[SeatEffect]) -> list[RetainedEffect]:
         """Effects of the seat, with what else a grant says: it may have changed by the time at which the holder is told."""

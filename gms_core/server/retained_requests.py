@@ -140,10 +140,10 @@ class RetainedRequests:
         for pool in self.pools.values():
             self._apply(pool.cohort_gone(cohort))
 
-    def fence_failed(self, cohort: str, error: GmsError) -> None:
-        """A cohort cannot be ended."""
+    def fence_failed(self, cohort: str, error: GmsError, final: bool) -> None:
+        """A cohort has not been ended, and cannot be if that is final."""
         for pool in self.pools.values():
-            self._apply(pool.fence_failed(cohort, error))
+            self._apply(pool.fence_failed(cohort, error, final=final))
 
     async def _send_plan(self, session: Session, pool: RetainedPool) -> None:
         await session.send(Planned(pool.name, pool.plan, pool.allocations, pool.seat.number, pool.spares), ())

@@ -47,6 +47,7 @@ class Seat:
         number: Of the last grant.
         holder: Who has it; still set while it is not proven that the holder is gone.
         ending: Why the holder is about to be gone; empty while it lives.
+        failure: What kept it from being gone in time, if anything: what whoever waits in vain is refused with.
         queue: Who has asked, in the order in which they will get it.
     """
 
@@ -55,6 +56,7 @@ class Seat:
         self.number = 0
         self.holder: Claim | None = None
         self.ending = ""
+        self.failure: GmsError | None = None
         self.queue: list[Claim] = []
         self._told: dict[SessionId, str] = {}
 
@@ -85,16 +87,16 @@ class Seat:
             return []
         reason = self._told.get(session, "")
         self.drop(session)
-        return [Refuse(session, AcquireTimeout(f"{self.what} was not granted within {waited_s:g} s: {reason}"))]
+        return [Refuse(session, self.failure or AcquireTimeout(f"{self.what} was not granted within {waited_s:g} s: {reason}"))]
 
     def drop(self, session: SessionId) -> None:
         """Forget a claim whose session has ended. A holder stays: that its session has ended proves nothing."""
         self.queue = [claim for claim in self.queue if claim.session != session]
         self._told.pop(session, None)
 
-    def end(self, reason: str) -> list[SeatEffect]:
-        """The holder is about to be gone."""
-        self.ending = reason
+    def end(self, reason: str, failure: GmsError | None = None) -> list[SeatEffect]:
+        """The holder is about to be gone, or should be."""
+        self.ending, self.failure = reason, failure
         return self._settle()
 
     def cohort_ends(self, cohort: str, reason: str) -> list[SeatEffect]:
@@ -103,12 +105,12 @@ class Seat:
         for effect in refused:
             self.drop(effect.session)
         if self.holder is not None and self.holder.cohort == cohort:
-            self.ending = reason
+            self.ending, self.failure = reason, None
         return [*refused, *self._settle()]
 
     def vacate(self) -> list[SeatEffect]:
         """It is proven that nothing of the holder is left, or it has given the seat back."""
-        self.holder, self.ending = None, ""
+        self.holder, self.ending, self.failure = None, "", None
         return self._settle()
 
     def refuse_all(self, error: GmsError) -> list[SeatEffect]:

@@ -271,10 +271,10 @@ class Engines(RuleBasedStateMachine):
     def fence(self, name):
         self.carry_out(self.cohorts.fence(name, "an operator said so"))
 
-    @rule(name=st.sampled_from(NAMES))
-    def fence_fails(self, name):
+    @rule(name=st.sampled_from(NAMES), final=st.booleans())
+    def fence_fails(self, name, final):
         if (cohort := self.cohorts.by_name.get(name)) is not None and cohort.state == "fencing":
-            self.pool_effects(self.pool.fence_failed(name, FenceFailed("it cannot be killed")))
+            self.pool_effects(self.pool.fence_failed(name, FenceFailed("it cannot be killed"), final=final))
 
     @rule()
     def drop(self):
@@ -362,7 +362,7 @@ def test_others_are_refused_when_the_fence_fails_and_the_next_is_granted_when_it
     assert pool.ask_plan(Claim(2, "two", "two"), KINDS[0]) == [Adopt(2)]
     pool.hold(2, first=False)
     error = FenceFailed("stuck")
-    assert pool.fence_failed("one", error) == [Refuse(2, error)]
+    assert pool.fence_failed("one", error, final=True) == [Refuse(2, error)]
     assert isinstance(pool.hold(2, first=False)[0], Wait)
     assert GrantHold(2, 2, 0, whole=True) in pool.cohort_gone("one")
 
@@ -469,6 +469,21 @@ def test_pool_is_not_dropped_when_somebody_plans_uses_or_holds_it():
         pool.drop()
     pool.cohort_gone("one")
     assert pool.drop() == [Free((1,))]
+
+
+def test_others_wait_on_when_an_exit_is_late_and_are_refused_for_it_when_their_time_is_over():
+    pool = bridged()
+    pool.ask_plan(Claim(4, "four", "four"), KINDS[0])
+    late = FenceFailed("it is late")
+    assert pool.fence_failed("one", late, final=False) == []
+    pool.await_whole(2)
+    assert pool.fence_failed("one", late, final=False) == [Wait(2, "it is late")]
+    assert [type(effect) for effect in pool.cohort_ends("two", "two died")] == [Wait, Refuse]
+    assert pool.fence_failed("two", late, final=False) == [Wait(3, "it is late")]
+    assert pool.hold(4, first=False) == [Wait(4, "it is late")]
+    assert pool.withdraw(3, 1.0) == [Refuse(3, late)]
+    pool.cohort_gone("two")
+    assert pool.cohort_gone("one") == [GrantHold(4, 3, 1, whole=True)]
 
 
 def test_planner_is_asked_again_when_the_first_one_has_gone():
