@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket
 import struct
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def open_peer_pidfd(connection: socket.socket, pid: int) -> int:
 
     Args:
         connection: The socket.
-        pid: Its credentials' process; used where the kernel cannot tell the process itself (before Linux 6.5).
+        pid: Its credentials' process; used where the kernel has no call that tells the process itself (before Linux 6.5).
 
     Raises:
         OSError: The process is gone, or is not visible from here.
@@ -68,6 +69,16 @@ def open_peer_pidfd(connection: socket.socket, pid: int) -> int:
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError as error:
-        if error.errno not in (errno.ENOPROTOOPT, errno.EINVAL):
+        if error.errno != errno.ENOPROTOOPT:  # EINVAL and ESRCH say, before Linux 6.16, that the process is gone: its number may be another's
             raise
-    return os.pidfd_open(pid)
+    pidfd = os.pidfd_open(pid)
+    if _hung_up(connection):  # else it was there while its number was looked up: a process closes its end before its number is given to another
+        os.close(pidfd)
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return pidfd
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP | select.POLLHUP)
+    return bool(poll.poll(0))
