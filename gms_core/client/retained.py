@@ -77,5 +77,9 @@ class RetainedPool:
         self._session.ask(AwaitWhole(self.name, timeout_s), Done, timeout_s, on_wait)
 
     def release(self) -> None:
-        """Give up the hold and the use of the pool. The caller has unmapped it and its device has finished."""
+        """Give up the hold and the use of the pool.
+
+        The caller's device has finished, and its arena has disowned the memory (`RetainedArena.disown`). To unmap it is not enough: what
+        `RetainedArena.remap` maps again is another engine's by then.
+        """
         self._session.perform(Release(self.name))

@@ -31,6 +31,22 @@ class _Piece:
         return self.offset + self.size
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What `RetainedArena.unmap` took away.
+
+    Attributes:
+        alias_bytes: Of the scratch; 0 if there was none.
+        cuts: Of the scratch.
+        turn: Of the pool's front.
+    """
+
+    backing: Backing = "none"
+    alias_bytes: int = 0
+    cuts: tuple[int, ...] = ()
+    turn: int = 0
+
+
 class RetainedArena:
     """Addresses that an engine can build on before it may touch the pool's memory.
 
@@ -53,7 +69,7 @@ class RetainedArena:
         self.base: Address = driver.reserve(self.size)
         self._driver = driver
         self._backing: Backing = "none"
-        self._left: Backing = "none"
+        self._left = _Left()
         self._alias_bytes, self._turn = 0, 0
         self._cuts: tuple[int, ...] = ()
         self._mapped: list[_Piece] = []
@@ -173,7 +189,7 @@ class RetainedArena:
         self._check()
         if self._backing == "none":
             return
-        left = self._backing
+        left = _Left(self._backing, self._alias_bytes, self._cuts, self._turn)
         self._switch([], "none")
         self._left = left
         self._release_scratch()
@@ -189,16 +205,28 @@ class RetainedArena:
             return
         left = self._left
         try:
-            if left in ("scratch", "front") and self._alias_bytes:
-                self.map_scratch(self._alias_bytes, self._cuts)
-            if left == "front":
-                self.map_front(self._turn)
-            elif left == "pool":
-                self.map_pool(self._turn)
+            if left.alias_bytes:
+                self.map_scratch(left.alias_bytes, left.cuts)
+            if left.backing == "front":
+                self.map_front(left.turn)
+            elif left.backing == "pool":
+                self.map_pool(left.turn)
         except BaseException:
             self.unmap()
             self._left = left
             raise
+
+    def disown(self) -> None:
+        """Forget the pool's memory, which is unmapped if it is mapped: neither `remap` nor anything else can map it before it is adopted anew.
+
+        It goes before `RetainedPool.release`: whoever holds the pool next must be the only one to have it mapped. Scratch stays. Idempotent.
+        """
+        self._check()
+        if self._backing in ("front", "pool"):
+            self.unmap()
+        if self._left.backing in ("front", "pool"):
+            self._left = _Left()
+        self._release_pool()
 
     def close(self) -> None:
         """Unmap everything and give the addresses back. Tensors that lie here must not be used any more. Idempotent."""
@@ -206,9 +234,7 @@ class RetainedArena:
             return
         self.unmap()
         self._closed = True
-        for piece in (*self._pool, *self._spares.values()):
-            self._driver.release(piece.handle)
-        self._pool, self._spares = [], {}
+        self._release_pool()
         self._driver.free_reservation(self.base, self.size)
 
     def _of_turn(self, turn: int) -> list[_Piece]:
@@ -243,7 +269,13 @@ class RetainedArena:
             self._driver.set_access(Address(self.base + run[0].offset), run[-1].end - run[0].offset, Access.READ_WRITE)
             undo.commit()
 
+    def _release_pool(self) -> None:
+        pieces, self._pool, self._spares = (*self._pool, *self._spares.values()), [], {}
+        for piece in pieces:
+            self._driver.release(piece.handle)
+
     def _release_scratch(self) -> None:
+        self._alias_bytes, self._cuts = 0, ()
         while self._scratch:
             self._driver.release(self._scratch.pop())
 

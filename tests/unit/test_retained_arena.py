@@ -222,6 +222,53 @@ def test_same_memory_is_back_when_the_arena_is_remapped(driver, arena):
         assert content(driver, arena) == expected
 
 
+def test_no_scratch_comes_back_when_it_had_gone_before_the_front_was_mapped(driver, arena):
+    adopted(driver, arena, [3, 8], front=[0])
+    arena.map_scratch(2 * PAGE, cuts=[3 * PAGE])
+    arena.unmap()
+    arena.map_front(1)
+    before = len(memory_files())
+    arena.unmap()
+    arena.remap()
+    assert (arena.backing, len(memory_files())) == ("front", before)
+    with pytest.raises(DriverError, match="not all mapped"):
+        driver.read(Address(arena.base + 3 * PAGE), 1)
+
+
+@pytest.mark.parametrize("unmapped", [True, False])
+@pytest.mark.parametrize("front", [True, False])
+def test_nothing_maps_the_pool_when_it_was_disowned(driver, arena, unmapped, front):
+    before = len(memory_files())
+    pool = adopted(driver, arena, [3, 8], front=[0])
+    arena.map_scratch(2 * PAGE, cuts=[3 * PAGE])
+    arena.map_front(1) if front else arena.map_pool(1)
+    if unmapped:
+        arena.unmap()
+    arena.disown()
+    arena.disown()
+    for handle in pool.handles.values():
+        driver.release(handle)
+    assert len(memory_files()) == before
+    arena.remap()
+    assert arena.backing == "none"
+    with pytest.raises(InvalidArgument, match="adopt first"):
+        arena.map_pool()
+    adopted(driver, arena, [3, 8])
+    arena.map_pool()
+    assert content(driver, arena) == [1] * 3 + [2] * 8
+
+
+def test_scratch_stays_when_the_pool_is_disowned(driver, arena):
+    adopted(driver, arena, [11])
+    arena.map_scratch(2 * PAGE)
+    arena.disown()
+    assert arena.backing == "scratch"
+    arena.unmap()
+    arena.disown()
+    arena.remap()
+    assert arena.backing == "scratch"
+
+
 def test_remap_can_be_repeated_when_it_failed(driver, arena):
     adopted(driver, arena, [3, 8], front=[0])
     arena.map_scratch(8 * PAGE, cuts=[3 * PAGE])
