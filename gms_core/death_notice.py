@@ -86,7 +86,7 @@ def give_at_death(descriptor: int) -> None:
         raise ProtocolError(f"the page for the notice of death cannot be used: {error}") from error
     if page.word.value != _UNOWNED:
         raise ProtocolError("the page for the notice of death is another process's")
-    answered, failures = threading.Event(), list[Exception]()
+    answered, failures = threading.Event(), list[str]()
 
     def own() -> None:
         try:
@@ -97,7 +97,7 @@ def give_at_death(descriptor: int) -> None:
                 raise OSError(ctypes.get_errno(), "set_robust_list failed")
             page.word.value = threading.get_native_id() | _WAITERS  # a waiter is announced at once: nobody else may write to the word
         except Exception as error:  # noqa: BLE001 - raised by whoever waits for this thread
-            failures.append(error)
+            failures.append(str(error))
             return
         finally:
             answered.set()
@@ -109,7 +109,7 @@ def give_at_death(descriptor: int) -> None:
         raise ProtocolError(f"no thread can be started for the notice of death: {error}") from error
     answered.wait()
     if failures:
-        raise ProtocolError(f"no notice of death can be given: {failures[0]}") from failures[0]
+        raise ProtocolError(f"no notice of death can be given: {failures[0]}")
 
 
 class Notice:
