@@ -18,10 +18,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 SEED = 3
 FIRST = "kill writer"
+"""Each part of a primary is killed in `test_failover_gate.py`."""
 CASES = (
-    "kill group",
-    "kill api-server 0",
-    "kill engine-core",
     "kill rank 0",
     "stop api-server 0",
     "stop engine-core",
