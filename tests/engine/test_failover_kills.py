@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 SEED = 3
 FIRST = "kill writer"
-"""Each part of a primary is killed in `test_failover_gate.py`."""
 CASES = (
     "kill rank 0",
     "stop api-server 0",
@@ -28,6 +27,7 @@ CASES = (
     "kill starting",
     "kill promoting",
 )
+"""Each other part of a primary is killed in `test_failover_gate.py`."""
 LAST = ("kill server", "kill group")
 """The second one shows that the server that was started again knows all that it has to."""
 
