@@ -77,6 +77,12 @@ class GmsWorkerMixin(GmsShadowMixin):
         base: Any = super()
         base.update_weights(*args, **kwargs)
 
+    def reset_weights(self) -> None:
+        """Refused where weights are shared. VLLM has it from 0.32 on."""
+        self._refuse("reset_weights")
+        base: Any = super()
+        base.reset_weights()
+
     def _refuse(self, call: str) -> None:
         if self._shares():
             raise EngineUnsupported(f"{call} would write weights that other engines read", hint=_REFUSED_HINT)

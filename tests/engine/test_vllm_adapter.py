@@ -358,10 +358,11 @@ def test_figures_are_key_value_pairs_when_they_are_logged() -> None:
     assert line == "gms event=attached pool=weights generation=2 bytes=100 seconds=0.500000 wait_seconds=0.250000 checkpoint_bytes=0"
 
 
-@pytest.mark.parametrize("call", ["reload_weights", "update_weights"])
+@pytest.mark.parametrize("call", ["reload_weights", "update_weights", "reset_weights"])
 def test_new_weights_are_refused_when_weights_are_shared(call: str) -> None:
     class Worker(GmsWorkerMixin):
-        vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="gms"))
+        def __init__(self) -> None:
+            self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="gms"))
 
     with pytest.raises(EngineUnsupported, match=call):
         getattr(Worker(), call)()

@@ -223,6 +223,7 @@ _WORKER = (
         "vllm.v1.worker.gpu_worker",
         {"Worker.reload_weights": ("self, *args, **kwargs",), "Worker.update_weights": ("self, update_info",)},
     ),
+    Symbol("vllm.v1.worker.gpu_worker:Worker.reset_weights", "refusing new weights", ("self",), ">=0.32"),
     *_group(
         "memory accounting",
         "vllm.utils.mem_utils",
