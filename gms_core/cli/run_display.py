@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -33,19 +35,40 @@ class Display(Protocol):
 
 @contextlib.contextmanager
 def display(output: str) -> Iterator[Display]:
-    """The display for an output format."""
+    """The display for an output format. It raises `OSError` where standard output cannot be written, but not any more when the context ends."""
+    try:
+        if output == "json":
+            yield JsonLines()
+        elif output == "lines" or not sys.stdout.isatty():
+            yield Lines()
+        else:
+            yield from _table()
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _table() -> Iterator[Display]:
+    from rich.live import Live
+
     from gms_core.cli.console import standard_output
 
-    console = standard_output()
-    if output == "json":
-        yield JsonLines()
-    elif output == "lines" or not console.is_terminal:
-        yield Lines()
-    else:
-        from rich.live import Live
+    live = Live(console=standard_output(), auto_refresh=False, transient=False)
+    live.start()
+    try:
+        yield LiveTable(live)
+    finally:
+        with contextlib.suppress(OSError):  # the terminal is closed
+            live.stop()
 
-        with Live(console=console, auto_refresh=False, transient=False) as live:
-            yield LiveTable(live)
+
+def _drop_what_cannot_be_written() -> None:
+    """Python writes what is left when it ends, and makes an exit code of its own of a failure."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class JsonLines:
@@ -57,7 +80,7 @@ class JsonLines:
         if change.engine is not None:
             fields |= {"pid": change.engine.pid, "epoch": change.engine.epoch, "restarts": change.engine.restarts}
             fields |= {"starts_in_s": round(change.engine.starts_in_s, 3)}
-        _print(json.dumps(fields))
+        click.echo(json.dumps(fields))
 
     def tick(self, engines: Sequence[EngineRow]) -> None:
         """Nothing: changes are told one by one."""
@@ -68,7 +91,7 @@ class Lines:
 
     def change(self, change: Change) -> None:
         """Print it."""
-        _print(f"{time.strftime('%X')} {as_line(change)}")
+        click.echo(f"{time.strftime('%X')} {as_line(change)}")
 
     def tick(self, engines: Sequence[EngineRow]) -> None:
         """Nothing: changes are told one by one."""
@@ -115,8 +138,3 @@ def as_line(change: Change) -> str:
         facts += [f"starts in {engine.starts_in_s:.0f} s"] if engine.starts_in_s else []
     facts += [change.detail] if change.detail else []
     return f"{change.subject} {change.state}" + (f" ({'; '.join(facts)})" if facts else "")
-
-
-def _print(line: str) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: that is no reason to end engines
-        click.echo(line)

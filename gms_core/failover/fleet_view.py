@@ -1,4 +1,4 @@
-"""What people see of a fleet: the state of each engine, and a notice of each change."""
+"""What people see of a fleet: the state of each engine, and a notice of each change. That nobody can see it is no reason to end engines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Change:
 
 
 class FleetView:
-    """Remembers what was shown.
+    """Remembers what was shown. Once a terminal is closed, a disk full or a reader gone, it is silent.
 
     Args:
         on_change: Called with each change.
@@ -58,9 +58,18 @@ class FleetView:
     """
 
     def __init__(self, on_change: Callable[[Change], None], on_tick: Callable[[list[EngineRow]], None]) -> None:
-        self.tell = on_change
+        self._on_change = on_change
         self._on_tick = on_tick
+        self._silent = False
         self._shown: dict[str, tuple[float, EngineRow]] = {}
+
+    def tell(self, change: Change) -> None:
+        """Tell of a change."""
+        if not self._silent:
+            try:
+                self._on_change(change)
+            except OSError:
+                self._silent = True
 
     def show(self, states: Iterable[EngineRow]) -> None:
         """Show engines as they are now."""
@@ -74,7 +83,11 @@ class FleetView:
                 self.tell(Change(state.name, state.state, state.detail, state))
             self._shown[state.name] = since, state
             current.append(replace(state, state_age_s=state.state_age_s or now - since))
-        self._on_tick(current)
+        if not self._silent:
+            try:
+                self._on_tick(current)
+            except OSError:
+                self._silent = True
 
 
 def _facts(state: EngineRow) -> tuple[object, ...]:

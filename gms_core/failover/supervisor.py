@@ -226,29 +226,41 @@ class _Supervisor:
     def end(self) -> None:
         """End all engines: the shadows first, so that none of them takes over from a primary that is told to end."""
         self._ending = True
-        self._view.tell(Change("run", "ending", "Ctrl-C again kills at once"))
-        heard, killed = self._heard, False
         primary = {place.number for place in self._fleet.places if place.primary}
-        for wave in (set(self._groups) - primary, primary):
-            for number in wave & self._groups.keys():
-                self._groups[number].ask_to_end(self._wanted.stop_timeout_s)
-            self._view.show(self._states())
-            while wave & self._groups.keys():
-                if not killed and (heard > 1 or self._signals() > heard):
-                    killed = True
-                    for group in self._groups.values():
+        shadows = set(self._groups) - primary
+        self._ask_to_end(shadows)
+        self._view.tell(Change("run", "ending", "Ctrl-C again kills at once"))
+        heard = self._heard
+        stuck = self._until_ended(shadows, heard)
+        self._ask_to_end(primary)
+        stuck += self._until_ended(primary, heard)
+        if stuck:
+            raise EngineFailed(
+                f"processes {', '.join(map(str, stuck))} were killed {KILLED_S:g} s ago and are still there",
+                hint="They hang in the kernel: look at dmesg, and at the GPU's driver.",
+            )
+
+    def _ask_to_end(self, numbers: Iterable[int]) -> None:
+        for number in self._groups.keys() & set(numbers):
+            self._groups[number].ask_to_end(self._wanted.stop_timeout_s)
+
+    def _until_ended(self, wave: set[int], heard: int) -> list[int]:
+        """Wait for the end of engines that were asked; returns the processes that survive to be killed."""
+        self._view.show(self._states())
+        while groups := [self._groups[number] for number in self._groups.keys() & wave]:
+            if self._signals() > heard or heard > 1:
+                for group in self._groups.values():
+                    if group.killed_for_s < 0:
                         group.kill()
-                for number in wave & self._groups.keys():
-                    self._groups[number].settle()
-                self._bury()
-                self._view.show(self._states())
-                self._wait(SETTLE_S)
-                stuck = [pid for group in self._groups.values() if group.killed_for_s > KILLED_S for pid in group.living()]
-                if stuck:
-                    raise EngineFailed(
-                        f"processes {', '.join(map(str, stuck))} were killed {KILLED_S:g} s ago and are still there",
-                        hint="They hang in the kernel: look at dmesg, and at the GPU's driver.",
-                    )
+            for group in groups:
+                group.settle()
+            self._take_in(self._watcher.reports())
+            self._bury()
+            self._view.show(self._states())
+            self._wait(SETTLE_S)
+            if stuck := [pid for group in groups if group.killed_for_s > KILLED_S for pid in group.living()]:
+                return stuck
+        return []
 
 
 def _free_numbers(name: str, wanted: int, found: Iterable[Engine]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,58 @@ def test_table_shows_who_serves_when_standard_output_is_a_terminal(server: Runni
     os.close(master)
     assert b"restarts" in shown
     assert b"engine-0" in shown
+
+
+TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("output", ["table", "lines", "json"])
+def test_engines_and_server_end_in_order_when_the_terminal_is_closed(runtime_dir: Path, output: str) -> None:
+    master, slave = pty.openpty()
+    options = ("--runtime-dir", str(runtime_dir), "--device", "host", "-o", output)
+    command = [sys.executable, "-c", TERMINAL, *GMS, "run", *options, "--", *ENGINE]
+    environment = child_environment(GMS_PLUGINS="", TERM="xterm", COLUMNS="120", LINES="40")
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True) as run:
+        os.close(slave)
+        shown = b""
+        while b"standby" not in shown:
+            shown += os.read(master, 4096)
+        os.close(master)
+        assert run.wait(PATIENCE_S) == 0
+    assert processes_of(runtime_dir) == []
+    for number in (0, 1):
+        assert f"engine-{number} has ended" in (runtime_dir / "logs" / f"engine-{number}.log").read_text()
+
+
+def test_engines_live_on_when_the_disk_of_the_output_is_full(runtime_dir: Path) -> None:
+    command = [*GMS, "run", "--runtime-dir", str(runtime_dir), "--device", "host", "--shadows", "0", "-o", "lines", "--", *ENGINE]
+    log = runtime_dir / "logs" / "engine-0.log"
+    with Path("/dev/full").open("wb") as full, subprocess.Popen(command, stdout=full, env=child_environment(GMS_PLUGINS="")) as run:
+        while not log.exists() or "serves" not in log.read_text():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.wait(PATIENCE_S) == 0
+    assert "engine-0 has ended" in log.read_text()
+    assert processes_of(runtime_dir) == []
+
+
+def test_run_uses_no_time_when_it_waits_for_an_engine_that_ends_slowly(runtime_dir: Path) -> None:
+    options = ("--device", "host", "--shadows", "0", "--stop-timeout", "2")
+    with gms_run(runtime_dir, *options, "--", *ENGINE, "--ignores-sigterm") as run:
+        run.wait_for("engine-0", "primary")
+        run.interrupt()
+        run.wait_for("engine-0", "ending")
+        before = _cpu_s(run.process.pid)
+        time.sleep(1.5)
+        used = _cpu_s(run.process.pid) - before
+        assert run.wait() == 0
+    assert used < 0.45, "it looks 20 times a second"
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
