@@ -63,10 +63,10 @@ class Group:
                 self._process = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
                 )
+            self.pid = self._process.pid
+            self.pidfd = _descriptor_of(self._process)
         except OSError as error:
             raise EngineFailed(f"{command[0]} cannot be started: {error}", hint=f"The log is {log}.") from error
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
 
     @property
     def first_has_exited(self) -> bool:
@@ -162,6 +162,16 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line for line in reversed(lines) if line), "")
+
+
+def _descriptor_of(process: subprocess.Popen[bytes]) -> int:
+    """A descriptor of a process that was just started; without one it is ended again."""
+    try:
+        return os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _stat(pid: int) -> _Stat | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gms_core.errors import ServerUnavailable
+from gms_core.errors import EngineFailed, ServerUnavailable
 from gms_core.failover.groups import Group, how, last_line
 
 FIRST_DELAY_S = 1.0
@@ -41,7 +41,7 @@ class OwnServer:
 
         Raises:
             ServerUnavailable: It has ended without ever being up: another try would end in the same way.
-            EngineFailed: Its command cannot be started.
+            EngineFailed: Its command cannot be started, and it has never been up.
         """
         if answers != self.up:
             self.up = answers
@@ -51,8 +51,17 @@ class OwnServer:
         if self._group is not None and self._group.first_has_exited and self._group.settle():
             self._ended(self._group)
         elif self._group is None and self._command is not None and not answers and time.monotonic() >= self._due:
-            self._tell("starting", f"log: {self._log}")
-            self._group = Group(self._command, self._environment, self._log, f"start of the server: {' '.join(self._command)}")
+            self._start(self._command)
+
+    def _start(self, command: Sequence[str]) -> None:
+        self._tell("starting", f"log: {self._log}")
+        try:
+            self._group = Group(command, self._environment, self._log, f"start of the server: {' '.join(command)}")
+        except EngineFailed as error:
+            if not self._was_up:
+                raise
+            self._tell("ended", error.message)  # engines may serve without it: it is tried again
+            self._wait()
 
     def _ended(self, group: Group) -> None:
         self._group = None
@@ -64,6 +73,9 @@ class OwnServer:
                 details={"log": str(self._log)},
             )
         self._tell("ended", f"it {ending}; log: {self._log}")
+        self._wait()
+
+    def _wait(self) -> None:
         self._due = time.monotonic() + self._delay_s
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
 

@@ -69,7 +69,7 @@ def supervise(wanted: Wanted, on_change: Callable[[Change], None], on_tick: Call
         on_tick: Called with the state of all engines, several times a second.
 
     Raises:
-        EngineFailed: An engine cannot be started, or engines end again and again and none serves, or one cannot be ended.
+        EngineFailed: Engines end again and again, or cannot be started, and none serves; or one cannot be ended.
         ServerUnavailable: The server cannot be started.
     """
     view = FleetView(on_change, on_tick)
@@ -176,8 +176,13 @@ class _Supervisor:
             return step.until
         name, command = self._name(step.number), list(self._wanted.command(step.number))
         heading = f"start {self._fleet.place(step.number).lives + 1} of {name}: {' '.join(command)}"
-        self._groups[step.number] = Group(command, self._wanted.environment(step.number), self._wanted.log_dir / f"{name}.log", heading)
+        log = self._wanted.log_dir / f"{name}.log"
         self._fleet = started(self._fleet, step.number)
+        try:
+            self._groups[step.number] = Group(command, self._wanted.environment(step.number), log, heading)
+        except EngineFailed as error:  # a full disk is no reason to end those that serve
+            self._exits[step.number] = _Exit(f"was not started: {error.message}", log, "")
+            self._fleet = ended(self._fleet, step.number, time.monotonic(), self._wanted.policy)
         return time.monotonic()
 
     def _name(self, number: int) -> str:

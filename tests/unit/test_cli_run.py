@@ -160,6 +160,48 @@ def test_engines_are_killed_at_once_when_ctrl_c_comes_again(runtime_dir: Path) -
     assert run.told("server")[-1] == "ended"
 
 
+def test_primary_serves_on_when_neither_a_shadow_nor_the_server_can_be_started(runtime_dir: Path) -> None:
+    port, logs = free_port(), runtime_dir / "logs"
+    with gms_run(runtime_dir, "--device", "host", "--", *ENGINE, "--port", str(port)) as run:
+        run.wait_for("engine-0", "primary")
+        shadow = run.wait_for("engine-1", "standby")
+        logs.rename(runtime_dir / "away")
+        os.killpg(shadow["pid"], signal.SIGKILL)
+        run.wait_for("engine-1", "waiting", lambda event: "was not started" in event["detail"])
+        logs.mkdir()
+        run.wait_for("engine-1", "standby")
+        assert answer(port)[0] == "engine-0"
+        logs.rename(runtime_dir / "away too")
+        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        os.kill(serve, signal.SIGKILL)
+        run.wait_for("server", "ended", lambda event: "cannot be started" in event["detail"])
+        assert answer(port)[0] == "engine-0"
+        logs.mkdir()
+        run.wait_for("server", "up")
+        run.interrupt()
+        assert run.wait() == 0
+
+
+def test_run_gives_up_when_no_engine_can_be_started(server: RunningServer, tmp_path: Path) -> None:
+    wanted = Wanted(
+        command=lambda number: [str(tmp_path / "absent")],
+        environment=lambda number: child_environment(),
+        name="engine",
+        engines=2,
+        lock="gms:primary",
+        runtime_dir=server.directory,
+        devices=(),
+        serve=None,
+        log_dir=tmp_path,
+        policy=Policy(first_delay_s=0.01, most_failures=3),
+        stop_timeout_s=10.0,
+    )
+    with pytest.raises(
+        EngineFailed, match=r"3 starts in a row have failed and no engine serves; engine-0 was not started: .*absent cannot be started"
+    ):
+        supervise(wanted, lambda change: None, lambda rows: None)
+
+
 @pytest.mark.parametrize("role", ["init", "promoting"])
 def test_run_gives_up_when_engines_die_again_and_again(server: RunningServer, tmp_path: Path, role: str) -> None:
     told: list[Change] = []
@@ -323,19 +365,18 @@ os.execv(sys.argv[1], sys.argv[1:])
 @pytest.mark.parametrize("output", ["table", "lines", "json"])
 def test_engines_and_server_end_in_order_when_the_terminal_is_closed(runtime_dir: Path, output: str) -> None:
     master, slave = pty.openpty()
-    options = ("--runtime-dir", str(runtime_dir), "--device", "host", "-o", output)
+    options = ("--runtime-dir", str(runtime_dir), "--device", "host", "--shadows", "0", "-o", output)
     command = [sys.executable, "-c", TERMINAL, *GMS, "run", *options, "--", *ENGINE]
     environment = child_environment(GMS_PLUGINS="", TERM="xterm", COLUMNS="120", LINES="40")
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True) as run:
         os.close(slave)
         shown = b""
-        while b"standby" not in shown:
+        while b"primary" not in shown:
             shown += os.read(master, 4096)
         os.close(master)
         assert run.wait(PATIENCE_S) == 0
     assert processes_of(runtime_dir) == []
-    for number in (0, 1):
-        assert f"engine-{number} has ended" in (runtime_dir / "logs" / f"engine-{number}.log").read_text()
+    assert "engine-0 has ended" in (runtime_dir / "logs" / "engine-0.log").read_text()
 
 
 def test_engines_live_on_when_the_disk_of_the_output_is_full(runtime_dir: Path) -> None:
