@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 NUMBER = "{n}"
 """What stands for the engine's number in the command."""
+UNKNOWN_COMMAND = (
+    "gms: the command is of no engine that an adapter knows, and is run as it is\n"
+    "hint: If it starts no engine that uses GMS, it never joins a server. In a script, vLLM needs --load-format gms."
+)
 
 
 @click.command(
@@ -49,6 +53,14 @@ NUMBER = "{n}"
 @click.option(
     "--stop-timeout", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="SECONDS", help="For each engine to end by itself."
 )
+@click.option(
+    "--start-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For an engine to be ready after its start; then it is ended and started again.",
+)
 @runtime_dir_option
 @output_option("table", "lines", "json")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
@@ -64,6 +76,7 @@ def run(
     no_serve: bool,
     log_dir: Path | None,
     stop_timeout: float,
+    start_timeout: float,
     runtime_dir: Path,
     output: str,
     command: tuple[str, ...],
@@ -96,7 +109,7 @@ def run(
         devices=devices,
         serve=serve,
         log_dir=_log_dir(log_dir or directory / "logs"),
-        policy=Policy(autonomous=failover.autonomous),
+        policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout),
         stop_timeout_s=stop_timeout,
     )
     with display(output) as shown:
@@ -144,7 +157,7 @@ def _environment(options: Mapping[str, object], directory: Path, name: str, numb
 
 
 def _command(command: Sequence[str]) -> list[str]:
-    """The command with what its engine needs.
+    """The command with what its engine needs. A warning is printed if no adapter knows it.
 
     Raises:
         InvalidArgument: There is no such program.
@@ -161,7 +174,10 @@ def _command(command: Sequence[str]) -> list[str]:
     for error in plugins.broken:
         click.echo(as_text(error), err=True)
     prepared = (adapter.command(command) for adapter in adapters if adapter.command is not None)
-    return next((found for found in prepared if found is not None), list(command))
+    known = next((found for found in prepared if found is not None), None)
+    if known is None:
+        click.echo(UNKNOWN_COMMAND, err=True)
+    return list(command) if known is None else known
 
 
 def _numbered(word: str, number: int) -> str:

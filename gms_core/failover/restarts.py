@@ -8,10 +8,13 @@ not at all any more once that has happened too often with nobody left to serve.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from gms_core.protocol.messages import Role
+
+WRONG_COMMAND_LINE = 2
+"""The exit code of programs that do not understand their command line, argparse's and click's among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Policy:
         longest_delay_s: Seconds that this can become, doubled with each life in a row that failed.
         most_failures: Lives that may fail in a row, over all engines, with no primary in between.
         settle_s: Seconds after which a standby without a primary counts as ready: its lock is with somebody who cannot be seen from here.
+        start_timeout_s: Seconds from its start until an engine stands by; one that has not is ended, as nothing else is started meanwhile.
     """
 
     autonomous: bool = True
@@ -31,6 +35,7 @@ class Policy:
     longest_delay_s: float = 30.0
     most_failures: int = 5
     settle_s: float = 5.0
+    start_timeout_s: float = 1800.0
 
     def delay_s(self, failures: int) -> float:
         """Seconds before the next start of an engine whose last lives, so many of them, have failed."""
@@ -84,6 +89,11 @@ class Place:
         """Whether it could take over."""
         return self.running and self.seen is not None and self.seen.role == "standby" and not self.seen.fencing
 
+    @property
+    def starting(self) -> bool:
+        """Whether it is not ready yet."""
+        return self.running and not self.served and (self.seen is None or self.seen.role == "init")
+
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
@@ -92,11 +102,15 @@ class Fleet:
     Attributes:
         places: By number, ascending.
         primary_elsewhere: Whether an engine that is not of this fleet has the same lock, and serves.
-        barren: Lives in a row that failed since there was last a primary, or a standby where none takes over by itself.
+        proven: Whether an engine of it has ever served or stood by: its command is right then.
+        refused: Whether the last life ended as that of a program whose command line is wrong.
+        barren: Lives in a row that failed since there was last a primary, or a standby where none takes over by itself or the primary is elsewhere.
     """
 
     places: tuple[Place, ...]
     primary_elsewhere: bool = False
+    proven: bool = False
+    refused: bool = False
     barren: int = 0
 
     @property
@@ -133,9 +147,11 @@ class GiveUp:
 
     Attributes:
         failures: Lives in a row that failed.
+        refused: Whether the command line is wrong; more tries would not help.
     """
 
     failures: int
+    refused: bool = False
 
 
 Step = Start | Rest | GiveUp
@@ -152,23 +168,37 @@ def started(fleet: Fleet, number: int) -> Fleet:
     return _with(fleet, replace(place, running=True, seen=None, served=False, lives=place.lives + 1))
 
 
-def observed(fleet: Fleet, seen: Mapping[int, Seen], policy: Policy, *, primary_elsewhere: bool) -> Fleet:
-    """The fleet once the servers have been asked. Of an engine that is not in ``seen``, what was known of it stays."""
+def observed(fleet: Fleet, seen: Mapping[int, Seen], policy: Policy, *, primary_elsewhere: bool, lost: Collection[int] = ()) -> Fleet:
+    """The fleet once the servers have been asked.
+
+    Args:
+        fleet: What was known.
+        seen: What they say of each engine. Of one that is not there, what was known of it stays.
+        policy: What may differ between fleets.
+        primary_elsewhere: Whether an engine that is not of this fleet has the same lock, and serves.
+        lost: Engines whose servers answer and have not known them for a while. Nothing can become of those, unless they serve: a primary needs
+            no server.
+    """
     places = []
     for place in fleet.places:
         found = seen.get(place.number) if place.running else None
-        places.append(place if found is None else replace(place, seen=found, served=place.served or (found.role == "primary" and not found.fencing)))
-    after = replace(fleet, places=tuple(places), primary_elsewhere=primary_elsewhere)
-    fruitful = after.has_primary or (not policy.autonomous and any(place.standby for place in places))
+        if found is not None:
+            places.append(replace(place, seen=found, served=place.served or (found.role == "primary" and not found.fencing)))
+        else:
+            places.append(replace(place, seen=None) if place.number in lost and not place.served else place)
+    standby, own_primary = any(place.standby for place in places), any(place.primary for place in places)
+    after = replace(fleet, places=tuple(places), primary_elsewhere=primary_elsewhere, proven=fleet.proven or standby or own_primary)
+    fruitful = own_primary or (standby and (primary_elsewhere or not policy.autonomous))
     return replace(after, barren=0) if fruitful else after
 
 
-def ended(fleet: Fleet, number: int, now: float, policy: Policy) -> Fleet:
-    """The fleet once every process of this engine is gone."""
+def ended(fleet: Fleet, number: int, now: float, policy: Policy, code: int | None = None) -> Fleet:
+    """The fleet once every process of this engine is gone; ``code`` is the first one's exit code, None if there was none."""
     place = fleet.place(number)
     good = place.served or (place.seen is not None and place.seen.role == "standby")
     failures = 0 if good else place.failures + 1
     after = _with(fleet, replace(place, running=False, failures=failures, due=now + policy.delay_s(failures)))
+    after = replace(after, refused=code == WRONG_COMMAND_LINE and place.seen is None and not fleet.proven)
     return after if good else replace(after, barren=fleet.barren + 1)
 
 
@@ -183,9 +213,9 @@ def next_step(fleet: Fleet, now: float, policy: Policy, *, server_up: bool) -> S
     """
     running = [place for place in fleet.places if place.running]
     ready = [place for place in running if _is_ready(place, fleet, policy)]
-    hopeless = fleet.barren >= policy.most_failures and not ready and not fleet.has_primary
+    hopeless = not ready and not _serves(fleet) and (fleet.refused or fleet.barren >= policy.most_failures)
     if hopeless and not running:
-        return GiveUp(fleet.barren)
+        return GiveUp(fleet.barren, fleet.refused)
     if hopeless or len(ready) < len(running) or not server_up:
         return Rest(math.inf)
     candidates = [place for place in fleet.places if not place.running]
@@ -197,6 +227,11 @@ def next_step(fleet: Fleet, now: float, policy: Policy, *, server_up: bool) -> S
         return Rest(math.inf)
     earliest, number = due[0]
     return Start(number) if earliest <= now else Rest(earliest)
+
+
+def _serves(fleet: Fleet) -> bool:
+    """Whether there is something to keep alive. A primary elsewhere says nothing of a command that has never worked."""
+    return any(place.primary for place in fleet.places) or (fleet.primary_elsewhere and fleet.proven)
 
 
 def _is_ready(place: Place, fleet: Fleet, policy: Policy) -> bool:

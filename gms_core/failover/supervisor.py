@@ -23,6 +23,8 @@ from gms_core.protocol.messages import StatusReport
 
 CLIENT = "gms run"
 ASK_S = 0.25
+LOST_S = 5.0
+"""Seconds after which an engine that its servers do not know any more is none of theirs."""
 SETTLE_S = 0.05
 """Seconds between two looks at an engine that is ending: of its processes only the first one can be waited for."""
 KILLED_S = 60.0
@@ -101,6 +103,9 @@ class _Supervisor:
         self._found: dict[int, Engine] = {}
         self._cohorts: dict[int, str] = {}
         self._exits: dict[int, _Exit] = {}
+        self._joined: dict[int, frozenset[str]] = {}
+        self._unknown_since: dict[int, float] = {}
+        self._faults: dict[int, str] = {}
         self._reasons: dict[str, str] = {}
         self._heard = 0
         self._ending = False
@@ -111,6 +116,7 @@ class _Supervisor:
             devices = {report.device for report in reports}
             self._server.observe(answers=bool(devices) and devices >= set(self._wanted.devices))
             self._take_in(reports)
+            self._end_hanging()
             self._bury()
             until = self._act()
             self._view.show(self._states())
@@ -126,15 +132,15 @@ class _Supervisor:
     def _wait(self, seconds: float) -> None:
         """Wait until something happens, at most so long."""
         poll = select.poll()
-        exited = False
+        ending = self._ending
         for group in self._groups.values():
-            if group.first_has_exited:
-                exited = True
-            else:
+            exited = group.first_has_exited
+            ending = ending or exited or group.asked
+            if not exited:
                 poll.register(group.pidfd, select.POLLIN)
         poll.register(self._told, select.POLLIN)
         poll.register(self._watcher.news, select.POLLIN)
-        poll.poll(1000 * max(0.0, min(seconds, SETTLE_S if exited or self._ending else ASK_S)))
+        poll.poll(1000 * max(0.0, min(seconds, SETTLE_S if ending else ASK_S)))
 
     def _take_in(self, reports: Sequence[StatusReport]) -> None:
         found = engines(reports)
@@ -143,10 +149,22 @@ class _Supervisor:
             self._fleet = new_fleet(_free_numbers(self._wanted.name, self._wanted.engines, found))
         self._found = dict(self._own(found))
         self._cohorts |= {number: engine.cohort for number, engine in self._found.items()}
+        self._joined |= {number: frozenset(engine.devices) for number, engine in self._found.items()}
         seen = {number: Seen(engine.role, engine.role_age_s, engine.state == "fencing") for number, engine in self._found.items()}
         own = {engine.cohort for engine in self._found.values()}
-        elsewhere = any(_has_lock(engine, self._wanted.lock, reports) for engine in found if engine.cohort not in own)
-        self._fleet = observed(self._fleet, seen, self._wanted.policy, primary_elsewhere=elsewhere)
+        # Each server has locks of its own: one of the same name on another device elects engines of another fleet.
+        devices = frozenset().union(*self._joined.values()) or self._wanted.devices
+        near = [report for report in reports if report.device in devices]
+        elsewhere = any(_has_lock(engine, self._wanted.lock, near) for engine in found if engine.cohort not in own)
+        lost = self._lost({report.device for report in reports})
+        self._fleet = observed(self._fleet, seen, self._wanted.policy, primary_elsewhere=elsewhere, lost=lost)
+
+    def _lost(self, answering: set[str]) -> list[int]:
+        """Engines that no server knows any more although all those that they had joined have answered for a while."""
+        now = time.monotonic()
+        unknown = [number for number in self._cohorts if number not in self._found and self._joined[number] <= answering]
+        self._unknown_since = {number: self._unknown_since.get(number, now) for number in unknown}
+        return [number for number, since in self._unknown_since.items() if now - since >= LOST_S]
 
     def _own(self, found: Iterable[Engine]) -> Iterator[tuple[int, Engine]]:
         """The engines that were started here: known by the session of their processes, or, if those have left it, by name and age."""
@@ -158,20 +176,36 @@ class _Supervisor:
             if mine:
                 yield number, min(mine, key=lambda engine: engine.age_s)
 
+    def _end_hanging(self) -> None:
+        """End engines of which nothing will become: while one starts, no other is started."""
+        patience_s = self._wanted.policy.start_timeout_s
+        for place in self._fleet.places:
+            group = self._groups.get(place.number)
+            if group is None or group.asked or group.first_has_exited or not place.starting:
+                continue
+            if place.number in self._cohorts and place.seen is None:
+                self._faults[place.number] = "its server does not know it any more"
+            elif time.monotonic() - group.started_at >= patience_s:
+                self._faults[place.number] = f"it was not ready within {patience_s:g} s"
+            else:
+                continue
+            group.ask_to_end(self._wanted.stop_timeout_s)
+
     def _bury(self) -> None:
-        """End what is left of engines whose first process has ended, and forget those of which nothing is left."""
+        """End what is left of engines whose first process has ended or was asked to, and forget those of which nothing is left."""
         for number, group in list(self._groups.items()):
-            if group.first_has_exited and group.settle():
+            if (group.first_has_exited or group.asked) and group.settle():
                 del self._groups[number]
-                self._exits[number] = _Exit(how(group.reap()), group.log, self._cohorts.pop(number, ""))
+                code, fault = group.reap(), self._faults.pop(number, "")
+                self._exits[number] = _Exit(f"{how(code)}{f': {fault}' if fault else ''}", group.log, self._cohorts.pop(number, ""))
                 self._found.pop(number, None)
-                self._fleet = ended(self._fleet, number, time.monotonic(), self._wanted.policy)
+                self._fleet = ended(self._fleet, number, time.monotonic(), self._wanted.policy, code)
 
     def _act(self) -> float:
         """Start what is to be started; returns when there may be more to do, on the monotonic clock."""
         step = next_step(self._fleet, time.monotonic(), self._wanted.policy, server_up=self._server.up)
         if isinstance(step, GiveUp):
-            raise self._failure(step.failures)
+            raise self._failure(step)
         if not isinstance(step, Start):
             return step.until
         name, command = self._name(step.number), list(self._wanted.command(step.number))
@@ -188,11 +222,14 @@ class _Supervisor:
     def _name(self, number: int) -> str:
         return f"{self._wanted.name}-{number}"
 
-    def _failure(self, failures: int) -> EngineFailed:
+    def _failure(self, step: GiveUp) -> EngineFailed:
         last = max((place for place in self._fleet.places if place.number in self._exits), key=lambda place: place.due)
         log, line = self._exits[last.number].log, last_line(self._exits[last.number].log)
+        what = f"{self._name(last.number)} {self._exits[last.number].how}"
         return EngineFailed(
-            f"{failures} starts in a row have failed and no engine serves; {self._name(last.number)} {self._exits[last.number].how}",
+            f"{what}, as programs do whose command line is wrong"
+            if step.refused
+            else f"{step.failures} starts in a row have failed and no engine serves; {what}",
             hint=f"Look at {log}" + (f"; it ends with: {line}" if line else "."),
             details={"log": str(log), "last_line": line},
         )
@@ -211,7 +248,7 @@ class _Supervisor:
             group, engine = self._groups.get(place.number), self._found.get(place.number)
             state, age, detail = "waiting", 0.0, "" if group is not None else self._ending_of(place.number)
             if group is not None and (group.asked or group.first_has_exited):
-                state, detail = "ending", "" if group.asked else "its first process has ended"
+                state, detail = "ending", self._faults.get(place.number, "" if group.asked else "its first process has ended")
             elif engine is not None:
                 state, age = engine.standing, engine.role_age_s
                 detail = engine.reason or engine.detail or (f"told to {engine.order}" if engine.order else "")
@@ -257,8 +294,6 @@ class _Supervisor:
                 for group in self._groups.values():
                     if group.killed_for_s < 0:
                         group.kill()
-            for group in groups:
-                group.settle()
             self._take_in(self._watcher.reports())
             self._bury()
             self._view.show(self._states())

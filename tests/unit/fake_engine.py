@@ -1,6 +1,6 @@
 """A small engine that fails over for real: two processes that join a cohort, an election, a retained pool, and a port that answers in the end.
 
-    python fake_engine.py --port PORT [--dies-as ROLE] [--ignores-sigterm]
+    python fake_engine.py --port PORT [--dies-as ROLE] [--hangs-as ROLE] [--hangs-without-server] [--ignores-sigterm]
 
 Each connection to a primary gets one line: the engine's name, its process, and the epoch of its memory.
 """
@@ -31,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--dies-as", default="")
+    parser.add_argument("--hangs-as", default="")
+    parser.add_argument("--hangs-without-server", action="store_true")
     parser.add_argument("--ignores-sigterm", action="store_true")
     parser.add_argument("--rank-of", default="")
     options, _ = parser.parse_known_args()  # of an engine that it stands for, it takes every option
@@ -88,7 +90,12 @@ class Engine:
         self.become("standby")
         self.go.wait()
         lock = self.join("lock")
-        term = lock.elect(self.block.get("lock", "gms:primary").removeprefix("gms:"), LONG_S)
+        try:
+            term = lock.elect(self.block.get("lock", "gms:primary").removeprefix("gms:"), LONG_S)
+        except GmsError:
+            if self.options.hangs_without_server:
+                time.sleep(LONG_S)
+            raise
         self.become("promoting")
         epoch = pool.hold(LONG_S).epoch
         with socket.create_server(("127.0.0.1", self.options.port), reuse_port=True) as listening:
@@ -108,6 +115,8 @@ class Engine:
         if self.options.dies_as == role:
             say(f"{self.name} dies as {role}")
             os._exit(3)
+        if self.options.hangs_as == role:
+            time.sleep(LONG_S)
 
     def report(self) -> None:
         while True:
@@ -115,7 +124,7 @@ class Engine:
                 order = self.control.report(self.role)  # type: ignore[arg-type]
             except GmsError as error:
                 say(f"{self.name}, {self.role}, has lost its server: {error}")
-                if self.role != "primary":
+                if self.role != "primary" and not self.options.hangs_without_server:
                     os._exit(4)
                 return
             if order == "promote":

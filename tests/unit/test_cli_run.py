@@ -243,6 +243,67 @@ def test_run_says_why_when_its_server_cannot_start(server: RunningServer, tmp_pa
         supervise(wanted, lambda change: None, lambda rows: None)
 
 
+def test_engine_is_started_again_when_it_hangs_while_it_starts(runtime_dir: Path) -> None:
+    options = ("--device", "host", "--shadows", "0", "--start-timeout", "3")
+    with gms_run(runtime_dir, *options, "--", *ENGINE, "--hangs-as", "init") as run:
+        run.wait_for("engine-0", "ending", lambda event: event["detail"] == "it was not ready within 3 s")
+        run.wait_for("engine-0", "waiting", lambda event: "not ready" in event["detail"])
+        assert run.wait_for("engine-0", "starting")["restarts"] == 1
+        run.interrupt()
+        assert run.wait() == 0
+
+
+def test_shadow_is_started_again_when_it_hangs_after_the_loss_of_its_server(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--", *ENGINE, "--hangs-without-server") as run:
+        run.wait_for("engine-0", "primary")
+        run.wait_for("engine-1", "standby")
+        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        os.kill(serve, signal.SIGKILL)
+        run.wait_for("server", "ended")
+        run.wait_for("server", "up")
+        run.wait_for("engine-1", "ending", lambda event: event["detail"] == "its server does not know it any more")
+        assert run.wait_for("engine-1", "starting")["restarts"] == 1
+        run.interrupt()
+        assert run.wait() == 0
+
+
+def test_run_says_so_at_once_when_the_command_line_is_wrong(server: RunningServer) -> None:
+    result = CliRunner().invoke(gms, ["run", "--runtime-dir", str(server.directory), "--", *ENGINE, "--port", "eight"])
+    assert result.exit_code == ExitCode.FAILOVER
+    assert "gms: engine-0 exited with code 2, as programs do whose command line is wrong" in result.stderr
+    assert "invalid int value: 'eight'" in result.stderr
+
+
+def test_command_is_given_up_when_it_never_works_beside_a_primary_of_another_device(server: RunningServer, tmp_path: Path) -> None:
+    with gms_run(server.directory, "--shadows", "0", "--", *ENGINE) as other:
+        other.wait_for("engine-0", "primary")
+        wanted = Wanted(
+            command=lambda number: ["false"],
+            environment=lambda number: child_environment(),
+            name="broken",
+            engines=1,
+            lock="gms:primary",
+            runtime_dir=server.directory,
+            devices=(),
+            serve=None,
+            log_dir=tmp_path,
+            policy=Policy(first_delay_s=0.01, most_failures=3),
+            stop_timeout_s=10.0,
+        )
+        with pytest.raises(EngineFailed, match="3 starts in a row have failed"):
+            supervise(wanted, lambda change: None, lambda rows: None)
+        other.interrupt()
+        assert other.wait() == 0
+
+
+def test_run_warns_when_no_adapter_knows_the_command(runtime_dir: Path) -> None:
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "0", "--", *ENGINE) as run:
+        run.wait_for("engine-0", "primary")
+        run.interrupt()
+        assert run.wait() == 0
+        assert run.stderr().startswith("gms: the command is of no engine that an adapter knows")
+
+
 def test_number_stands_in_the_command_when_each_engine_has_its_own_port(runtime_dir: Path) -> None:
     options = ("--device", "host", "--gate", "503", "--status-address", "127.0.0.1:900{n}")
     with gms_run(runtime_dir, *options, "--", *ENGINE, "--port", "0", "--dies-as", "none-{n}") as run:

@@ -128,8 +128,46 @@ def test_run_does_not_give_up_when_somebody_serves() -> None:
         fleet = _saw(ended(started(fleet, 0), 0, 0.0, POLICY), n1="primary")
     assert _step(fleet, 29.0) == Rest(30.0)
     assert _step(fleet, 30.0) == Start(0)
-    elsewhere = _saw(_failing(new_fleet((0,)), 9), elsewhere=True)
+    before = _saw(started(new_fleet((0,)), 0), elsewhere=True, n0="standby")
+    elsewhere = _saw(_failing(ended(before, 0, 0.0, POLICY), 9), elsewhere=True)
     assert isinstance(_step(elsewhere, 99.0), Start)
+
+
+def test_run_gives_up_beside_a_primary_of_another_run_when_its_own_engines_were_never_ready() -> None:
+    fleet = new_fleet((0,))
+    for _ in range(5):
+        fleet = _saw(_failing(fleet, 1), elsewhere=True)
+    assert _step(fleet, 99.0) == GiveUp(5)
+
+
+def test_run_gives_up_at_once_when_the_command_line_is_wrong() -> None:
+    fleet = ended(started(new_fleet((0, 1)), 0), 0, 0.0, POLICY, 2)
+    assert _step(fleet, 99.0) == GiveUp(1, refused=True)
+    assert _step(_saw(fleet, elsewhere=True), 99.0) == GiveUp(1, refused=True)
+
+
+def test_run_goes_on_when_an_engine_exits_with_2_for_another_reason() -> None:
+    joined = ended(_saw(started(new_fleet((0,)), 0), n0="init"), 0, 0.0, POLICY, 2)
+    assert _step(joined, 99.0) == Start(0)
+    worked = ended(_saw(started(new_fleet((0,)), 0), n0="primary"), 0, 0.0, POLICY, 1)
+    assert _step(ended(started(worked, 0), 0, 0.0, POLICY, 2), 99.0) == Start(0)
+
+
+def test_engine_is_starting_when_it_has_never_been_ready() -> None:
+    fleet = started(new_fleet((0,)), 0)
+    assert fleet.place(0).starting
+    assert _saw(fleet, n0="init").place(0).starting
+    for role in ("standby", "promoting", "primary", "fenced"):
+        assert not _saw(fleet, n0=role).place(0).starting
+    assert not new_fleet((0,)).place(0).starting
+
+
+def test_standby_is_none_when_its_server_does_not_know_it_any_more() -> None:
+    fleet = _saw(started(_saw(started(new_fleet((0, 1)), 0), n0="primary"), 1), n0="primary", n1="standby")
+    after = observed(fleet, {}, POLICY, primary_elsewhere=False, lost=(0, 1))
+    assert not after.place(1).standby
+    assert after.place(1).starting
+    assert after.place(0).primary, "a primary serves without its server"
 
 
 def test_run_does_not_give_up_when_a_standby_waits_for_its_order() -> None:
@@ -194,7 +232,7 @@ def test_rules_hold_when_anything_happens(size: int, autonomous: bool, events: l
         elif isinstance(step, GiveUp):
             assert fleet.barren >= policy.most_failures
             assert not any(place.running for place in fleet.places)
-            assert not fleet.has_primary
+            assert not (fleet.primary_elsewhere and fleet.proven)
         else:
             assert step.until > now
 
