@@ -85,9 +85,9 @@ def test_shadow_serves_on_the_same_port_when_the_primary_s_group_is_killed(runti
         name, pid, _ = answer(port)
         assert (name, os.getpgid(int(pid))) == ("engine-0", group)
         assert group != os.getpgid(told.process.pid)
-        told.wait_for("engines: engine-0 primary 1,engine-1 standby 0")
+        told.wait_for("engines: engine-0 primary, engine-1 standby")
         os.killpg(group, signal.SIGKILL)
-        told.wait_for("engines: engine-1 primary 2")
+        told.wait_for("engines: engine-1 primary$")
         assert answer(port)[0] == "engine-1"
         assert told.interrupt() == 0
     assert _nothing_left(runtime_dir)
