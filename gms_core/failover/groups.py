@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from typing import NamedTuple
 from gms_core.errors import EngineFailed
 
 TAIL_BYTES = 4096
+_SECRETS = re.compile(r"(?<![\w-])(--(?:api[-_]k|hf[-_]t)[\w-]*)(?:(=)\S*|(\s+)[^-\s]\S*(?:\s+[^-\s]\S*)*)")
+"""vLLM's options for keys and tokens, abbreviated or not, and their values: several keys may follow one option."""
 
 
 class _Stat(NamedTuple):
@@ -44,8 +47,8 @@ class Group:
         Args:
             command: Program and arguments.
             environment: All of it.
-            log: Its output is appended there.
-            heading: Line that is written to the log first.
+            log: Its output is appended there. If it has to be made, it is the user's alone.
+            heading: Line that is written to the log first, less the values of options that are secret.
 
         Raises:
             EngineFailed: The log cannot be written, or the command cannot be started.
@@ -57,8 +60,8 @@ class Group:
         self._told_rest = False
         self._killed_at = math.inf
         try:
-            with log.open("ab") as output:
-                output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {heading}\n".encode())
+            with open(log, "ab", opener=_for_the_owner) as output:
+                output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_without_secrets(heading)}\n".encode())
                 output.flush()
                 self._process = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
@@ -162,6 +165,14 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line for line in reversed(lines) if line), "")
+
+
+def _without_secrets(heading: str) -> str:
+    return _SECRETS.sub(r"\1\2\3***", heading)
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _descriptor_of(process: subprocess.Popen[bytes]) -> int:

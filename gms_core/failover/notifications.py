@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import logging
 import os
+import re
 import signal
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.request
 
 import msgspec
@@ -98,7 +100,7 @@ class Webhook:
             timeout_s: Seconds that one attempt may take.
             pauses_s: Seconds between the attempts; there is one more than these.
         """
-        self._url = url
+        self._url, self._shown = url, _without_secrets(url)
         self._timeout_s = timeout_s
         self._pauses_s = pauses_s
         self.deliveries = Deliveries("gms-webhook", self._post)
@@ -116,11 +118,25 @@ class Webhook:
                 with urllib.request.urlopen(request, timeout=self._timeout_s):  # noqa: S310 - as above
                     return
             except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", None) or error
-                log.warning("%s was not told that %s is %s: %s", self._url, change.engine, change.role, reason)
+                log.warning("%s was not told that %s is %s: %s", self._shown, change.engine, change.role, _reason(error))
             if pause_s is not None:
                 time.sleep(pause_s)
-        log.error("%s was not told that %s is %s; it is not tried again", self._url, change.engine, change.role)
+        log.error("%s was not told that %s is %s; it is not tried again", self._shown, change.engine, change.role)
+
+
+def _without_secrets(url: str) -> str:
+    """Scheme and host of a URL: its path or its query is often all that one needs to post there."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{re.split(r'[/?#]', rest, maxsplit=1)[0].rpartition('@')[2]}"
+
+
+def _reason(error: OSError | http.client.HTTPException) -> object:
+    """What went wrong, without the URL, which errors of its form and of redirections quote."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"it answered {error.code}"
+    if isinstance(error, http.client.InvalidURL):
+        return "its URL is invalid"
+    return getattr(error, "reason", None) or error
 
 
 def facts(change: RoleChange) -> dict[str, str]:

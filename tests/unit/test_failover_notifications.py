@@ -203,6 +203,15 @@ def test_failure_is_logged_when_nobody_listens(caplog: pytest.LogCaptureFixture)
     assert "Connection refused" in caplog.text
 
 
+@pytest.mark.parametrize("path", ["/services/s3cret?key=s3cret", "/s3cret with a space", "?s3cret"])
+def test_log_has_no_secrets_when_a_post_fails(caplog: pytest.LogCaptureFixture, path: str) -> None:
+    webhook = Webhook(f"http://user:s3cret@127.0.0.1:9{path}", timeout_s=PATIENCE_S, pauses_s=())
+    webhook.gms_role_changed(a_change())
+    webhook.deliveries.close(PATIENCE_S)
+    assert "http://127.0.0.1:9 was not told that engine-1 is primary" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 PLUGIN = """
 import pathlib
 from gms_core.plugins.hookspecs import hookimpl

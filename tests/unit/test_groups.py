@@ -144,3 +144,25 @@ def test_end_is_told_in_words_when_it_is_shown(tmp_path: Path) -> None:
     assert last_line(log) == ""
     log.write_text("x" * 5000 + "\nthe reason\n\n")
     assert last_line(log) == "the reason"
+
+
+@pytest.mark.parametrize(
+    ("heading", "shown"),
+    [
+        ("vllm serve M --api-key s3cret --port 1", "vllm serve M --api-key *** --port 1"),
+        ("vllm serve M --api-key s3cret s3cret2", "vllm serve M --api-key ***"),
+        ("vllm serve --api_key=s3cret M --hf-token=s3cret", "vllm serve --api_key=*** M --hf-token=***"),
+        ("sh -c 'vllm serve M --hf_token s3cret'", "sh -c 'vllm serve M --hf_token ***"),
+        ("vllm serve M --api-key --hf-token --port 1", "vllm serve M --api-key --hf-token --port 1"),
+    ],
+)
+def test_log_has_no_secrets_and_is_its_owners_when_a_command_has_some(tmp_path: Path, heading: str, shown: str) -> None:
+    umask = os.umask(0)
+    try:
+        group = Group(["true"], {}, tmp_path / "log", heading)
+    finally:
+        os.umask(umask)
+    _wait_for_exit(group)
+    assert _settle(group) == 0
+    assert group.log.read_text().endswith(f" {shown}\n")
+    assert group.log.stat().st_mode & 0o777 == 0o600
