@@ -128,17 +128,17 @@ def _failover(options: Mapping[str, object], number: int) -> FailoverConfig:
     from gms_core.engine_config import FailoverConfig, GmsConfig, validated
     from gms_core.failover.config import failover_config
 
-    inherited = failover_config(GmsConfig())
-    block = inherited.model_dump(exclude_unset=True) if inherited is not None else {}
+    inherited = failover_config(GmsConfig()) or FailoverConfig()
     given = {key: _numbered(value, number) if isinstance(value, str) else value for key, value in options.items() if value is not None}
-    return validated(FailoverConfig, {**block, **given}, where="the options of gms run")
+    own = validated(FailoverConfig, given, where="the options of gms run")
+    return inherited.model_copy(update=own.model_dump(exclude_unset=True))
 
 
 def _check_addresses(failover: FailoverConfig, status_address: str | None, command: Sequence[str], *, several: bool) -> None:
     """Raise `InvalidArgument` if engines would get in one another's way."""
     if several and failover.gate == "503" and not any(NUMBER in word for word in command):
         raise InvalidArgument(
-            "with --gate 503 every engine listens, so each needs a port of its own",
+            "with the gate 503 every engine listens, so each needs a port of its own",
             hint=f"Write {NUMBER} where it differs, such as: --port 800{NUMBER}",
         )
     if several and failover.status_address is not None and NUMBER not in (status_address or ""):

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
+from gms_core.cli.run import _failover
 from gms_core.client import connect
 from gms_core.config import child_environment
 from gms_core.errors import EngineFailed, ServerUnavailable
@@ -380,6 +381,24 @@ def test_variable_is_named_when_its_block_is_wrong(runtime_dir: Path, monkeypatc
     code, said = _refused(runtime_dir, "--", "true")
     assert code == ExitCode.USAGE
     assert said.startswith("gms: GMS_FAILOVER: gate:")
+
+
+def test_variable_keeps_its_values_when_options_stand_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMS_FAILOVER", '{"gate": "503", "lock": "gms:other", "deadline_s": 3}')
+    block = _failover({"lock": "gms:this", "on_promoted": None, "status_address": "127.0.0.1:900{n}"}, 1)
+    assert json.loads(block.model_dump_json(exclude_unset=True)) == {
+        "gate": "503",
+        "lock": "gms:this",
+        "deadline_s": 3.0,
+        "status_address": "127.0.0.1:9001",
+    }
+
+
+def test_nobody_is_blamed_for_an_option_that_only_the_variable_has(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMS_FAILOVER", '{"gate": "503"}')
+    code, said = _refused(runtime_dir, "--", "true")
+    assert code == ExitCode.USAGE
+    assert said.startswith("gms: with the gate 503 every engine listens")
 
 
 def test_changes_are_lines_of_text_when_standard_output_is_no_terminal(server: RunningServer) -> None:
