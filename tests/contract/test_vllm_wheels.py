@@ -1,4 +1,4 @@
-"""The adapter for vLLM against the real wheels: every symbol that it touches is there, with parameters that it can work with."""
+"""The adapter for vLLM against real wheels and the engine that is installed: every symbol that it touches is there, with parameters that it can use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_core.plugins.engines import WheelSource, open_wheel
+from gms_core.plugins.engines import WheelSource, find_installed, open_wheel
 from gms_core.plugins.findings import Status
 from gms_patches.check import check_symbol
 from gms_patches.for_vllm import PATCHES, SYMBOLS
@@ -36,6 +36,14 @@ def test_adapter_fits_when_it_meets_a_real_wheel(wheel: WheelSource) -> None:
     verdicts = adapter.check(wheel)
     assert [verdict for verdict in verdicts if verdict.status is not Status.OK] == []
     assert len(verdicts) == 1 + len(PATCHES) + len(SYMBOLS)
+
+
+@pytest.mark.engine
+def test_adapter_fits_when_it_meets_the_engine_that_is_installed() -> None:
+    (adapter,) = gms_engines()
+    source = find_installed(adapter)
+    assert source is not None
+    assert [verdict for verdict in adapter.check(source) if verdict.status is not Status.OK] == []
 
 
 @pytest.mark.wheels

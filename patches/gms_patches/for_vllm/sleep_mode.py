@@ -33,7 +33,7 @@ SLEEP_MODE: tuple[Symbol, ...] = (
     Symbol("vllm.device_allocator.sleep_mode_backend:SleepModeBackend.discard", _MECHANISM, ("self, tags",), ">=0.32"),
     *_group(_CHOICE, "vllm.config.model", {"ModelConfig.sleep_mode_backend": (), "ModelConfig.enable_cumem_allocator": ()}),
     *_group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.enable_sleep_mode": ()}),
-    *_group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.sleep_mode_backend": ()}, ">=0.32"),
+    *_group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.sleep_mode_backend": ()}, ">=0.33"),
     *_group(
         _CALLS,
         "vllm.v1.worker.gpu_worker",
