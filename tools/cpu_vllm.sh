@@ -3,7 +3,7 @@
 #
 #     tools/cpu_vllm.sh DIRECTORY [PYTHON]
 #
-# GMS_CPU_VLLM chooses another version of the engine; 0.28 to 0.32 exist for CPU.
+# GMS_CPU_VLLM chooses another version of the engine; 0.30 to 0.32 exist for CPU and work with GMS.
 set -euo pipefail
 
 directory=$1
