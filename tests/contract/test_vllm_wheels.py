@@ -1,4 +1,4 @@
-"""The adapter for vLLM against real wheels and the engine that is installed: every symbol that it touches is there, with parameters that it can use."""
+"""The adapter for vLLM against real wheels and the engine that is installed: every symbol that it touches is there, with the parameters it needs."""
 
 from __future__ import annotations
 

@@ -146,6 +146,24 @@ class Site:
             engine.end()
             return answer
 
+    def run_together(self, *starts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Start engines at the same time, which takes half as long, take the first answer of each and let them end.
+
+        Args:
+            starts: Arguments of `engine`.
+        """
+        with contextlib.ExitStack() as stack:
+            engines = [stack.enter_context(self.engine(**start)) for start in starts]
+            answers = [engine.answer() for engine in engines]
+            for engine in engines:
+                engine.end()
+        return answers
+
+
+def stock(model: Path, **options: Any) -> dict[str, Any]:
+    """How to start a stock engine."""
+    return {"model": model, "load_format": "auto", **options}
+
 
 @pytest.fixture(scope="module")
 def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -168,43 +186,41 @@ def hide_weights(model: Path) -> None:
 def test_tokens_are_equal_when_an_engine_attaches_without_the_checkpoint(shape: str, site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", shape)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    stock = site.run(model, "auto")
-    with site.engine(model) as writer:
-        published = writer.answer()
-        assert published.get("tokens") == stock["tokens"], published
+    with site.engine(**stock(model)) as unshared, site.engine(model) as writer:
+        expected, published = unshared.answer()["tokens"], writer.answer()
+        unshared.end()
+        assert published.get("tokens") == expected, published
         assert published["figures"]["event"] == "published"
         assert published["figures"]["checkpoint_bytes"] == size
         hide_weights(model)
         with site.engine(model) as reader:
             attached = reader.answer()
-            assert attached.get("tokens") == stock["tokens"], attached
+            assert attached.get("tokens") == expected, attached
             assert attached["figures"]["event"] == "attached"
             assert attached["figures"]["generation"] == published["figures"]["generation"] == 1
             assert attached["figures"]["bytes"] == published["figures"]["bytes"] >= 0.9 * size
             assert attached["figures"]["checkpoint_bytes"] == 0
             both = [writer.again(), reader.again()]
-            assert [answer["tokens"] for answer in both] == [stock["tokens"]] * 2
+            assert [answer["tokens"] for answer in both] == [expected] * 2
             assert sum(answer["pss"] for answer in both) <= published["figures"]["bytes"] + 2**20
 
 
 def test_tokens_are_equal_when_the_weights_are_bfloat16(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "qwen3-moe")
     arguments = {"dtype": "bfloat16"}
-    stock = site.run(model, "auto", arguments=arguments)
-    published = site.run(model, arguments=arguments)
-    attached = site.run(model, mode="ro", arguments=arguments)
-    assert published.get("tokens") == attached.get("tokens") == stock["tokens"], (published, attached)
+    starts: list[dict[str, Any]] = [stock(model), {"model": model}, {"model": model, "mode": "ro"}]
+    unshared, published, attached = site.run_together(*({**start, "arguments": arguments} for start in starts))
+    assert published.get("tokens") == attached.get("tokens") == unshared["tokens"], (published, attached)
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_tokens_are_equal_when_a_tied_model_has_a_head_in_its_checkpoint(same: bool, site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "qwen3-tied")
     add_head(model, same=same)
-    stock = site.run(model, "auto")
-    published = site.run(model)
+    unshared, published = site.run_together(stock(model), {"model": model})
     hide_weights(model)
     attached = site.run(model, mode="ro")
-    assert published.get("tokens") == attached.get("tokens") == stock["tokens"], (published, attached)
+    assert published.get("tokens") == attached.get("tokens") == unshared["tokens"], (published, attached)
 
 
 def add_head(model: Path, *, same: bool) -> None:
@@ -218,8 +234,7 @@ def add_head(model: Path, *, same: bool) -> None:
 def test_dummy_weights_are_shared_when_no_checkpoint_is_there_at_all(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     hide_weights(model)
-    published = site.run(model, inner="dummy")
-    attached = site.run(model, inner="dummy", mode="ro")
+    published, attached = site.run_together({"model": model, "inner": "dummy"}, {"model": model, "inner": "dummy", "mode": "ro"})
     assert published.get("tokens") == attached.get("tokens") is not None, (published, attached)
 
 
@@ -259,8 +274,8 @@ def wait_until(server: Any, condition: Callable[[PoolStatus], bool]) -> None:
 
 def test_process_dies_when_it_writes_to_a_shared_weight(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
-    for mode in ("rw", "ro"):
-        with site.engine(model, mode=mode) as engine:
+    with site.engine(model, mode="rw") as writer, site.engine(model, mode="ro") as reader:
+        for engine in (writer, reader):
             engine.answer()
             engine.tell("write")
             assert engine.process.wait(60) == -signal.SIGSEGV
@@ -269,18 +284,17 @@ def test_process_dies_when_it_writes_to_a_shared_weight(site: Site, tmp_path: Pa
 def test_reader_is_refused_when_another_model_is_published(site: Site, tmp_path: Path) -> None:
     published = site.run(write_model(tmp_path / "one", "llama", seed=1))
     assert published["figures"]["event"] == "published"
-    other = site.run(write_model(tmp_path / "two", "llama", seed=2), mode="ro")
+    models = write_model(tmp_path / "two", "llama", seed=2), write_model(tmp_path / "three", "qwen3-untied")
+    other, shape = site.run_together(*({"model": model, "mode": "ro"} for model in models))
     assert other["error"] == "identity_mismatch"
     assert "model" in other["message"]
-    shape = site.run(write_model(tmp_path / "three", "qwen3-untied"), mode="ro")
     assert shape["error"] == "identity_mismatch"
     assert "architecture" in shape["message"]
 
 
 def test_reader_is_refused_when_it_has_another_maximal_length(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
-    site.run(model)
-    refused = site.run(model, mode="ro", arguments={"max_model_len": 64})
+    _, refused = site.run_together({"model": model}, {"model": model, "mode": "ro", "arguments": {"max_model_len": 64}})
     assert refused["error"] == "identity_mismatch"
     assert "max_model_len" in refused["message"]
 
@@ -310,8 +324,7 @@ def test_reader_is_refused_when_the_checkpoint_was_replaced_and_nobody_has_read_
 def test_reader_is_refused_when_dummy_weights_are_published_and_its_checkpoint_is_gone(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     hide_weights(model)
-    site.run(model, inner="dummy")
-    refused = site.run(model, mode="ro")
+    _, refused = site.run_together({"model": model, "inner": "dummy"}, {"model": model, "mode": "ro"})
     assert refused["error"] == "identity_mismatch"
     assert "load" in refused["message"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from models import write_model
-from test_vllm_load import Engine, Site, site, two_ranks, vllm_cache  # noqa: F401 - fixtures
+from test_vllm_load import Engine, Site, site, stock, two_ranks, vllm_cache  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -37,9 +37,9 @@ def end_at_once(engine: Engine) -> None:
 
 def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed(site: Site, tmp_path: Path) -> None:  # noqa: F811
     model = write_model(tmp_path / "model", "llama")
-    expected = site.run(model, "auto")["tokens"]
-    with shadow(site, model) as first:
-        planned = first.answer()
+    with site.engine(**stock(model)) as unshared, shadow(site, model) as first:
+        expected, planned = unshared.answer()["tokens"], first.answer()
+        unshared.end()
         weights = planned["figures"]["bytes"]
         for step in ("step", "step execute_model", "step sample_tokens"):
             assert first.ask(step)["error"] == "not_promoted"
@@ -65,8 +65,9 @@ def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed
 
 def test_successor_is_right_when_layers_have_caches_of_different_kinds(site: Site, tmp_path: Path) -> None:  # noqa: F811
     model = write_model(tmp_path / "model", "gemma3")
-    expected = site.run(model, "auto")["tokens"]
-    with shadow(site, model) as first, shadow(site, model) as second:
+    with site.engine(**stock(model)) as unshared, shadow(site, model) as first, shadow(site, model) as second:
+        expected = unshared.answer()["tokens"]
+        unshared.end()
         assert second.answer()["blocks"] == first.answer()["blocks"]
         assert first.ask("promote 60")["error"] is None
         assert first.again()["tokens"] == expected
@@ -77,9 +78,9 @@ def test_successor_is_right_when_layers_have_caches_of_different_kinds(site: Sit
 
 def test_all_ranks_take_over_when_there_are_several(site: Site, tmp_path: Path) -> None:  # noqa: F811
     model, options = write_model(tmp_path / "model", "llama"), two_ranks()
-    expected = site.run(model, "auto")["tokens"]
-    with shadow(site, model, **options) as first:
-        planned = first.answer()
+    with site.engine(**stock(model)) as unshared, shadow(site, model, **options) as first:
+        expected, planned = unshared.answer()["tokens"], first.answer()
+        unshared.end()
         promoted(first, epoch=1, ranks=2)
         assert first.again()["tokens"] == expected
         with shadow(site, model, **options) as second:
