@@ -328,6 +328,10 @@ class RetainedPool:
         for asking in self.asking:
             session = asking.claim.session
             if self.planner is not None:
+                # Two engines whose ranks have the same devices in another order would wait for each other.
+                if differences := asking.identity.differences(self.planner.identity):
+                    effects.append(Refuse(session, self._mismatch(differences)))
+                    continue
                 waiting.append(asking)
                 effects.append(Wait(session, f"{self.planner.claim.label} is planning it"))
                 continue

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from gms_core.errors import CohortFenced, FenceFailed, GmsError, LeaseConflict
+from gms_core.errors import CohortFenced, FenceFailed, GmsError, IdentityMismatch, LeaseConflict
 from gms_core.layout import Allocation, Identity
 from gms_core.server.cohorts import Cohorts, Gone, Kill, Member, Mute
 from gms_core.server.effects import Free, Refuse, Wait
@@ -401,6 +401,15 @@ def test_other_plans_when_the_cohort_of_the_planner_ends():
     assert pool.cohort_ends("one", "it died") == [MakePlan(3)]
     with pytest.raises(LeaseConflict):
         pool.provide(1, b"", [Allocation(1, 0, 1)])
+
+
+def test_engine_of_another_kind_is_refused_at_once_when_the_pool_is_being_planned():
+    pool = RetainedPool("kv")
+    pool.ask_plan(Claim(1, "one", "one"), KINDS[0])
+    (refusal,) = pool.ask_plan(Claim(2, "two", "two"), KINDS[1])
+    assert isinstance(refusal, Refuse)
+    assert isinstance(refusal.error, IdentityMismatch)
+    assert pool.provide(1, b"", [Allocation(1, 0, 1)]) == [Adopt(1)]
 
 
 def bridged():
