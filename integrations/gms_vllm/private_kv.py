@@ -58,7 +58,7 @@ class PrivateKv:
         self._arenas.append(arena)
         return arena.base
 
-    def suspend(self, level: int) -> None:  # noqa: ARG002 - what is cached is forgotten at every level
+    def suspend(self) -> None:
         """Give the memory back to the device. Idempotent."""
         for arena in self._arenas:
             arena.unmap()

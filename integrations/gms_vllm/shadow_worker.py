@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
-from gms_core.errors import EngineUnsupported, NotPromoted
+from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, NotPromoted
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.vmm import open_driver
@@ -39,9 +39,9 @@ class GmsShadowMixin(GmsSleepMixin):
 
     planning: kv_planning.KvPlanning | None = None
     kv: RetainedKv | None = None
-    _measured = 0
     _parked = False
     _rehearses = False
+    _refused = False
     _taken_over: TakenOver | None = None
     _mark: Any = None
 
@@ -93,8 +93,8 @@ class GmsShadowMixin(GmsSleepMixin):
                     base.determine_available_memory()
                 return planned
             available = int(base.determine_available_memory())
-        # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
-        self._measured = cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available))
+            # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
+            self.planning.measured(cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available)))
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -110,9 +110,11 @@ class GmsShadowMixin(GmsSleepMixin):
             give_back_cached()
             base.initialize_from_config(kv_cache_config)
             assert self.kv is not None
-            here = KvPlan.of(kv_cache_config, self.planning.memory_bytes or self._measured)
+            assert self.planning.budgets is not None
+            here = KvPlan.of(kv_cache_config, self.planning.budgets)
             self.planning.check_or_provide(here, self.kv.slabs(), self._options().memory_timeout_s)
             self.kv.adopt(self.planning.pool)
+        self._parked = True
         log.info(
             "KV cache: %d blocks in %s of addresses, on %s of scratch memory",
             here.num_blocks,
@@ -129,11 +131,13 @@ class GmsShadowMixin(GmsSleepMixin):
         return self.kv.place
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, which computes on scratch memory. From here on nothing does, until the engine is promoted."""
+        """Warm up, which computes on scratch memory."""
         base: Any = super()
-        result = base.compile_or_warm_up_model()
-        self._parked = self.kv is not None and self._taken_over is None
-        return result
+        self._rehearses = True
+        try:
+            return base.compile_or_warm_up_model()
+        finally:
+            self._rehearses = False
 
     def gms_rehearse(self, wanted: bool) -> None:
         """Let steps compute on scratch memory although nobody may see what comes of them, or end that.
@@ -142,24 +146,6 @@ class GmsShadowMixin(GmsSleepMixin):
             wanted: Whether to. It says nothing to a rank that is promoted.
         """
         self._rehearses = wanted
-
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step; refused before the promotion, unless all that it has to do is to forget requests that have ended."""
-        output = args[0] if args else kwargs.get("scheduler_output")
-        if getattr(output, "total_num_scheduled_tokens", None) != 0:
-            self._check_promoted()
-        return super().execute_model(*args, **kwargs)
-
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Choose the tokens of a step; refused before the promotion."""
-        self._check_promoted()
-        base: Any = super()
-        return base.sample_tokens(*args, **kwargs)
-
-    def execute_dummy_batch(self) -> None:
-        """Run a step without requests; refused before the promotion."""
-        self._check_promoted()
-        super().execute_dummy_batch()
 
     def gms_place(self) -> dict[str, Any]:
         """Where this rank computes. Called again, it takes its place in the cohort anew, if the server has been restarted.
@@ -173,8 +159,6 @@ class GmsShadowMixin(GmsSleepMixin):
     def gms_promote(self, timeout_s: float) -> dict[str, Any]:
         """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
 
-        An engine that sleeps wakes up.
-
         Args:
             timeout_s: Seconds to wait at most.
 
@@ -183,6 +167,8 @@ class GmsShadowMixin(GmsSleepMixin):
 
         Raises:
             EngineUnsupported: This engine does not fail over.
+            EngineAsleep: It sleeps, and with it vLLM's scheduler.
+            EngineFailed: It was asked to compute before, and its scheduler takes what was refused for computed.
             AcquireTimeout: The holder before has not ended in time.
             FenceFailed: It cannot be ended.
         """
@@ -191,7 +177,12 @@ class GmsShadowMixin(GmsSleepMixin):
         rank, pool, mark = self.vllm_config.parallel_config.rank, self.planning.pool, self.planning.plan.mark.encode()
         if self._taken_over is None:
             if self._backend is not None and self._backend.asleep:
-                self.wake_up()
+                raise EngineAsleep("this engine is asleep, and cannot be promoted", hint="Wake it up first.")
+            if self._refused:
+                raise EngineFailed(
+                    "this engine was asked to compute before its promotion, and its scheduler takes what was refused for computed",
+                    hint="Start it again, and promote it before it is asked.",
+                )
             self._rehearses = False
             if current_platform.is_cuda():
                 torch.cuda.synchronize()  # whatever was computed on scratch memory has to be over before that goes
@@ -228,8 +219,10 @@ class GmsShadowMixin(GmsSleepMixin):
         cohort.take_place(name, [socket], serves=False, connect_timeout_s=options.connect_timeout_s)
         return socket
 
-    def _check_promoted(self) -> None:
+    def _check_ready(self, *, scheduled: bool) -> None:
+        super()._check_ready(scheduled=scheduled)
         if self._parked and not self._rehearses:
+            self._refused = self._refused or scheduled
             raise NotPromoted(
                 "this engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense",
                 hint='It computes once it is promoted: by its API server, or by collective_rpc("gms_promote", args=(timeout_s,)).',

@@ -24,12 +24,8 @@ _LEVELS = (1, 2)
 class KvMemory(Protocol):
     """KV memory that can be taken away from beneath its addresses."""
 
-    def suspend(self, level: int) -> None:
-        """Unmap it. Idempotent; if it raises, nothing has changed.
-
-        Args:
-            level: Of vLLM's sleep: at 1 the weights come back as they were, at 2 the user would load new ones.
-        """
+    def suspend(self) -> None:
+        """Unmap it. Idempotent."""
 
     def resume(self) -> None:
         """Map memory at the same addresses. Idempotent."""
@@ -45,16 +41,8 @@ class RetainedKvMemory:
     def __init__(self, arena: RetainedArena) -> None:
         self._arena = arena
 
-    def suspend(self, level: int) -> None:
-        """Unmap it.
-
-        Raises:
-            EngineUnsupported: At level 2: the memory is not this engine's to discard.
-        """
-        if level != 1:
-            raise EngineUnsupported(
-                "an engine that fails over keeps its KV memory for its successor, and cannot discard it", hint="Sleep at level 1."
-            )
+    def suspend(self) -> None:
+        """Unmap it."""
         self._arena.unmap()
 
     def resume(self) -> None:
@@ -84,19 +72,19 @@ class GmsSleepBackend(SleepModeBackend):  # type: ignore[misc]
     def suspend(self, level: int = 1) -> None:
         """Unmap weights and KV memory.
 
-        Level 2 differs from level 1 only for KV memory: the weights are not this process's to discard.
+        Level 2 does what level 1 does: the weights are not this process's to discard, and vLLM forgets what it has cached at either.
 
         Raises:
             InvalidArgument: There is no such level.
-            EngineUnsupported: The weights are not published yet, or the engine's KV memory cannot be treated so.
+            EngineUnsupported: The weights are not published yet.
         """
         if level not in _LEVELS:
             raise InvalidArgument(f"{level} is no level of sleep", hint="Levels are 1 and 2.")
-        self._suspend((KV_CACHE, WEIGHTS), level)
+        self._suspend((KV_CACHE, WEIGHTS))
 
     def discard(self, tags: Collection[str]) -> None:
         """Unmap what is named, and forget what was cached."""
-        self._suspend([tag for tag in (KV_CACHE, WEIGHTS) if tag in tags], 1)
+        self._suspend([tag for tag in (KV_CACHE, WEIGHTS) if tag in tags])
 
     def resume(self, tags: Collection[str] | None = None) -> None:
         """Map weights, KV memory or, without tags, both at their addresses again. Other tags name nothing of GMS.
@@ -115,14 +103,14 @@ class GmsSleepBackend(SleepModeBackend):  # type: ignore[misc]
                 self._asleep.discard(tag)
         self._state = "SUSPENDED" if self._asleep else "RUNNING"
 
-    def _suspend(self, tags: Collection[str], level: int) -> None:
+    def _suspend(self, tags: Collection[str]) -> None:
         leases = self._leases() if WEIGHTS in tags else []
         for tag in tags:
-            self._state = "SUSPENDED"
-            if tag == KV_CACHE and self.kv is not None:
-                self.kv.suspend(level)
             # Noted first: what is unmapped in part must not be used either.
+            self._state = "SUSPENDED"
             self._asleep.add(tag)
+            if tag == KV_CACHE and self.kv is not None:
+                self.kv.suspend()
             if tag == WEIGHTS:
                 for lease in leases:
                     lease.unmap()

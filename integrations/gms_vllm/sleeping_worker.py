@@ -139,14 +139,22 @@ class GmsSleepMixin:
         give_back_cached()
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step; refused while the engine sleeps."""
-        self._check_awake()
+        """Run a step; refused while nothing can be computed, unless all that it has to do is to forget requests that have ended."""
+        tokens = getattr(args[0] if args else kwargs.get("scheduler_output"), "total_num_scheduled_tokens", None)
+        if tokens != 0:
+            self._check_ready(scheduled=bool(tokens))
         base: Any = super()
         return base.execute_model(*args, **kwargs)
 
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Choose the tokens of a step; refused while nothing can be computed."""
+        self._check_ready(scheduled=False)
+        base: Any = super()
+        return base.sample_tokens(*args, **kwargs)
+
     def execute_dummy_batch(self) -> None:
-        """Run a step without requests; refused while the engine sleeps."""
-        self._check_awake()
+        """Run a step without requests; refused while nothing can be computed."""
+        self._check_ready(scheduled=False)
         base: Any = super()
         base.execute_dummy_batch()
 
@@ -157,8 +165,16 @@ class GmsSleepMixin:
         kv = f" ({holdings.amount(self.kv_memory.size)} of KV memory)" if isinstance(self.kv_memory, PrivateKv) else ""
         log.info("%s, in %.1f ms%s", state, (time.perf_counter() - start) * 1000, kv)
 
-    def _check_awake(self) -> None:
-        # vLLM's scheduler is paused while the engine sleeps. What reaches a worker all the same would be a fault that ends the process.
+    def _check_ready(self, *, scheduled: bool) -> None:  # noqa: ARG002 - for mixins that override it
+        """Raise unless a step can be computed.
+
+        Args:
+            scheduled: Whether vLLM's scheduler has planned the step, and takes it for computed.
+
+        Raises:
+            EngineAsleep: The memory is not mapped.
+        """
+        # The scheduler is paused while the engine sleeps. What reaches a worker all the same would be a fault that ends the process.
         if self._backend is not None and self._backend.asleep:
             raise EngineAsleep("this engine is asleep: its memory is not mapped", hint="Wake it up first.")
 

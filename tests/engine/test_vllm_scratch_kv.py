@@ -50,6 +50,9 @@ def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed
         with shadow(site, model, arguments=UNMEASURED) as second:
             adopted = second.answer()
             assert (adopted["blocks"], adopted["kv_bytes"]) == (planned["blocks"], KV_BYTES)
+            assert second.ask("sleep 1")["mapped"] == 0
+            assert second.ask("promote 0.5")["error"] == "engine_asleep"
+            second.ask("wake")
             refused = second.ask("promote 0.5")
             assert refused["error"] == "acquire_timeout"
             assert second.ask("step")["error"] == "not_promoted"
@@ -93,8 +96,11 @@ def test_all_ranks_take_over_when_there_are_several(site: Site, tmp_path: Path) 
 
 def test_engine_is_refused_when_its_kv_cache_cannot_be_that_of_the_others(site: Site, tmp_path: Path) -> None:  # noqa: F811
     model = write_model(tmp_path / "model", "llama")
-    with shadow(site, model) as first:
+    with shadow(site, model) as first, shadow(site, model) as asked_too_early:
         first.answer()
+        asked_too_early.answer()
+        assert asked_too_early.again()["error"] == "not_promoted"
+        assert asked_too_early.ask("promote 5")["error"] == "engine_failed"
         larger = site.run(model, failover=FAILOVER, arguments={"kv_cache_memory_bytes": 2 * KV_BYTES})
         assert larger["error"] == "configuration"
         assert str(KV_BYTES) in larger["message"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +41,8 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 SLEEP = {"enable_sleep_mode": True}
+LOOK_S = 0.5
+"""Seconds in which an engine notices a request, or that its client is gone."""
 KV_BYTES = 16 * 2**20
 
 
@@ -91,6 +96,7 @@ def test_request_is_answered_after_the_wake_up_when_it_came_while_the_engine_sle
             assert client.request("POST", f"/sleep?level={level}")[0] == 200
             assert client.request("GET", "/is_sleeping")[1] == {"is_sleeping": True}
             assert mapped(engine) == 0
+            give_up(client)
             answer = pool.submit(client.tokens)
             assert client.request("GET", "/health")[0] == 200
             assert client.request("POST", "/wake_up?tags=weights")[0] == 200
@@ -100,6 +106,17 @@ def test_request_is_answered_after_the_wake_up_when_it_came_while_the_engine_sle
             assert answer.result() == expected
             assert mapped(engine) == awake
             assert client.request("GET", "/is_sleeping")[1] == {"is_sleeping": False}
+
+
+def give_up(client: Client) -> None:
+    """Ask, and go away before there is an answer: the engine then makes a step to forget the request."""
+    with socket.create_connection(("127.0.0.1", client.port)) as connection:
+        body = json.dumps({"model": str(client.model), "prompt": "hello", "max_tokens": 4}).encode()
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        time.sleep(LOOK_S)  # nothing tells of a request that waits in an engine that makes no steps
+    time.sleep(LOOK_S)
 
 
 def published(server: RunningServer) -> tuple[Session, ReadLease]:
@@ -159,13 +176,11 @@ def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDri
     arena.adopt(receive, [Allocation(1, 0, MIB)])
     arena.map_pool()
     driver.write(arena.base, b"kept")
-    with pytest.raises(EngineUnsupported, match="successor"):
-        backend.suspend(2)
-    assert (backend.asleep, arena.backing) == (frozenset(), "pool")
-    backend.suspend(1)
-    assert arena.backing == "none"
-    backend.resume(["kv_cache"])
-    assert driver.read(arena.base, 4) == b"kept"
+    for level in (1, 2):
+        backend.suspend(level)
+        assert arena.backing == "none"
+        backend.resume(["kv_cache"])
+        assert driver.read(arena.base, 4) == b"kept"
     arena.close()
 
 
@@ -187,8 +202,8 @@ def test_kv_memory_is_zero_at_the_same_addresses_when_it_comes_back(driver: Host
     addresses = [kv.place(size) for size in (MIB, 3 * MIB)]
     assert (kv.size, driver.memory_info().free) == (4 * MIB, 20 * MIB)
     driver.write(Address(addresses[1]), b"\x07" * MIB)
-    kv.suspend(1)
-    kv.suspend(2)
+    kv.suspend()
+    kv.suspend()
     assert driver.memory_info().free == 24 * MIB
     kv.resume()
     kv.resume()
@@ -200,7 +215,7 @@ def test_kv_memory_is_zero_at_the_same_addresses_when_it_comes_back(driver: Host
 def test_wake_up_waits_when_another_still_has_the_memory(driver: HostDriver) -> None:
     kv = PrivateKv(driver, CPU, patience_s=60)
     address = Address(kv.place(20 * MIB))
-    kv.suspend(1)
+    kv.suspend()
     taken = driver.create(10 * MIB)
     failed = threading.Event()
     create = driver.create
@@ -226,7 +241,7 @@ def test_wake_up_is_refused_and_can_be_repeated_when_no_memory_comes_free(driver
     kv = PrivateKv(driver, CPU, patience_s=0)
     kv.place(8 * MIB)
     address = Address(kv.place(12 * MIB))
-    kv.suspend(1)
+    kv.suspend()
     taken = driver.create(10 * MIB)
     with pytest.raises(OutOfMemory):
         kv.resume()

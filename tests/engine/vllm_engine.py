@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
@@ -95,8 +96,13 @@ def write_to_a_weight(engine: Any) -> None:
 
 def call(engine: Any, method: str, *arguments: Any) -> dict[str, Any]:
     """What the workers answer to a call that vLLM's scheduler has not made."""
+    return or_error(lambda: {"error": None, "answers": engine.collective_rpc(method, args=arguments)})
+
+
+def or_error(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What comes of it, or the error."""
     try:
-        return {"error": None, "answers": engine.collective_rpc(method, args=arguments)}
+        return work()
     except Exception as error:  # noqa: BLE001 - the test asks which
         return {"error": getattr(error, "code", type(error).__name__), "message": str(error)}
 
@@ -116,7 +122,7 @@ def obey(engine: Any, command: str, *words: str) -> dict[str, Any] | None:
     elif command in ("again", "write"):
         if command == "write":
             write_to_a_weight(engine)
-        return {"tokens": generate(engine), "pss": pss_of("memfd:")}
+        return or_error(lambda: {"tokens": generate(engine), "pss": pss_of("memfd:")})
     else:
         return None
     return memory()
