@@ -13,7 +13,7 @@ import msgspec
 from gms_core.errors import ConfigurationError, IdentityMismatch, ProtocolError
 from gms_vllm.kv_buffers import raw_buffers
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the encoded plan. It is a part of the identity of the memory, so that engines of different formats never meet in one pool."""
 
 _MISMATCH_HINT = "Start all engines that stand in for one another with the same options, or give this one another kv_tag."
@@ -23,23 +23,24 @@ class KvPlan(msgspec.Struct, frozen=True):
     """What an engine that stands in for another has to have in common with it.
 
     Attributes:
-        memory_bytes: What vLLM is told as ``kv_cache_memory_bytes`` in place of a measurement: the budget, of which the cache takes whole blocks.
+        budgets: What each rank's vLLM is told as ``kv_cache_memory_bytes`` in place of a measurement: the cache takes whole blocks of it. A rank
+            whose server has forgotten its plan makes it anew of what the plans of the others say here.
         num_blocks: What vLLM makes of it; the smallest number over all ranks.
         buffers: Bytes of each raw buffer, in the order in which they are made.
         layout: Digest of where layers and blocks lie in them.
         mark: Random text of this memory, which is in it once it was made zero.
     """
 
-    memory_bytes: int
+    budgets: tuple[int, ...]
     num_blocks: int
     buffers: tuple[int, ...]
     layout: str
     mark: str
 
     @classmethod
-    def of(cls, config: Any, memory_bytes: int) -> Self:
+    def of(cls, config: Any, budgets: tuple[int, ...]) -> Self:
         """The plan that a ``KVCacheConfig`` comes from, for memory that is made of it now."""
-        return cls(memory_bytes, config.num_blocks, raw_buffers(config), _layout(config), secrets.token_hex(16))
+        return cls(budgets, config.num_blocks, raw_buffers(config), _layout(config), secrets.token_hex(16))
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
@@ -78,8 +79,8 @@ class KvPlan(msgspec.Struct, frozen=True):
             )
 
 
-def adopted_bytes(explicit: int | None, planned: int, pool: str) -> int:
-    """What vLLM is told as ``kv_cache_memory_bytes`` when a plan is adopted.
+def check_explicit(explicit: int | None, planned: int, pool: str) -> None:
+    """Make sure that the user wants the budget of the plan, or has no wish.
 
     Args:
         explicit: What the user has said; None for nothing.
@@ -94,7 +95,6 @@ def adopted_bytes(explicit: int | None, planned: int, pool: str) -> int:
             f"--kv-cache-memory-bytes {explicit} is not what pool {pool!r} was planned with: {planned}",
             hint="Leave the option out: engines that stand in for one another have the first one's KV memory. Or give this one another kv_tag.",
         )
-    return planned
 
 
 def _layout(config: Any) -> str:

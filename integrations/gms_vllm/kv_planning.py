@@ -17,10 +17,10 @@ import torch
 from gms_core.client import Membership, RetainedPool, Session
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig, GmsConfig
-from gms_core.errors import ConnectionLost, GmsError
+from gms_core.errors import ConnectionLost, GmsError, IdentityMismatch
 from gms_core.layout import Identity
 from gms_vllm.kv_identity import kv_identity
-from gms_vllm.kv_plan import KvPlan, adopted_bytes
+from gms_vllm.kv_plan import KvPlan, check_explicit
 from gms_vllm.place import connect, rank_pool
 from gms_vllm.roles import all_ranks
 
@@ -36,13 +36,25 @@ class KvPlanning:
 
     Attributes:
         pool: Its pool.
-        memory_bytes: What vLLM is told in place of a measurement; None if it measures.
+        rank: Its number among all ranks.
+        budgets: Of all ranks; None if they measure, and have not yet.
         plan: The plan; None as long as this rank has to provide it.
     """
 
     pool: RetainedPool
-    memory_bytes: int | None
-    plan: KvPlan | None
+    rank: int = 0
+    budgets: tuple[int, ...] | None = None
+    plan: KvPlan | None = None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What vLLM is told in place of a measurement; None if this rank measures, and has not yet."""
+        return None if self.budgets is None else self.budgets[self.rank]
+
+    def measured(self, memory_bytes: int) -> None:
+        """Tell the other ranks what this one has measured, and learn what they have. All ranks call it."""
+        group = all_ranks()
+        self.budgets = (memory_bytes,) if group is None else tuple(_gather(memory_bytes, group))
 
     @contextlib.contextmanager
     def given_up_on_failure(self) -> Iterator[None]:
@@ -78,17 +90,17 @@ class _Answer(NamedTuple):
     """What the server has told one rank.
 
     Attributes:
-        memory_bytes: Of the plan; None if there is none yet.
+        budgets: Of the plan; None if there is none yet.
         refusal: Why it has told nothing; empty otherwise.
     """
 
-    memory_bytes: int | None
+    budgets: tuple[int, ...] | None
     refusal: str = ""
 
     @classmethod
     def of(cls, plan: KvPlan | None) -> Self:
         """What a plan says, if there is one."""
-        return cls(None if plan is None else plan.memory_bytes)
+        return cls(None if plan is None else plan.budgets)
 
 
 def begin(config: Any, options: GmsConfig, failover: FailoverConfig) -> KvPlanning:
@@ -110,25 +122,30 @@ def begin(config: Any, options: GmsConfig, failover: FailoverConfig) -> KvPlanni
         session.close()
         raise
     _sessions.append(session)
-    planning = KvPlanning(RetainedPool(session, rank_pool(config, failover.kv_tag)), None, None)
+    planning = KvPlanning(RetainedPool(session, rank_pool(config, failover.kv_tag)), rank)
     with planning.given_up_on_failure():
-        _agree(planning, config, options, kv_identity(config, options, failover))
+        _agree(planning, kv_identity(config, options, failover), options.acquire_timeout_s)
+        if planning.memory_bytes is not None:
+            check_explicit(config.cache_config.kv_cache_memory_bytes, planning.memory_bytes, planning.pool.name)
+            log.info("%d bytes of KV memory are planned: nothing is measured, and --gpu-memory-utilization is not used", planning.memory_bytes)
     return planning
 
 
-def _agree(planning: KvPlanning, config: Any, options: GmsConfig, identity: Identity) -> None:
+def _agree(planning: KvPlanning, identity: Identity, timeout_s: float) -> None:
     """Ask for the plan. If one rank knows of one, none of them measures: measuring takes all of them."""
     pool, group = planning.pool, all_ranks()
     if group is None:
-        planning.plan = _ask(pool, identity, options.acquire_timeout_s)
+        planning.plan = _ask(pool, identity, timeout_s)
         answers = [_Answer.of(planning.plan)]
     else:
-        planning.plan, answers = _ask_in_turn(pool, identity, options.acquire_timeout_s, group)
-    known = [answer.memory_bytes for answer in answers if answer.memory_bytes is not None]
-    if known:
-        # A rank whose server has forgotten the plan, which the others still know, makes it anew of the same budget.
-        planned = min(known) if planning.plan is None else planning.plan.memory_bytes
-        planning.memory_bytes = adopted_bytes(config.cache_config.kv_cache_memory_bytes, planned, pool.name)
+        planning.plan, answers = _ask_in_turn(pool, identity, timeout_s, group)
+    known = {answer.budgets for answer in answers if answer.budgets is not None}
+    if len(known) > 1:
+        raise IdentityMismatch(
+            f"the ranks' plans of the KV memory are of different engines: {sorted(known)}",
+            hint=f"End all engines that use pool {pool.name!r}, and free it on every device: gms failover drop.",
+        )
+    planning.budgets = known.pop() if known else None
 
 
 def _ask_in_turn(pool: RetainedPool, identity: Identity, timeout_s: float, group: Any) -> tuple[KvPlan | None, list[_Answer]]:
@@ -166,8 +183,8 @@ def _ask(pool: RetainedPool, identity: Identity, timeout_s: float) -> KvPlan | N
         raise
 
 
-def _gather(answer: _Answer, group: Any) -> list[_Answer]:
-    """The answers of all ranks, in their order."""
+def _gather(own: Any, group: Any) -> list[Any]:
+    """What all ranks have, in their order."""
     found: list[Any] = [None] * group.world_size
-    torch.distributed.all_gather_object(found, answer, group=group.cpu_group)
+    torch.distributed.all_gather_object(found, own, group=group.cpu_group)
     return found

@@ -32,7 +32,8 @@ with warnings.catch_warnings():
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 GIB = 2**30
-BUDGET = 777
+BUDGETS = (777, 700)
+"""Of two ranks, on devices that had not the same room."""
 
 
 @dataclass
@@ -116,7 +117,7 @@ import torch.distributed as dist
 from gms_core.client import Membership, RetainedPool, connect
 from gms_core.errors import GmsError
 from gms_core.layout import Identity
-from gms_vllm.kv_planning import _ask_in_turn
+from gms_vllm import kv_planning
 
 class Group:
     # What vLLM's group of ranks has, on the same kind of process group.
@@ -131,9 +132,14 @@ class Group:
 socket, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 membership = Membership.join(connect(socket_path=Path(socket)), "two ranks", "two ranks", f"rank {rank}")
+kv_planning.all_ranks = lambda: Group(rank)
+planning = kv_planning.KvPlanning(RetainedPool(membership.session, f"kv.{rank}"), rank)
 try:
-    plan, answers = _ask_in_turn(RetainedPool(membership.session, f"kv.{rank}"), Identity({"kind": "a"}), 30.0, Group(rank))
-    print(json.dumps([plan is not None, [answer.memory_bytes for answer in answers]]), flush=True)
+    kv_planning._agree(planning, Identity({"kind": "a"}), 30.0)
+    knew = planning.memory_bytes
+    if knew is None:
+        planning.measured(100 + rank)
+    print(json.dumps([planning.plan is not None, knew, planning.budgets]), flush=True)
 except GmsError as error:
     print(json.dumps(error.code), flush=True)
 sys.stdin.readline()
@@ -152,24 +158,30 @@ def two_ranks(server: RunningServer, folder: Path) -> list[Any]:
 
 
 @contextlib.contextmanager
-def planned(server: RunningServer, pool: str, kind: str = "a") -> Iterator[None]:
+def planned(server: RunningServer, pool: str, kind: str = "a", budgets: tuple[int, ...] = BUDGETS) -> Iterator[None]:
     """While it lasts, another engine uses a pool that it has planned."""
     other = EngineProcess(server.socket, f"who planned {pool}")
     try:
         assert other.ask("plan", pool, kind) is None
-        other.ask("provide", KvPlan(BUDGET, 1, (4096,), "", "").encode().decode(), [4096])
+        other.ask("provide", KvPlan(budgets, 1, (4096,), "", "").encode().decode(), [4096])
         yield
     finally:
         other.end()
 
 
-def test_all_ranks_measure_when_none_knows_of_a_plan(server: RunningServer, tmp_path: Path) -> None:
-    assert two_ranks(server, tmp_path) == [[False, [None, None]]] * 2
+def test_all_ranks_measure_and_know_of_all_budgets_when_none_has_a_plan(server: RunningServer, tmp_path: Path) -> None:
+    assert two_ranks(server, tmp_path) == [[False, None, [100, 101]]] * 2
 
 
-def test_all_ranks_are_told_when_one_of_them_has_a_plan(server: RunningServer, tmp_path: Path) -> None:
-    with planned(server, "kv.1"):
-        assert two_ranks(server, tmp_path) == [[False, [None, BUDGET]], [True, [None, BUDGET]]]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_has_its_own_budget_again_when_only_one_of_them_has_a_plan(server: RunningServer, tmp_path: Path, rank: int) -> None:
+    with planned(server, f"kv.{rank}"):
+        assert two_ranks(server, tmp_path) == [[rank == 0, BUDGETS[0], list(BUDGETS)], [rank == 1, BUDGETS[1], list(BUDGETS)]]
+
+
+def test_engine_is_refused_when_its_ranks_have_plans_of_different_engines(server: RunningServer, tmp_path: Path) -> None:
+    with planned(server, "kv.0"), planned(server, "kv.1", budgets=(1, 2)):
+        assert two_ranks(server, tmp_path) == ["identity_mismatch"] * 2
 
 
 @pytest.mark.parametrize("refused", [0, 1])

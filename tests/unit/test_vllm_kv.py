@@ -24,7 +24,7 @@ from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
 from gms_vllm.kv import RetainedKv, cut
 from gms_vllm.kv_buffers import RawBuffers, raw_buffers
-from gms_vllm.kv_plan import KvPlan, adopted_bytes
+from gms_vllm.kv_plan import KvPlan, check_explicit
 from tests.conftest import RunningServer
 
 CPU = torch.device("cpu")
@@ -75,12 +75,12 @@ def test_engine_is_refused_when_a_buffer_was_made_elsewhere() -> None:
 
 
 def test_plan_is_the_same_when_it_was_encoded_and_decoded() -> None:
-    plan = KvPlan.of(config(each(100, 200)), 12345)
+    plan = KvPlan.of(config(each(100, 200)), (12345, 12344))
     assert KvPlan.decode(plan.encode()) == plan
-    assert json.loads(plan.encode())["memory_bytes"] == 12345
+    assert json.loads(plan.encode())["budgets"] == [12345, 12344]
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"memory_bytes": "many"}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"budgets": "many"}'])
 def test_plan_is_refused_when_it_is_none(data: bytes) -> None:
     with pytest.raises(ProtocolError, match="plan"):
         KvPlan.decode(data)
@@ -97,24 +97,25 @@ def test_plan_is_refused_when_it_is_none(data: bytes) -> None:
     ],
 )
 def test_differences_are_named_when_an_engine_has_become_something_else(other: Any, named: set[str]) -> None:
-    plan = KvPlan.of(config(each(100, 200)), 1000)
-    plan.check_adopted(KvPlan.of(config(each(100, 200)), 2000), "kv")
+    plan = KvPlan.of(config(each(100, 200)), (1000,))
+    plan.check_adopted(KvPlan.of(config(each(100, 200)), (2000,)), "kv")
     with pytest.raises(IdentityMismatch, match="pool 'kv'") as caught:
-        plan.check_adopted(KvPlan.of(other, 1000), "kv")
+        plan.check_adopted(KvPlan.of(other, (1000,)), "kv")
     assert set(caught.value.details) == named
 
 
 def test_layout_does_not_depend_on_sizes_or_on_the_process_when_it_is_compared() -> None:
     larger = config(each(1000, 2000))
     larger.kv_cache_groups[0].kv_cache_spec.made_anew = object()
-    assert KvPlan.of(larger, 0).layout == KvPlan.of(config(each(100, 200)), 0).layout
+    assert KvPlan.of(larger, (0,)).layout == KvPlan.of(config(each(100, 200)), (0,)).layout
 
 
 def test_size_of_the_user_is_refused_when_it_is_not_that_of_the_plan() -> None:
-    assert adopted_bytes(None, 100, "kv") == adopted_bytes(100, 100, "kv") == 100
-    assert adopted_bytes(100, 0, "kv") == 0  # a model without KV cache
+    check_explicit(None, 100, "kv")
+    check_explicit(100, 100, "kv")
+    check_explicit(100, 0, "kv")  # a model without KV cache
     with pytest.raises(ConfigurationError, match=r"200 .*'kv'.* 100"):
-        adopted_bytes(200, 100, "kv")
+        check_explicit(200, 100, "kv")
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ buffers = RawBuffers(SIZES, kv.place)
 with placed(buffers.place, CPU):
     first, second = (torch.zeros(size, dtype=torch.int8) for size in SIZES)
 buffers.check_complete()
-plan = here = KvPlan(8, 1, tuple(SIZES), "", f"the mark of {sys.argv[2]}")
+plan = here = KvPlan((8,), 1, tuple(SIZES), "", f"the mark of {sys.argv[2]}")
 if planned is None:
     pool.provide(here.encode(), kv.slabs(), 30.0)
 else:
