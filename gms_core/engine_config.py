@@ -58,6 +58,7 @@ class FailoverConfig(BaseModel):
         promotion_timeout_s: Seconds from election to serving, after which the engine ends and the next shadow takes its turn.
         drain_timeout_s: Seconds that running requests get when an operator demotes the engine.
         alias_bytes: Bytes of the memory that all of a shadow's KV addresses share.
+        rehearse: Whether a shadow asks itself a few requests before it stands by, so that the first one after its promotion is no slower than others.
         status_address: ``HOST:PORT`` where ``/gms/status`` and ``/health`` answer at all times, besides the engine's own port; None for nowhere.
         on_promoted: Command that is run once the engine serves, with ``GMS_*`` facts in its environment; None for none.
         webhook: URL to which each change of role is posted as JSON; None for none.
@@ -73,6 +74,7 @@ class FailoverConfig(BaseModel):
     promotion_timeout_s: Seconds = 60.0
     drain_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 30.0
     alias_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
+    rehearse: bool = True
     status_address: Annotated[str, AfterValidator(_address)] | None = None
     on_promoted: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None

@@ -152,7 +152,7 @@ class ApiServer:
     async def _come_to_serve(self) -> None:
         await self._gate.reached()
         try:
-            if self._place.rank == 0:  # before any of the engine's API servers can serve
+            if self._place.rank == 0 and self._failover.rehearse:  # before any of the engine's API servers can serve
                 await rehearse(self._app, self._inner, self._client, self._api_keys())
             if self._failover.gate == "503":
                 self._gate.open()

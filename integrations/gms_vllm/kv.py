@@ -12,6 +12,7 @@ from gms_core.client import RetainedArena, RetainedPool
 from gms_core.client.arena import round_up
 from gms_core.client.session import SLAB_BYTES
 from gms_core.errors import InvalidArgument
+from gms_core.protocol.messages import Held
 from gms_core.vmm.driver import Address, Driver
 from gms_vllm.private_kv import clear
 
@@ -59,6 +60,7 @@ class RetainedKv:
     def __init__(self, driver: Driver, device: torch.device, buffers: Sequence[int], alias_bytes: int) -> None:
         self._driver, self._device = driver, device
         self._placed = 0
+        self._held: Held | None = None
         self.size = sum(round_up(size, driver.granularity) for size in buffers)
         self.arena = RetainedArena(driver, self.size + driver.granularity)
         try:
@@ -108,16 +110,18 @@ class RetainedKv:
             on_wait: Called with the reason, each time that it changes, while it waits.
 
         Raises:
-            AcquireTimeout: The holder before has not ended in time. The call can be repeated; beneath the addresses lies nothing.
+            AcquireTimeout: The holder before has not ended in time. The call can be repeated, as after any other error; beneath the addresses lies
+                nothing.
             FenceFailed: It cannot be ended.
         """
         start = time.perf_counter()
         self.arena.unmap()  # the scratch: the time for it passes while processes of the last holder are still ending
-        held = pool.hold(timeout_s, on_wait)
+        if self._held is None:
+            self._held = pool.hold(timeout_s, on_wait)
         granted = time.perf_counter()
-        self.arena.map_pool(held.turn)
+        self.arena.map_pool(self._held.turn)
         place = Address(self.arena.base + self.size)
         if self._driver.read(place, len(mark)) != mark:
             clear(self.arena, self._device)
             self._driver.write(place, mark)
-        return TakenOver(held.epoch, self.size, granted - start, time.perf_counter() - granted)
+        return TakenOver(self._held.epoch, self.size, granted - start, time.perf_counter() - granted)

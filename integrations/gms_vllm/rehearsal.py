@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from gms_core.errors import EngineFailed
@@ -50,9 +51,11 @@ async def rehearse(app: Any, stack: App, client: Any, api_keys: Sequence[str] = 
     try:
         async with asyncio.timeout(PATIENCE_S):
             await client.collective_rpc("gms_rehearse", args=(True,))
+            statuses = []
             for path, body in _REQUESTS:
-                status = await _ask(app, stack, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys)
-                log.debug("rehearsed %s: %d", path, status)
+                statuses.append(await _ask(app, stack, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys))
+            if HTTPStatus.OK not in statuses:
+                log.info("no rehearsed request was answered (%s): the first one after a promotion may be slow", ", ".join(map(str, statuses)))
             while not await client.reset_prefix_cache():  # the last request's blocks are still being given back
                 await asyncio.sleep(_AGAIN_S)
             await client.collective_rpc("gms_rehearse", args=(False,))
