@@ -8,6 +8,7 @@ import click
 
 from gms_core import __version__
 from gms_core.cli.group import GmsGroup
+from gms_core.cli.output import drop_what_cannot_be_written
 from gms_core.config import settings
 
 
@@ -23,4 +24,7 @@ def gms(debug: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    gms(prog_name="gms")
+    try:
+        gms(prog_name="gms")
+    finally:
+        drop_what_cannot_be_written()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import click
 
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.cli.options import OUTPUT
+from gms_core.cli.output import is_of_the_output
 from gms_core.cli.refusal import Refusal, as_text
 from gms_core.errors import GmsError
 from gms_core.plugins.loading import Plugins, load_built_in, load_installed
@@ -73,10 +75,18 @@ class GmsGroup(click.Group):
 
 @contextlib.contextmanager
 def _refusing(ctx: click.Context) -> Iterator[None]:
-    """Turn a `GmsError` into a `Refusal`, which has an exit code."""
+    """Turn a `GmsError`, or an output that cannot be written, into a `Refusal`, which has an exit code."""
     try:
         yield
     except GmsError as error:
-        raise Refusal(error, as_json=ctx.meta.get(OUTPUT) == "json", debug=bool(ctx.params.get("debug"))) from error
+        raise _refusal(error, ctx) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE or not is_of_the_output(error):  # a reader that has gone is click's
+            raise
+        raise _refusal(GmsError(f"the output cannot be written: {error.strerror}"), ctx) from error
     except KeyboardInterrupt:
         raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
+
+
+def _refusal(error: GmsError, ctx: click.Context) -> Refusal:
+    return Refusal(error, as_json=ctx.meta.get(OUTPUT) == "json", debug=bool(ctx.params.get("debug")))

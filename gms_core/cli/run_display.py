@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,15 +35,12 @@ class Display(Protocol):
 @contextlib.contextmanager
 def display(output: str) -> Iterator[Display]:
     """The display for an output format. It raises `OSError` where standard output cannot be written, but not any more when the context ends."""
-    try:
-        if output == "json":
-            yield JsonLines()
-        elif output == "lines" or not sys.stdout.isatty():
-            yield Lines()
-        else:
-            yield from _table()
-    finally:
-        _drop_what_cannot_be_written()
+    if output == "json":
+        yield JsonLines()
+    elif output == "lines" or not sys.stdout.isatty():
+        yield Lines()
+    else:
+        yield from _table()
 
 
 def _table() -> Iterator[Display]:
@@ -59,16 +55,6 @@ def _table() -> Iterator[Display]:
     finally:
         with contextlib.suppress(OSError):  # the terminal is closed
             live.stop()
-
-
-def _drop_what_cannot_be_written() -> None:
-    """Python writes what is left when it ends, and makes an exit code of its own of a failure."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 class JsonLines:

@@ -73,5 +73,5 @@ def resolve(names: tuple[str, ...]) -> list[DeviceId]:
 
 
 def _announce(device: DeviceId, path: Path) -> None:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads any more: that is no reason to end servers
+    with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full: that is no reason to end servers
         click.echo(f"{device} ready at {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -69,6 +70,21 @@ def test_traceback_is_shown_when_debugging() -> None:
 
 def test_exit_code_says_so_when_the_keyboard_interrupts() -> None:
     assert CliRunner().invoke(_failing(KeyboardInterrupt()), ["fail"]).exit_code == ExitCode.INTERRUPTED
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["status", "--help"], ["patches", "check", "--engine", "vllm"]])
+def test_error_is_one_line_when_the_disk_of_the_output_is_full(arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "gms_core.cli", *arguments]
+    with Path("/dev/full").open("wb") as full:
+        environment = child_environment(PYTHONUNBUFFERED=unbuffered)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (ExitCode.FAILURE, "gms: the output cannot be written: No space left on device\n")
+
+
+def test_error_is_not_said_to_be_of_the_output_when_it_is_not() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert CliRunner().invoke(_failing(error), ["fail"]).exception is error
 
 
 def test_every_error_has_an_exit_code_when_it_reaches_the_command_line() -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import WriteLease, connect
+from gms_core.config import child_environment
 from gms_core.errors import ConnectionLost, ServerUnavailable
 from gms_core.layout import Identity
 from tests.unit.engine_processes import Refused, processes
@@ -77,6 +78,29 @@ def test_server_comes_back_when_nobody_reads_what_serve_prints(runtime_dir: Path
             except (ServerUnavailable, ConnectionLost):
                 assert process.poll() is None
         assert process.poll() is None
+
+
+def test_server_comes_back_and_the_end_is_good_when_the_disk_of_the_output_is_full(runtime_dir: Path) -> None:
+    command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(runtime_dir)]
+    with Path("/dev/full").open("wb") as full, subprocess.Popen(command, stdout=full, env=child_environment(PYTHONUNBUFFERED="")) as process:
+        try:
+            first = _server_other_than(0, runtime_dir, process)
+            subprocess.run(["kill", "-KILL", str(first)], check=True)
+            _server_other_than(first, runtime_dir, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def _server_other_than(killed: int, directory: Path, supervisor: subprocess.Popen[bytes]) -> int:
+    """Process of the device server, as soon as there is one that is not the killed one."""
+    while True:
+        try:
+            with connect(socket_path=directory / "host.sock") as session:
+                if (found := session.status().pid) != killed:
+                    return found
+        except (ServerUnavailable, ConnectionLost):
+            assert supervisor.poll() is None
 
 
 def test_host_memory_is_bounded_when_serve_is_told_so(runtime_dir: Path) -> None:
