@@ -78,7 +78,7 @@ def _restarts(_: click.Context, __: click.Parameter, value: str) -> tuple[str, .
 @bench.command(
     "failover",
     short_help="Kill engines that serve, and time their shadows.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.option("--kills", type=click.IntRange(1, 10000), default=20, show_default=True, help="How often a primary is killed.")
 @click.option(

@@ -30,7 +30,7 @@ UNKNOWN_COMMAND = (
 
 @click.command(
     short_help="Keep a primary and its shadows alive on this node.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.option("--shadows", type=click.IntRange(0, 64), default=1, show_default=True, help="Engines that stand by, besides the primary.")
 @click.option("--name", default="engine", show_default=True, help="Engines are called by it and their number: engine-0, engine-1.")

@@ -176,7 +176,7 @@ def test_it_says_how_to_get_matplotlib_when_a_picture_is_wanted_without(port: in
     assert "gms[bench]" in json.loads(result.stderr)["error"]["hint"]
 
 
-@pytest.mark.parametrize("options", [["--restarts", "hot"], ["--kills", "0"], ["--kill", "server"]])
+@pytest.mark.parametrize("options", [["--restarts", "hot"], ["--kills", "0"], ["--kill", "server"], ["--shadow", "1"]])
 def test_it_refuses_options_that_mean_nothing(port: int, options: list[str]) -> None:
     assert bench(port, *options).exit_code == ExitCode.USAGE
 

@@ -363,6 +363,7 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--", "vllm", "serve", "MODEL", "--load-format", "dummy"], ExitCode.USAGE, "--load-format dummy does not share weights"),
         (["--", "true"], ExitCode.NO_DEVICE, "gms run --device host"),
         (["--shadows", "1"], ExitCode.USAGE, "COMMAND"),
+        (["--shadow", "1", "--", "true"], ExitCode.USAGE, "--shadows"),
         (["--log-dir", "/proc/no", "--device", "host", "--", "true"], ExitCode.USAGE, "cannot be made"),
     ],
 )
