@@ -186,7 +186,7 @@ def failover_command(
 
 
 def _drawing(path: Path) -> Callable[[Failover], None]:
-    """What draws a timeline into a file; asked for before anything is measured.
+    """What draws a timeline into a file; asked for before anything is measured. It raises `InvalidArgument` if the file cannot be written then.
 
     Raises:
         InvalidArgument: The file cannot be made, or is no picture.
@@ -200,7 +200,14 @@ def _drawing(path: Path) -> Callable[[Failover], None]:
         from gms_core.cli.failover_benchmark_plot import draw
     except ImportError as error:
         raise ConfigurationError("--timeline needs matplotlib, which is not installed", hint="Install it: pip install 'gms[bench]'") from error
-    return lambda failover: draw(failover, path)
+
+    def draw_it(failover: Failover) -> None:
+        try:
+            draw(failover, path)
+        except OSError as error:
+            raise InvalidArgument(f"--timeline {path} cannot be written: {error.strerror}") from error
+
+    return draw_it
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import msgspec
 
 from gms_core import __version__
@@ -117,6 +118,7 @@ class _Benchmark:
         self._without_gms: list[Tokens] | None = None
         self._failovers: list[Failover] = []
         self._right: list[Tokens] | None = None
+        self._keeps = True
 
     def run(self, runtime_dir: Path) -> Result:
         wanted, lookout = self._wanted, Lookout(runtime_dir)
@@ -188,8 +190,19 @@ class _Benchmark:
                 found = self._kill(number, fleet, lookout, flow, self._right)
                 lookout.close = False
                 self._failovers.append(found)
-                with (self._log_dir / KILLS).open("ab") as file:
-                    file.write(msgspec.json.encode(found) + b"\n")
+                self._keep(found)
+
+    def _keep(self, found: Failover) -> None:
+        """Append a kill's result to a file. If that fails, the result still has it, and the file gets no more."""
+        if not self._keeps:
+            return
+        path = self._log_dir / KILLS
+        try:
+            with path.open("ab") as file:
+                file.write(msgspec.json.encode(found) + b"\n")
+        except OSError as error:
+            self._keeps = False
+            click.echo(f"gms: {path} cannot be written any more: {error.strerror}", err=True)
 
     @contextlib.contextmanager
     def _load(self) -> Iterator[Load | None]:

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
+from gms_core.cli.failover_benchmark import Wanted, _Benchmark
 from gms_core.cli.failover_benchmark_client import Endpoint, endpoint_of
 from gms_core.cli.failover_benchmark_fleet import promotions
 from gms_core.cli.failover_benchmark_result import Failover, Requests, Restart, bars, differences, document, moments, read, spread
@@ -143,6 +144,25 @@ def test_figures_are_told_and_nothing_is_left_when_it_is_told_to_end(port: int, 
     assert told["summary"]["faults"][1] == "the run has ended early: it was interrupted"
     assert named_on_their_command_line(f"--port {port}") == []
     assert named_on_their_command_line(str(tmp_path)) == []
+
+
+def test_a_warning_is_given_once_when_results_cannot_be_kept(port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = Wanted(command=(), restart_command=(), endpoint=Endpoint("127.0.0.1", port))
+    benchmark = _Benchmark(wanted, lambda _: None, tmp_path)
+    (tmp_path / "kills.jsonl").symlink_to("/dev/full")
+    for number in (1, 2):
+        benchmark._keep(failover(number, 0.25))
+    assert capsys.readouterr().err == f"gms: {tmp_path}/kills.jsonl cannot be written any more: No space left on device\n"
+
+
+def test_figures_are_told_when_the_picture_cannot_be_written(tmp_path: Path) -> None:
+    saved, picture = tmp_path / "result.json", tmp_path / "timeline.svg"
+    saved.write_text(json.dumps(document(measured(failover(1, 0.25)))))
+    picture.symlink_to("/dev/full")
+    result = CliRunner().invoke(gms, ["bench", "failover", "--show", str(saved), "--timeline", str(picture)])
+    assert result.exit_code == ExitCode.USAGE
+    assert "1 kill (group) on host" in result.stdout
+    assert result.stderr == f"gms: --timeline {picture} cannot be written: No space left on device\n"
 
 
 def test_it_refuses_a_port_at_which_somebody_answers_already() -> None:
