@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import resource
@@ -81,8 +82,9 @@ def run(arguments: list[str]) -> int:
             )
         )
     except GmsError as error:
-        with contextlib.suppress(OSError):
-            os.write(options.ready, f"{error.code}\n{error}".encode())
-        log.error("%s", error)
+        try:
+            os.write(options.ready, json.dumps([error.code, error.message, error.hint]).encode())
+        except OSError:  # clients could connect already, or the supervisor has gone
+            log.error("%s", error)
         return 1
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -20,6 +21,7 @@ from gms_core.server.sessions import Session
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
 
 @contextlib.contextmanager
@@ -31,7 +33,8 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
 
     Raises:
         ServerUnavailable: Another server owns the path.
-        PermissionRefused: The lock or the socket cannot be made.
+        PermissionRefused: The directory does not let this user make the lock or the socket.
+        ServerUnavailable: They cannot be made for another reason, such as a full disk.
     """
     with _refused_by_the_directory(path):
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -67,9 +70,10 @@ def _refused_by_the_directory(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PermissionRefused(
-            f"the socket {path} cannot be made: {error}", hint="Remove what another user left there, or use another --runtime-dir."
-        ) from error
+        message = f"the socket {path} cannot be made: {error.strerror}"
+        if error.errno in NOT_PERMITTED:
+            raise PermissionRefused(message, hint="Remove what another user left there, or use another --runtime-dir.") from error
+        raise ServerUnavailable(message, hint="See that there is room and nothing else of that name, or use another --runtime-dir.") from error
 
 
 class Listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import selectors
@@ -195,9 +196,9 @@ def _environment(device: DeviceId) -> dict[str, str]:
 
 
 def _failure(child: Child, code: int) -> GmsError:
-    name, separator, message = child.message.decode(errors="replace").partition("\n")
-    if separator and name != "ready":
-        return rebuild(name, message, "", {})
+    if child.message.startswith(b"["):
+        code_of_error, message, hint = json.loads(child.message)
+        return rebuild(code_of_error, message, hint, {})
     how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return ServerUnavailable(f"the device server of {child.device} {how}")
 

@@ -128,6 +128,16 @@ def test_serve_refuses_when_another_server_has_the_device(runtime_dir: Path) -> 
     assert "already owns" in second.stderr
 
 
+def test_serve_says_once_why_and_what_to_do_when_something_is_in_the_way(runtime_dir: Path) -> None:
+    (runtime_dir / "host.new").mkdir()
+    command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(runtime_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == ExitCode.NO_SERVER
+    said, hint = result.stderr.splitlines()
+    assert said == f"gms: the socket {runtime_dir}/host.sock cannot be made: Is a directory"
+    assert hint.startswith("hint: See that there is room")
+
+
 def test_serve_refuses_when_others_can_enter_the_runtime_directory(runtime_dir: Path) -> None:
     runtime_dir.chmod(0o777)
     result = CliRunner().invoke(gms, ["serve", "--device", "host", "--runtime-dir", str(runtime_dir)])

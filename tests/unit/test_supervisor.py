@@ -1,6 +1,7 @@
 """The supervisor and the socket of a device server, when the start goes wrong."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gms_core.client import connect
-from gms_core.errors import GmsError, PermissionRefused
+from gms_core.errors import GmsError, PermissionRefused, ServerUnavailable
 from gms_core.runtime_dir import LONGEST_SOCKET_PATH
 from gms_core.server.listener import bound_socket
 from gms_core.server.supervisor import serve
@@ -75,8 +76,18 @@ def test_server_is_refused_with_a_sentence_when_something_else_is_in_the_way(run
     with pytest.raises(PermissionRefused, match="cannot be made"), bound_socket(runtime_dir / "host.sock"):
         pass
     (runtime_dir / "other.sock").mkdir()
-    with pytest.raises(PermissionRefused, match="cannot be made"), bound_socket(runtime_dir / "other.sock"):
+    with pytest.raises(ServerUnavailable, match="cannot be made"), bound_socket(runtime_dir / "other.sock"):
         pass
+
+
+def test_disk_is_blamed_and_no_permission_when_it_is_full(runtime_dir, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ServerUnavailable, match="cannot be made: No space left on device") as caught, bound_socket(runtime_dir / "host.sock"):
+        pass
+    assert "--runtime-dir" in caught.value.hint
 
 
 def test_stale_socket_and_lock_are_replaced_when_their_server_was_killed(runtime_dir):
