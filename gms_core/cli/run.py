@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,8 +217,10 @@ def _servers(names: tuple[str, ...], directory: Path, *, no_serve: bool) -> tupl
 def _log_dir(directory: Path) -> Path:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise InvalidArgument(
-            f"the directory of logs {directory} cannot be made: {error.strerror}", hint="Name another one with --log-dir."
+            f"no file can be made in the directory of logs {directory}: {error.strerror}", hint="Name another one with --log-dir."
         ) from error
     return directory.absolute()

@@ -59,17 +59,21 @@ class Group:
         self.asked = False
         self._told_rest = False
         self._killed_at = math.inf
-        try:
-            with open(log, "ab", opener=_for_the_owner) as output:
+        with contextlib.ExitStack() as stack:
+            try:
+                output = stack.enter_context(open(log, "ab", buffering=0, opener=_for_the_owner))  # without a buffer, closing it cannot fail
                 output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_without_secrets(heading)}\n".encode())
-                output.flush()
+            except OSError as error:
+                hint = "Make room there, or name another directory with --log-dir."
+                raise EngineFailed(f"the log {log} cannot be written: {error.strerror}", hint=hint) from error
+            try:
                 self._process = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
                 )
-            self.pid = self._process.pid
-            self.pidfd = _descriptor_of(self._process)
-        except OSError as error:
-            raise EngineFailed(f"{command[0]} cannot be started: {error}", hint=f"The log is {log}.") from error
+                self.pid = self._process.pid
+                self.pidfd = _descriptor_of(self._process)
+            except OSError as error:
+                raise EngineFailed(f"{command[0]} cannot be started: {error.strerror}", hint=f"The log is {log}.") from error
 
     @property
     def first_has_exited(self) -> bool:

@@ -175,7 +175,7 @@ def test_primary_serves_on_when_neither_a_shadow_nor_the_server_can_be_started(r
         logs.rename(runtime_dir / "away too")
         serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
         os.kill(serve, signal.SIGKILL)
-        run.wait_for("server", "ended", lambda event: "cannot be started" in event["detail"])
+        run.wait_for("server", "ended", lambda event: "cannot be written" in event["detail"])
         assert answer(port)[0] == "engine-0"
         logs.mkdir()
         run.wait_for("server", "up")
@@ -364,7 +364,8 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--", "true"], ExitCode.NO_DEVICE, "gms run --device host"),
         (["--shadows", "1"], ExitCode.USAGE, "COMMAND"),
         (["--shadow", "1", "--", "true"], ExitCode.USAGE, "--shadows"),
-        (["--log-dir", "/proc/no", "--device", "host", "--", "true"], ExitCode.USAGE, "cannot be made"),
+        (["--log-dir", "/proc/no", "--device", "host", "--", "true"], ExitCode.USAGE, "no file can be made in the directory of logs /proc/no"),
+        (["--log-dir", "/proc", "--device", "host", "--", "true"], ExitCode.USAGE, "no file can be made in the directory of logs /proc"),
     ],
 )
 def test_run_refuses_with_a_sentence_when_it_cannot_begin(

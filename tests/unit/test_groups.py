@@ -132,8 +132,10 @@ print("the child's first thread has ended", flush=True)
 def test_start_is_refused_when_there_is_no_program_or_no_log(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="cannot be started"):
         _group(tmp_path, str(tmp_path / "absent"))
-    with pytest.raises(EngineFailed, match="cannot be started"):
-        Group(["true"], {}, tmp_path / "absent" / "log", "start")
+    for log, why in ((tmp_path / "absent" / "log", "No such file or directory"), (Path("/dev/full"), "No space left on device")):
+        with pytest.raises(EngineFailed, match=f"the log {log} cannot be written: {why}") as caught:
+            Group(["true"], {}, log, "start")
+        assert "--log-dir" in caught.value.hint
 
 
 def test_end_is_told_in_words_when_it_is_shown(tmp_path: Path) -> None:
