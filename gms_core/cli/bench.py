@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gms_core.cli.exit_codes import ExitCode
-from gms_core.cli.options import Size, count, format_size, output_option
+from gms_core.cli.options import RUNTIME_DIR, Size, count, format_size, output_option
 from gms_core.errors import ConfigurationError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def bench() -> None:
 @click.option("--device", metavar="UUID|host", help="Device to measure.  [default: the first GPU, or host without one]")
 @click.option(
     "--runtime-dir",
-    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    type=RUNTIME_DIR,
     help="Use the running server there.  [default: a private server in a temporary directory]",
 )
 @click.option("--bytes", "size", type=Size(), metavar="SIZE", help="Size of the pool.  [default: 100GiB, 1GiB on host, less if less is free]")

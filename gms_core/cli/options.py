@@ -94,9 +94,12 @@ def output_option(*formats: str) -> Callable[[Command], Command]:
     )
 
 
+RUNTIME_DIR = click.Path(path_type=Path, readable=False)
+"""Type of a runtime directory: one that cannot be used is refused by what uses it, in the same words wherever its name comes from."""
+
 runtime_dir_option = click.option(
     "--runtime-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=RUNTIME_DIR,
     callback=_directory,
     help="Directory of the servers' sockets.  [default: GMS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/gms, /run/gms for root, /tmp/gms-UID]",
 )

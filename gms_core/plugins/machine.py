@@ -169,11 +169,15 @@ def runtime_directory(chosen: Settings) -> Iterable[Finding]:
 def servers(chosen: Settings) -> Iterator[Finding]:
     """Each socket of the runtime directory: whether a server answers."""
     from gms_core.client import connect
+    from gms_core.runtime_dir import sockets
 
-    directory = chosen.runtime_dir
-    paths = sorted(directory.glob("*.sock")) if directory.is_dir() and os.access(directory, os.R_OK | os.X_OK) else []
+    try:
+        paths = sockets(chosen.runtime_dir)
+    except PermissionRefused as error:
+        yield Finding(Status.WARN, "servers", error.message, "Choose another with GMS_RUNTIME_DIR.")
+        return
     if not paths:
-        yield Finding(Status.OK, "servers", f"none has a socket in {directory}")
+        yield Finding(Status.OK, "servers", f"none has a socket in {chosen.runtime_dir}")
     for path in paths:
         try:
             with connect(socket_path=path, client="gms doctor", timeout_s=2.0) as session:

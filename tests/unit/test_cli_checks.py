@@ -132,6 +132,15 @@ def test_doctor_fails_when_a_socket_is_dead(runtime_dir: Path) -> None:
     assert [finding["what"] for finding in found["servers"] if finding["status"] == "fail"] == ["host.sock"]
 
 
+def test_doctor_warns_when_the_runtime_directory_cannot_be_read(runtime_dir: Path) -> None:
+    (runtime_dir / "file").touch()
+    code, found = _doctor(runtime_dir / "file")
+    assert code == ExitCode.FINDINGS
+    (finding,) = found["servers"]
+    assert (finding["status"], finding["evidence"]) == ("warn", f"the runtime directory {runtime_dir}/file cannot be read: Not a directory")
+    assert finding["fix"]
+
+
 @pytest.mark.parametrize(("version", "code", "status"), [("1.9", ExitCode.OK, "ok"), ("2.0", ExitCode.FINDINGS, "fail")])
 def test_doctor_has_verdicts_when_an_engine_is_installed(
     runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install_plugin: InstallPlugin, version: str, code: ExitCode, status: str

@@ -106,6 +106,19 @@ def test_wrong_variable_is_named_when_a_command_reads_it(monkeypatch: pytest.Mon
     assert result.stderr.startswith("gms: GMS_RUNTIME_DIR='here' is not an absolute path\nhint: ")
 
 
+@pytest.mark.parametrize("command", [["status"], ["serve", "--device", "host"], ["failover", "status"]])
+def test_refusal_is_the_same_when_the_runtime_directory_is_an_option_or_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    (tmp_path / "file").touch(0o600)
+    option = CliRunner().invoke(gms, [*command, "--runtime-dir", str(tmp_path / "file")])
+    monkeypatch.setenv("GMS_RUNTIME_DIR", str(tmp_path / "file"))
+    variable = CliRunner().invoke(gms, command)
+    assert (option.exit_code, option.stderr) == (variable.exit_code, variable.stderr)
+    assert option.exit_code == ExitCode.PERMISSION
+    assert option.stderr.startswith(f"gms: the runtime directory {tmp_path}/file ")
+
+
 def test_wrong_variable_is_named_when_only_help_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GMS_TRACE_PLUGINS", "perhaps")
     result = CliRunner().invoke(_failing(GmsError("unused")), ["--help"])
