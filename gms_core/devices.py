@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NewType
 
-from gms_core.errors import DeviceNotFound, DriverUnavailable
+from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument
 
 DeviceId = NewType("DeviceId", str)
 """``host``, or a UUID: ``GPU-…``, or ``MIG-…`` for an instance."""
 
 HOST = DeviceId("host")
 """The device that is the machine's own memory."""
+
+
+_NAME = re.compile(r"host|(?:GPU|MIG)-[0-9A-Za-z-]+")
+
+
+def device_id(name: str) -> DeviceId:
+    """The device that a user names, whether or not this machine has it.
+
+    Raises:
+        InvalidArgument: No device can have that name.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise InvalidArgument(f"{name!r} is no device", hint="Name host, or a GPU by the UUID that nvidia-smi -L shows: GPU-… or MIG-….")
+    return DeviceId(name)
 
 
 @dataclass(frozen=True, slots=True)

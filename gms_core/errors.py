@@ -28,6 +28,11 @@ class GmsError(Exception):
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
 
+    def add_hint(self, sentence: str) -> None:
+        """Add a sentence to the hint."""
+        stop = "" if not self.hint or self.hint.endswith((".", "?", "!")) else "."
+        self.hint = f"{self.hint}{stop} {sentence}".strip()
+
 
 class InvalidArgument(GmsError):
     """A value that can never be right: a negative size, an empty pool name, an unknown mode."""

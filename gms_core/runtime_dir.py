@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gms_core.config import settings
-from gms_core.devices import HOST, DeviceId
+from gms_core.devices import HOST, DeviceId, device_id
 from gms_core.errors import ConfigurationError, PermissionRefused, ProtocolError, ServerUnavailable
 
 LONGEST_SOCKET_PATH = 107
@@ -38,10 +38,11 @@ def sockets(directory: Path, devices: Sequence[str] = ()) -> list[Path]:
     """Sockets of the servers in a runtime directory, dead ones included: those of the named devices, or all.
 
     Raises:
+        InvalidArgument: No device can have one of the names.
         PermissionRefused: The directory may not be read.
     """
     if devices:
-        return [socket_path(DeviceId(device), directory) for device in devices]
+        return [socket_path(device_id(device), directory) for device in devices]
     try:
         return sorted(path for path in directory.iterdir() if path.suffix == ".sock")
     except FileNotFoundError:

@@ -49,14 +49,16 @@ def attach(device: str | None, runtime_dir: Path | None, size: int | None, slab:
     descriptors that it has already, which is the limit of this machine. The device's library is loaded before the clock starts.
     """
     from gms_core.cli.attach_benchmark import SCHEMA, default_device, measure, private_server
-    from gms_core.devices import DeviceId
+    from gms_core.cli.serve import resolve
+    from gms_core.devices import device_id
     from gms_core.runtime_dir import socket_path
 
-    chosen = DeviceId(device) if device else default_device(runtime_dir)
+    chosen = device_id(device) if device is not None else default_device(runtime_dir)
     with _progress() as tell:
         if runtime_dir is not None:
             result = measure(socket_path(chosen, runtime_dir.absolute()), size, slab, repeat, tell)
         else:
+            resolve((chosen,), "To measure host memory: gms bench attach --device host")
             tell("starting a private server")
             with private_server(chosen) as socket:
                 result = measure(socket, size, slab, repeat, tell)
@@ -152,6 +154,7 @@ def failover_command(
     from gms_core.cli.failover_benchmark_restart import command_without_gms
     from gms_core.cli.failover_benchmark_result import INTERRUPTED, document, read
     from gms_core.cli.failover_benchmark_table import lines
+    from gms_core.cli.serve import resolve
 
     draw = _drawing(timeline) if timeline is not None else None
     if saved is not None:
@@ -159,6 +162,7 @@ def failover_command(
     elif not command:
         raise click.UsageError("Missing argument 'COMMAND...': what starts one engine.")
     else:
+        resolve(names, "For engines that run on CPU: gms bench failover --device host -- COMMAND")
         wanted = Wanted(
             command=command,
             restart_command=command_without_gms(command, restart_command) if restarts else (),

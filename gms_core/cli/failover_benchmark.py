@@ -95,7 +95,7 @@ def measure(wanted: Wanted, tell: Tell) -> Result:
             return _Benchmark(wanted, tell, log_dir).run(Path(directory) / "run")
         except GmsError as error:
             if wanted.log_dir is None:
-                error.hint = f"{error.hint} The logs are gone; keep them with --log-dir.".strip()
+                error.add_hint("The logs are gone; keep them with --log-dir.")
             raise
 
 

@@ -16,7 +16,7 @@ import click
 from gms_core.cli.options import output_option, runtime_dir_option
 from gms_core.cli.refusal import as_text
 from gms_core.config import child_environment
-from gms_core.errors import DeviceNotFound, InvalidArgument, ServerUnavailable
+from gms_core.errors import InvalidArgument, ServerUnavailable
 
 if TYPE_CHECKING:
     from gms_core.engine_config import FailoverConfig
@@ -190,6 +190,7 @@ def _servers(names: tuple[str, ...], directory: Path, *, no_serve: bool) -> tupl
 
     Raises:
         ServerUnavailable: One has to be started, and none may be.
+        InvalidArgument: No device can have one of the names.
         DeviceNotFound: There is no such device.
     """
     from gms_core.cli.serve import ALL, resolve
@@ -199,10 +200,7 @@ def _servers(names: tuple[str, ...], directory: Path, *, no_serve: bool) -> tupl
     up = {state.report.device for state in (ask(path, "gms run") for path in sockets(directory)) if state.report is not None}
     if up and not names:
         return (), None
-    try:
-        wanted = resolve(names or (ALL,))
-    except DeviceNotFound as error:
-        raise DeviceNotFound(error.message, hint="For engines that run on CPU: gms run --device host -- COMMAND") from error
+    wanted = resolve(names or (ALL,), "For engines that run on CPU: gms run --device host -- COMMAND")
     missing = [device for device in wanted if device not in up]
     if not missing:
         return tuple(wanted), None

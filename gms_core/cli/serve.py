@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gms_core.devices import DeviceId
 
 ALL = "all"
-_NO_GPU_HINT = "To serve host memory to engines that run on CPU: gms serve --device host"
+HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device host"
 
 
 @click.command(short_help="Run the device servers in the foreground.")
@@ -47,29 +47,46 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None) ->
     raise click.exceptions.Exit(supervise(devices, runtime_dir, host_memory, _announce))
 
 
-def resolve(names: tuple[str, ...]) -> list[DeviceId]:
+def resolve(names: tuple[str, ...], host_hint: str = HOST_HINT) -> list[DeviceId]:
     """The devices that the user means, each once.
 
+    Args:
+        names: What the user wrote.
+        host_hint: What to do where there is no GPU.
+
     Raises:
+        InvalidArgument: No device can have one of the names.
         DeviceNotFound: There is no such GPU, or no GPU at all.
     """
     from gms_core.devices import HOST, list_gpus
 
     devices = [HOST] if HOST in names else []
-    wanted = [name for name in names if name != HOST]
+    wanted = [name if name == ALL else _checked(name) for name in names if name != HOST]
     if not wanted:
         return devices
     try:
         gpus = list_gpus()
     except DriverUnavailable as error:
-        raise DeviceNotFound(f"no GPU can be served: {error.message}", hint=_NO_GPU_HINT) from error
+        refusal = DeviceNotFound(f"no GPU can be served: {error.message}", hint=error.hint)
+        refusal.add_hint(host_hint)
+        raise refusal from error
     if not gpus:
-        raise DeviceNotFound("this machine has no GPU", hint=_NO_GPU_HINT)
+        raise DeviceNotFound("this machine has no GPU", hint=host_hint)
     known = {gpu.id for gpu in gpus}
     for name in wanted:
         if name != ALL and name not in known:
             raise DeviceNotFound(f"there is no device {name!r} on this machine", hint=f"The devices are: {', '.join(sorted(known))}, host.")
     return devices + [gpu.id for gpu in gpus if ALL in wanted or gpu.id in wanted]
+
+
+def _checked(name: str) -> str:
+    from gms_core.devices import device_id
+
+    try:
+        return device_id(name)
+    except InvalidArgument as error:
+        error.add_hint("Or all, for every GPU.")
+        raise
 
 
 def _announce(device: DeviceId, path: Path) -> None:

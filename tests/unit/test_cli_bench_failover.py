@@ -177,6 +177,7 @@ def test_it_refuses_a_port_at_which_somebody_answers_already() -> None:
     [
         (["--timeline", "picture.pdf"], "is no picture"),
         (["--timeline", "/no/such/directory/picture.svg"], "no such directory"),
+        (["--device", "hots"], "'hots' is no device"),
         (["--restart-command", "'"], "cannot be read"),
         (["--restart-command", "no-such-program"], "there is no command 'no-such-program'"),
         (["--show", __file__], "cannot be read as a result"),

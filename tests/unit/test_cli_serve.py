@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from gms_core import devices
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import WriteLease, connect
 from gms_core.config import child_environment
-from gms_core.errors import ConnectionLost, ServerUnavailable
+from gms_core.devices import Device
+from gms_core.errors import ConnectionLost, DriverUnavailable, ServerUnavailable
 from gms_core.layout import Identity
 from tests.unit.engine_processes import Refused, processes
 
@@ -112,6 +114,24 @@ def test_serve_names_the_host_device_when_there_is_no_gpu(runtime_dir: Path) -> 
     result = CliRunner().invoke(gms, ["serve", "--runtime-dir", str(runtime_dir)])
     assert result.exit_code == ExitCode.NO_DEVICE
     assert "gms serve --device host" in result.stderr
+
+
+def test_serve_says_how_to_get_the_gpus_bindings_too_when_they_are_missing(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def list_gpus() -> list[Device]:
+        raise DriverUnavailable("NVML cannot be imported", hint="Install it with: pip install 'gms[cuda]'")
+
+    monkeypatch.setattr(devices, "list_gpus", list_gpus)
+    result = CliRunner().invoke(gms, ["serve", "--runtime-dir", str(runtime_dir)])
+    assert result.exit_code == ExitCode.NO_DEVICE
+    assert "hint: Install it with: pip install 'gms[cuda]'. To serve host memory" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "7", "hots", "../../x", "GPU-1/x", "GPU 1"])
+@pytest.mark.parametrize("command", [["serve"], ["status"], ["bench", "attach"]])
+def test_name_is_refused_when_no_device_can_have_it(runtime_dir: Path, command: list[str], name: str) -> None:
+    result = CliRunner().invoke(gms, [*command, "--runtime-dir", str(runtime_dir), "--device", name])
+    assert result.exit_code == ExitCode.USAGE
+    assert result.stderr.startswith(f"gms: {name!r} is no device\nhint: Name host, or a GPU by the UUID")
 
 
 def test_serve_refuses_host_memory_when_the_host_is_not_served(runtime_dir: Path) -> None:
@@ -216,6 +236,13 @@ def test_bench_measures_both_ways_when_it_starts_its_own_server() -> None:
         total, phases = kind.pop("total"), kind
         assert 0 < total["min"] <= total["median"] <= total["max"]
         assert all(0 <= phase["min"] <= total["max"] for phase in phases.values())
+
+
+def test_bench_names_the_device_when_there_is_none_of_that_name() -> None:
+    result = CliRunner().invoke(gms, ["bench", "attach", "--device", "GPU-0", "-o", "json"])
+    assert result.exit_code == ExitCode.NO_DEVICE
+    error = json.loads(result.stderr)["error"]
+    assert error["code"] == "device_not_found"
 
 
 def test_bench_gives_the_memory_back_when_it_used_a_running_server(runtime_dir: Path) -> None:
