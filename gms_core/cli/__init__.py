@@ -9,7 +9,7 @@ import click
 from gms_core import __version__
 from gms_core.cli.group import GmsGroup
 from gms_core.cli.output import drop_what_cannot_be_written
-from gms_core.config import settings
+from gms_core.plugins.loading import is_traced
 
 
 @click.group(cls=GmsGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -18,7 +18,7 @@ from gms_core.config import settings
 def gms(debug: bool) -> None:
     """GPU Memory Service: a server owns the weights, inference engines map them."""
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if settings().trace_plugins:
+    if is_traced():
         logging.getLogger("gms_core.plugins").setLevel(logging.INFO)
 
 

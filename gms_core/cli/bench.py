@@ -14,6 +14,7 @@ import click
 
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.cli.options import RUNTIME_DIR, Size, count, format_size, output_option
+from gms_core.config import settings
 from gms_core.errors import ConfigurationError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def attach(device: str | None, runtime_dir: Path | None, size: int | None, slab:
     from gms_core.devices import device_id
     from gms_core.runtime_dir import socket_path
 
+    settings()  # what is wrong in the environment is told here, and not by the private server
     chosen = device_id(device) if device is not None else default_device(runtime_dir)
     with _progress() as tell:
         if runtime_dir is not None:

@@ -77,7 +77,8 @@ def _keep_output(ctx: click.Context, _: click.Parameter, value: str) -> str:
 
 
 def _directory(_: click.Context, __: click.Parameter, value: Path | None) -> Path:
-    return value.absolute() if value is not None else settings().runtime_dir
+    chosen = settings()  # whatever is wrong in the environment is told here, where the format of errors is known
+    return value.absolute() if value is not None else chosen.runtime_dir
 
 
 def output_option(*formats: str) -> Callable[[Command], Command]:

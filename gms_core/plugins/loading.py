@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from gms_core.config import settings
-from gms_core.errors import PluginError
+from gms_core.errors import ConfigurationError, PluginError
 from gms_core.plugins import hookspecs
 
 log = logging.getLogger("gms_core.plugins")
@@ -72,11 +72,19 @@ class Plugins:
             yield implementation.plugin_name, results
 
 
+def is_traced() -> bool:
+    """Whether hook calls are to be logged. Not where the environment is wrong: whoever needs more of it says so."""
+    try:
+        return settings().trace_plugins
+    except ConfigurationError:
+        return False
+
+
 def without_plugins() -> Plugins:
     """No plugin yet, but the hooks."""
     manager = pluggy.PluginManager("gms")
     manager.add_hookspecs(hookspecs)
-    if settings().trace_plugins:
+    if is_traced():
         manager.add_hookcall_monitoring(_before, _after)
     return Plugins(manager)
 

@@ -119,11 +119,26 @@ def test_refusal_is_the_same_when_the_runtime_directory_is_an_option_or_a_variab
     assert option.stderr.startswith(f"gms: the runtime directory {tmp_path}/file ")
 
 
-def test_wrong_variable_is_named_when_only_help_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_variable_is_named_when_the_names_of_all_commands_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GMS_TRACE_PLUGINS", "perhaps")
     result = CliRunner().invoke(_failing(GmsError("unused")), ["--help"])
     assert result.exit_code == ExitCode.USAGE
     assert "GMS_TRACE_PLUGINS" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--runtime-dir", "/nowhere"], ["patches", "check"], ["bench", "attach"]])
+@pytest.mark.parametrize(("name", "value"), [("GMS_RUNTIME_DIR", "here"), ("GMS_TRACE_PLUGINS", "perhaps")])
+def test_wrong_variable_is_told_as_json_when_the_output_is(monkeypatch: pytest.MonkeyPatch, name: str, value: str, command: list[str]) -> None:
+    monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(gms, [*command, "-o", "json"])
+    assert result.exit_code == ExitCode.USAGE
+    assert name in json.loads(result.stderr)["error"]["message"]
+
+
+def test_help_of_a_command_is_shown_when_a_variable_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GMS_TRACE_PLUGINS", "perhaps")
+    result = CliRunner().invoke(gms, ["status", "--help"])
+    assert (result.exit_code, "--watch" in result.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(
