@@ -88,6 +88,7 @@ def run(
     engine that ends is started again, as a shadow. Ctrl-C ends the shadows, the primary, then the server if it was started here; a second one kills.
     """
     from gms_core.cli.run_display import display
+    from gms_core.failover.locks import check_lock
     from gms_core.failover.restarts import Policy
     from gms_core.failover.supervisor import Wanted, supervise
     from gms_core.runtime_dir import prepare
@@ -97,6 +98,7 @@ def run(
     options = {"lock": lock, "gate": gate, "on_promoted": _words(on_promoted), "webhook": webhook, "status_address": status_address}
     failover = _failover(options, 0)
     _check_addresses(failover, status_address, command, several=shadows > 0)
+    check_lock(failover.lock)
     prepared = _command(command)
     directory = prepare(runtime_dir)
     devices, serve = _servers(names, directory, no_serve=no_serve)

@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -187,17 +187,34 @@ class FileLock:
         return owner.term
 
 
+def check_directory(path: Path) -> None:
+    """Check that the directory of a lock file exists, before anything is started that needs the lock.
+
+    Raises:
+        ConfigurationError: It does not.
+        PermissionRefused: It is not this user's to look at.
+    """
+    with _opening(path):
+        os.close(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
 def _open(path: Path) -> int:
-    try:
+    with _opening(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except PermissionError as error:
-        raise PermissionRefused(f"the lock file {path} may not be opened by this user: {error.strerror}") from error
-    except OSError as error:
-        raise ConfigurationError(f"the lock file {path} cannot be opened: {error.strerror}", hint="Its directory has to exist.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ConfigurationError(f"the lock file {path} is no regular file")
     return descriptor
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionRefused(f"the lock file {path} may not be opened by this user: {error.strerror}") from error
+    except OSError as error:
+        raise ConfigurationError(f"the lock file {path} cannot be opened: {error.strerror}", hint="Its directory has to exist.") from error
 
 
 def _lock(descriptor: int, path: Path, on_wait: Callable[[str], None] | None) -> None:

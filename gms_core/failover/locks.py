@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gms_core.errors import ConfigurationError
-from gms_core.failover.flock import FileLock, Owner, read_owner
+from gms_core.failover.flock import FileLock, Owner, check_directory, read_owner
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.server_lock import ServerLock, lock_file
 
@@ -66,6 +66,21 @@ def open_lock(text: str) -> FailoverLock:
         raise ConfigurationError(f"{text!r} is no lock", hint="It must be gms:NAME or flock:/ABSOLUTE/PATH.")
     lock.open()
     return lock
+
+
+def check_lock(text: str) -> None:
+    """Check what can be checked of a lock before there is an engine that asks for it.
+
+    Args:
+        text: The lock, as in `open_lock`.
+
+    Raises:
+        ConfigurationError: The directory of its file does not exist.
+        PermissionRefused: The directory is not this user's to look at.
+    """
+    kind, _, where = text.partition(":")
+    if kind == "flock":
+        check_directory(Path(where))
 
 
 def last_owner(text: str, socket: Path) -> Owner | None:

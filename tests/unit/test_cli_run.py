@@ -359,6 +359,8 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--name", "../engine", "--", "true"], ExitCode.USAGE, "'../engine' cannot be the name of engines"),
         (["--no-serve", "--device", "host", "--", "true"], ExitCode.NO_SERVER, "for host\nhint: Start it with gms serve"),
         (["--lock", "etcd:x", "--", "true"], ExitCode.USAGE, "the options of gms run: lock: must be gms:NAME or flock:/ABSOLUTE/PATH"),
+        (["--lock", "flock:/no/such/lock", "--", "true"], ExitCode.USAGE, "the lock file /no/such/lock cannot be opened: No such file or directory"),
+        (["--lock", "flock:/etc/passwd/lock", "--", "true"], ExitCode.USAGE, "/etc/passwd/lock cannot be opened: Not a directory"),
         (["--on-promoted", "echo 'x", "--", "true"], ExitCode.USAGE, "--on-promoted cannot be read as a command"),
         (["--", "vllm", "serve", "MODEL", "--load-format", "dummy"], ExitCode.USAGE, "--load-format dummy does not share weights"),
         (["--", "true"], ExitCode.NO_DEVICE, "gms run --device host"),
