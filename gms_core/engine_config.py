@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gms_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 def _finite(value: float) -> float:
@@ -24,9 +29,15 @@ def _absolute(value: Path) -> Path:
     return value
 
 
+def _name(value: str) -> str:
+    if _NAME.fullmatch(value) is None:
+        raise ValueError("must be 1 to 64 letters, digits, '_', '.' or '-', and begin with a letter or a digit")
+    return value
+
+
 def _lock(value: str) -> str:
     kind, _, where = value.partition(":")
-    if kind == "gms" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", where):
+    if kind == "gms" and _NAME.fullmatch(where):
         return value
     if kind == "flock" and where.startswith("/") and "\0" not in where:
         return value
@@ -40,8 +51,46 @@ def _address(value: str) -> str:
     return value
 
 
+def _command(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("must name a program")
+    return value
+
+
+def _web_address(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must begin with http:// or https://")
+    return value
+
+
 AnyBlock = TypeVar("AnyBlock", bound=BaseModel)
 Seconds = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+PoolName = Annotated[str, AfterValidator(_name)]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_SECRET = frozenset({"webhook"})
+"""Keys whose values may have secrets in them, and are never shown."""
+_WITHOUT_VALUE = frozenset({"extra_forbidden", "model_type"})
+"""What is wrong whatever the value is; that may be a block with secrets."""
+_SENTENCES = {
+    "extra_forbidden": "no such option",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a block of strings",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be more than 0",
+    "greater_than_equal": "must not be less than 0",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "model_type": "must be a block of options",
+    "path_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list of strings",
+}
+"""What is wrong with a value, by pydantic's names for it: its own sentences are about Python."""
 
 
 class FailoverConfig(BaseModel):
@@ -68,7 +117,7 @@ class FailoverConfig(BaseModel):
 
     lock: Annotated[str, AfterValidator(_lock)] = "gms:primary"
     gate: Literal["port", "503"] = "port"
-    kv_tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "kv_cache"
+    kv_tag: PoolName = "kv_cache"
     autonomous: bool = True
     deadline_s: Seconds | None = None
     promotion_timeout_s: Seconds = 60.0
@@ -76,8 +125,8 @@ class FailoverConfig(BaseModel):
     alias_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
     rehearse: bool = True
     status_address: Annotated[str, AfterValidator(_address)] | None = None
-    on_promoted: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    webhook: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    on_promoted: Annotated[tuple[str, ...], AfterValidator(_command)] | None = None
+    webhook: Annotated[str, AfterValidator(_web_address)] | None = None
 
 
 class GmsConfig(BaseModel):
@@ -99,7 +148,7 @@ class GmsConfig(BaseModel):
 
     socket_path: Annotated[Path, AfterValidator(_absolute)] | None = None
     mode: Literal["auto", "rw", "ro"] = "auto"
-    tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "weights"
+    tag: PoolName = "weights"
     inner: Annotated[str, Field(min_length=1)] = "auto"
     identity: dict[str, str] = {}
     acquire_timeout_s: Seconds = 1800.0
@@ -121,31 +170,45 @@ def parse_block(block: object, *, where: str) -> GmsConfig:
     return GmsConfig() if block is None else validated(GmsConfig, block, where=where)
 
 
-def validated(kind: type[AnyBlock], block: object, *, where: str) -> AnyBlock:
+def validated(kind: type[AnyBlock], block: object, *, where: str, options: Iterable[str] = ()) -> AnyBlock:
     """Make a block of options of what the user wrote.
 
     Args:
         kind: The block's class.
         block: The block itself, or a mapping.
         where: How the user knows the place.
+        options: What there is to choose from there, for the hint; empty for the keys of the block.
 
     Raises:
         ConfigurationError: A key is unknown or a value is wrong. The message names each of them.
     """
-    hint = f"The options are {', '.join(kind.model_fields)}."
+    hint = f"The options are {', '.join(options or kind.model_fields)}."
     if isinstance(block, kind):
         return block
     if not isinstance(block, dict):
-        raise ConfigurationError(f"{where} is a {type(block).__name__}, not a block of options", hint=hint)
+        raise ConfigurationError(f"{where} is {_kind(block)}, not a block of options", hint=hint)
     try:
         return kind.model_validate(block)
     except ValidationError as error:
-        details = {".".join(map(str, problem["loc"])): _sentence(problem["type"], problem["msg"], problem["input"]) for problem in error.errors()}
+        details = {".".join(map(str, problem["loc"])): _sentence(problem) for problem in error.errors()}
     problems = "; ".join(f"{key}: {sentence}" for key, sentence in details.items())
     raise ConfigurationError(f"{where}: {problems}", hint=hint, details=details)
 
 
-def _sentence(kind: str, message: str, value: object) -> str:
-    if kind == "extra_forbidden":
-        return "no such option"
-    return f"{message.removeprefix('Value error, ')} (got {value!r})"
+def _sentence(problem: ErrorDetails) -> str:
+    kind = problem["type"]
+    if kind == "literal_error":
+        sentence = f"must be {problem['ctx']['expected']}"
+    else:
+        sentence = _SENTENCES.get(kind, problem["msg"].removeprefix("Value error, "))
+    if kind in _WITHOUT_VALUE or not _SECRET.isdisjoint(problem["loc"]):
+        return sentence
+    return f"{sentence} (got {json.dumps(problem['input'], default=repr, ensure_ascii=False)})"
+
+
+def _kind(value: object) -> str:
+    """What a value is in JSON."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -133,7 +133,8 @@ def _failover(options: Mapping[str, object], number: int) -> FailoverConfig:
 
     inherited = failover_config(GmsConfig()) or FailoverConfig()
     given = {key: _numbered(value, number) if isinstance(value, str) else value for key, value in options.items() if value is not None}
-    own = validated(FailoverConfig, given, where="the options of gms run")
+    names = [f"--{key.replace('_', '-')}" for key in options]
+    own = validated(FailoverConfig, given, where="the options of gms run", options=names)
     return inherited.model_copy(update=own.model_dump(exclude_unset=True))
 
 

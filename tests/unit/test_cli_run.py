@@ -361,6 +361,11 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--lock", "etcd:x", "--", "true"], ExitCode.USAGE, "the options of gms run: lock: must be gms:NAME or flock:/ABSOLUTE/PATH"),
         (["--lock", "flock:/no/such/lock", "--", "true"], ExitCode.USAGE, "the lock file /no/such/lock cannot be opened: No such file or directory"),
         (["--lock", "flock:/etc/passwd/lock", "--", "true"], ExitCode.USAGE, "/etc/passwd/lock cannot be opened: Not a directory"),
+        (
+            ["--webhook", "ftp://x/s3cret", "--", "true"],
+            ExitCode.USAGE,
+            "webhook: must begin with http:// or https://\nhint: The options are --lock, --gate, --on-promoted, --webhook, --status-address.\n",
+        ),
         (["--on-promoted", "echo 'x", "--", "true"], ExitCode.USAGE, "--on-promoted cannot be read as a command"),
         (["--", "vllm", "serve", "MODEL", "--load-format", "dummy"], ExitCode.USAGE, "--load-format dummy does not share weights"),
         (["--", "true"], ExitCode.NO_DEVICE, "gms run --device host"),

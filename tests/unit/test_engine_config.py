@@ -38,7 +38,8 @@ def test_every_wrong_key_is_named_when_several_are_wrong() -> None:
     assert caught.value.message.startswith(f"{WHERE}: ")
     assert set(caught.value.details) == {"mdoe", "mode", "connect_timeout_s"}
     assert caught.value.details["mdoe"] == "no such option"
-    assert "'write'" in caught.value.details["mode"]
+    assert caught.value.details["mode"] == """must be 'auto', 'rw' or 'ro' (got "write")"""
+    assert caught.value.details["connect_timeout_s"] == "must be more than 0 (got 0)"
     assert "socket_path" in caught.value.hint
 
 
@@ -66,7 +67,41 @@ def test_value_is_refused_when_it_cannot_be_right(key: str, value: object) -> No
     assert any(name.split(".")[0] == key for name in caught.value.details)
 
 
-@pytest.mark.parametrize("block", ["ro", 3, ["mode"]])
-def test_block_is_refused_when_it_is_no_mapping(block: object) -> None:
-    with pytest.raises(ConfigurationError, match="not a block of options"):
+@pytest.mark.parametrize(("block", "kind"), [("ro", "a string"), (3, "a number"), (0.5, "a number"), (True, "a boolean"), (["mode"], "a list")])
+def test_block_is_refused_when_it_is_no_mapping(block: object, kind: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{WHERE} is {kind}, not a block of options"):
         parse_block(block, where=WHERE)
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "sentence"),
+    [
+        ({"mode": None}, "mode", "must be 'auto', 'rw' or 'ro' (got null)"),
+        ({"tag": "a/b"}, "tag", "must be 1 to 64 letters, digits, '_', '.' or '-', and begin with a letter or a digit (got \"a/b\")"),
+        ({"tag": 5}, "tag", "must be a string (got 5)"),
+        ({"inner": ""}, "inner", 'must not be empty (got "")'),
+        ({"identity": ["a"]}, "identity", 'must be a block of strings (got ["a"])'),
+        ({"identity": {"a": 1}}, "identity.a", "must be a string (got 1)"),
+        ({"socket_path": 1}, "socket_path", "must be a string (got 1)"),
+        ({"memory_timeout_s": "soon"}, "memory_timeout_s", 'must be a number (got "soon")'),
+        ({"failover": "yes"}, "failover", "must be a block of options"),
+        ({"failover": {"autonomous": "perhaps"}}, "failover.autonomous", 'must be true or false (got "perhaps")'),
+        ({"failover": {"autonomous": None}}, "failover.autonomous", "must be true or false (got null)"),
+        ({"failover": {"alias_bytes": 1.5}}, "failover.alias_bytes", "must be a whole number (got 1.5)"),
+        ({"failover": {"drain_timeout_s": -1}}, "failover.drain_timeout_s", "must not be less than 0 (got -1)"),
+        ({"failover": {"on_promoted": []}}, "failover.on_promoted", "must name a program (got [])"),
+        ({"failover": {"on_promoted": "true"}}, "failover.on_promoted", 'must be a list of strings (got "true")'),
+    ],
+)
+def test_sentence_is_about_what_the_user_wrote_when_a_value_is_wrong(block: object, key: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_block(block, where=WHERE)
+    assert caught.value.details == {key: sentence}
+
+
+@pytest.mark.parametrize("webhook", ["ftp://x/s3cret", ["s3cret"], 5])
+def test_webhook_is_not_repeated_when_it_is_wrong(webhook: object) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_block({"failover": {"webhook": webhook}}, where=WHERE)
+    assert "failover.webhook: must be" in caught.value.message
+    assert "(got" not in f"{caught.value} {caught.value.details}"

@@ -44,12 +44,12 @@ def test_variable_counts_when_the_block_has_no_such_key(monkeypatch: pytest.Monk
     [
         ("yes", "GMS_FAILOVER is no JSON"),
         ("[]", "GMS_FAILOVER is a list, not a block of options"),
-        ("null", "GMS_FAILOVER is a NoneType, not a block of options"),
+        ("null", "GMS_FAILOVER is null, not a block of options"),
         ('{"lok": "gms:a"}', "GMS_FAILOVER: lok: no such option"),
         ('{"lock": "etcd:a"}', "GMS_FAILOVER: lock: must be gms:NAME or flock:/ABSOLUTE/PATH"),
         ('{"deadline_s": NaN}', "GMS_FAILOVER: deadline_s: "),
-        ('{"on_promoted": []}', "GMS_FAILOVER: on_promoted: "),
-        ('{"webhook": "ftp://x"}', "GMS_FAILOVER: webhook: "),
+        ('{"on_promoted": []}', "GMS_FAILOVER: on_promoted: must name a program"),
+        ('{"webhook": "ftp://x"}', "GMS_FAILOVER: webhook: must begin with http:// or https://"),
     ],
 )
 def test_variable_is_named_when_its_value_is_wrong(monkeypatch: pytest.MonkeyPatch, text: str, sentence: str) -> None:
