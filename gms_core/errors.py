@@ -147,7 +147,7 @@ class LeaseConflict(GmsError):
 
 
 class AcquireTimeout(GmsError):
-    """The lease was not granted within the caller's bound."""
+    """What was waited for (a lease, a role, an engine) did not come in time."""
 
     code = "acquire_timeout"
     retryable = True

@@ -27,7 +27,7 @@ class ExitCode(enum.IntEnum):
     NO_SERVER = 4, "No server answers, or its connection was lost."
     PERMISSION = 5, "The owner, mode or user of a socket, a directory or a peer is not what the policy allows."
     IDENTITY = 6, "What is published is not what was expected."
-    TIMEOUT = 7, "A lease was not granted in time."
+    TIMEOUT = 7, "What was waited for (a lease, a role, an engine) did not come in time."
     UNSUPPORTED = 8, "The engine, its version or the protocol's version is not supported."
     NO_DEVICE = 9, "The device, its driver or the driver's bindings are not there, or the driver failed."
     NO_MEMORY = 10, "The device has no room, or a quota is used up."
