@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 import msgspec
 
-from gms_core.cli.options import output_option, runtime_dir_option
-from gms_core.errors import AcquireTimeout, PromotionFailed, RoleConflict, ServerUnavailable
+from gms_core.cli.options import format_size, output_option, runtime_dir_option
+from gms_core.errors import AcquireTimeout, LeaseConflict, PoolNotFound, PromotionFailed, RoleConflict, ServerUnavailable
 
 if TYPE_CHECKING:
     from gms_core.cli.servers import ServerState
@@ -112,6 +112,39 @@ def demote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, ou
         return
     _wait_until(chosen, runtime_dir, timeout, "end", lambda now: now is None)
     _told(chosen, "demote", "has ended", output)
+
+
+@failover.command(short_help="Free retained memory that no engine uses.")
+@click.argument("pools", metavar="[POOL]...", nargs=-1)
+@runtime_dir_option
+@output_option("text", "json")
+def drop(pools: tuple[str, ...], runtime_dir: Path, output: str) -> None:
+    """Free the memory of each retained POOL on all devices, and forget its plan, so that the next engine measures anew.
+
+    Without POOL: all of them. Nothing is freed if an engine uses one.
+    """
+    from gms_core.client import connect
+    from gms_core.devices import DeviceId
+    from gms_core.protocol.messages import Drop
+    from gms_core.runtime_dir import socket_path
+
+    reports = _reports(runtime_dir)
+    there = [(report.device, pool) for report in reports for pool in report.retained if pool.state != "empty" and (not pools or pool.name in pools)]
+    if missing := sorted(set(pools) - {pool.name for _, pool in there}):
+        raise PoolNotFound(f"nothing is retained in {', '.join(missing)}", hint="gms failover status lists them.")
+    for device, pool in there:
+        if pool.holder or pool.users or pool.state == "planning":
+            raise LeaseConflict(
+                f"pool {pool.name!r} of {device} is in use", hint="End the engines that use it first: gms failover status lists them."
+            )
+    for device, pool in there:
+        with connect(socket_path=socket_path(DeviceId(device), runtime_dir), client=CLIENT) as session:
+            session.perform(Drop(pool.name))
+    if output == "json":
+        click.echo(json.dumps({"schema": SCHEMA, "dropped": [{"device": device, "pool": pool.name, "bytes": pool.bytes} for device, pool in there]}))
+        return
+    for device, pool in there:
+        click.echo(f"{format_size(pool.bytes)} of pool {pool.name} on {device} are free")
 
 
 def document(reports: list[StatusReport], found: list[Engine], runtime_dir: Path) -> dict[str, object]:

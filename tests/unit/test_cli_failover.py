@@ -1,4 +1,4 @@
-"""``gms failover status|promote|demote``, and what ``gms status`` shows of engines, with real engines that obey."""
+"""``gms failover status|promote|demote|drop``, and what ``gms status`` shows of engines, with real engines that obey."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from tests.conftest import RunningServer
+from tests.unit.engine_processes import processes
 from tests.unit.gms_run import ENGINE, GmsRun, answer, free_port, gms_run
 
 BY_HAND = json.dumps({"autonomous": False})
@@ -106,6 +107,22 @@ def test_promotion_fails_when_the_engine_dies_instead(server: RunningServer) -> 
 def test_order_is_refused_when_it_fits_no_engine(server: RunningServer, shadows: GmsRun, arguments: list[str], code: ExitCode, words: str) -> None:
     result = _gms(server, "failover", *arguments)
     assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
+
+
+def test_retained_memory_is_freed_when_no_engine_uses_it(server: RunningServer) -> None:
+    with processes() as begin:
+        for pool in ("kv_cache", "other"):
+            engine = begin(server.socket, f"engine of {pool}")
+            engine.ask("plan", pool, "a")
+            engine.ask("provide", "plan", [4096])
+        result = _gms(server, "failover", "drop", "kv_cache")
+        assert (result.exit_code, "'kv_cache' of host is in use" in result.stderr) == (ExitCode.FAILURE, True)
+    result = _gms(server, "failover", "drop", "no_such")
+    assert (result.exit_code, "nothing is retained in no_such" in result.stderr) == (ExitCode.NOT_FOUND, True)
+    assert _done(_gms(server, "failover", "drop", "kv_cache")) == "4 KiB of pool kv_cache on host are free\n"
+    dropped = json.loads(_done(_gms(server, "failover", "drop", "-o", "json")))["dropped"]
+    assert dropped == [{"device": "host", "pool": "other", "bytes": 4096}]
+    assert _done(_gms(server, "failover", "drop")) == ""
 
 
 def test_wait_ends_with_an_error_when_the_time_is_over(server: RunningServer, pair: GmsRun) -> None:
