@@ -11,7 +11,7 @@ from rich.text import Text
 from gms_core.cli.options import age, format_size
 
 if TYPE_CHECKING:
-    from gms_core.failover.engines import Engine
+    from gms_core.fleet.engines import Engine
     from gms_core.protocol.messages import StatusReport
 
 COLOURS = {"primary": "green", "standby": "cyan", "promoting": "yellow", "fenced": "red"}

@@ -17,7 +17,7 @@ from gms_core.errors import AcquireTimeout, LeaseConflict, PoolNotFound, Promoti
 
 if TYPE_CHECKING:
     from gms_core.cli.servers import ServerState
-    from gms_core.failover.engines import Engine
+    from gms_core.fleet.engines import Engine
     from gms_core.protocol.messages import Role, StatusReport
 
 SCHEMA = "gms-failover/1"
@@ -45,7 +45,7 @@ def status(runtime_dir: Path, output: str) -> None:
 
     With -o lines: a line for each engine, with its name, role, state, epoch, cohort and processes, and a tab between them.
     """
-    from gms_core.failover.engines import engines
+    from gms_core.fleet.engines import engines
 
     reports = _reports(runtime_dir)
     found = engines(reports)
@@ -70,7 +70,7 @@ def promote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, o
 
     Without ENGINE: the only one that stands by.
     """
-    from gms_core.failover.engines import choose, engines
+    from gms_core.fleet.engines import choose, engines
 
     found = engines(_reports(runtime_dir))
     chosen = choose(found, engine, "standby")
@@ -100,7 +100,7 @@ def demote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, ou
 
     Without ENGINE: the primary.
     """
-    from gms_core.failover.engines import choose, engines
+    from gms_core.fleet.engines import choose, engines
 
     chosen = choose(engines(_reports(runtime_dir)), engine, "primary")
     if chosen.standing not in ("promoting", "primary"):
@@ -215,7 +215,7 @@ def _wait_until(engine: Engine, runtime_dir: Path, timeout_s: float, what: str, 
     Raises:
         AcquireTimeout: It has not in time.
     """
-    from gms_core.failover.engines import engines
+    from gms_core.fleet.engines import engines
 
     deadline = time.monotonic() + timeout_s
     role: Role = engine.role

@@ -22,7 +22,7 @@ from gms_core.cli.failover_benchmark_restart import restart
 from gms_core.cli.failover_benchmark_result import INTERRUPTED, KINDS, Failover, Kind, Requests, Restart, Result, differences
 from gms_core.devices import HOST, list_gpus
 from gms_core.errors import AcquireTimeout, DriverUnavailable, EngineFailed, GmsError, InvalidArgument
-from gms_core.failover.engines import Engine
+from gms_core.fleet.engines import Engine
 
 Tell = Callable[[str], None]
 

@@ -89,8 +89,8 @@ def run(
     """
     from gms_core.cli.run_display import display
     from gms_core.failover.locks import check_lock
-    from gms_core.failover.restarts import Policy
-    from gms_core.failover.supervisor import Wanted, supervise
+    from gms_core.fleet.restarts import Policy
+    from gms_core.fleet.supervisor import Wanted, supervise
     from gms_core.runtime_dir import prepare
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):

@@ -16,7 +16,7 @@ from gms_core.cli.options import age, count
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from gms_core.failover.fleet_view import Change, EngineRow
+    from gms_core.fleet.view import Change, EngineRow
 
 SCHEMA = "gms-run/1"
 COLOURS = {"primary": "green", "standby": "cyan", "promoting": "yellow", "fenced": "red", "waiting": "red", "ending": "yellow"}

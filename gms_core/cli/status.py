@@ -99,7 +99,7 @@ def table(states: list[ServerState]) -> RenderableType:
     from rich.text import Text
 
     from gms_core.cli.engine_tables import engine_table, lock_table, retained_table
-    from gms_core.failover.engines import engines
+    from gms_core.fleet.engines import engines
 
     if not states:
         return Text("no server")

@@ -15,7 +15,7 @@ from failover_story import PATIENCE_S, Running, Story
 from chaos.warden import Warden
 from gms_core.client import Session
 from gms_core.errors import GmsError
-from gms_core.failover.engines import Engine, engines
+from gms_core.fleet.engines import Engine, engines
 from gms_core.protocol.messages import Role, StatusReport
 
 LOOK_S = 0.02

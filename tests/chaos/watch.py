@@ -16,7 +16,7 @@ from failover_story import Running
 from chaos.sockets import Listeners
 from gms_core.client import Session
 from gms_core.errors import GmsError
-from gms_core.failover.engines import engines
+from gms_core.fleet.engines import engines
 
 LOOK_S = 0.005
 ASK_S = 0.1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_core.client import Session
-from gms_core.failover.engines import Engine, engines
+from gms_core.fleet.engines import Engine, engines
 from gms_core.protocol.messages import Instruct, Order, Role, StatusReport
 
 PROMPT = [5, 17, 33, 101, 7]

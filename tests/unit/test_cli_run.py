@@ -20,9 +20,9 @@ from gms_core.cli.run import _failover
 from gms_core.client import connect
 from gms_core.config import child_environment
 from gms_core.errors import EngineFailed, ServerUnavailable
-from gms_core.failover.fleet_view import Change
-from gms_core.failover.restarts import Policy
-from gms_core.failover.supervisor import Wanted, supervise
+from gms_core.fleet.restarts import Policy
+from gms_core.fleet.supervisor import Wanted, supervise
+from gms_core.fleet.view import Change
 from tests.conftest import RunningServer
 from tests.unit.gms_run import ENGINE, GMS, PATIENCE_S, answer, free_port, gms_run, processes_of
 

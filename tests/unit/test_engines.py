@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gms_core.errors import EngineNotFound, InvalidArgument
-from gms_core.failover.engines import Engine, choose, engines
+from gms_core.fleet.engines import Engine, choose, engines
 from gms_core.protocol.messages import CohortStatus, MemberStatus, RetainedStatus, StatusReport
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gms_core.config import child_environment
 from gms_core.errors import EngineFailed
-from gms_core.failover.groups import Group, how, last_line, session_of
+from gms_core.fleet.groups import Group, how, last_line, session_of
 
 PATIENCE_S = 60.0
 STAYS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(3600)"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gms_core.failover.restarts import (
+from gms_core.fleet.restarts import (
     Fleet,
     GiveUp,
     Policy,

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gms_core.errors import EngineFailed
-from gms_core.failover.engines import Engine, engines
-from gms_core.failover.fleet_view import Change, EngineRow, FleetView
-from gms_core.failover.groups import Group, how, last_line, session_of
-from gms_core.failover.own_server import OwnServer
-from gms_core.failover.restarts import GiveUp, Policy, Seen, Start, ended, new_fleet, next_step, observed, started
-from gms_core.failover.stop_signals import stop_signals
-from gms_core.failover.watcher import Watcher
+from gms_core.fleet.engines import Engine, engines
+from gms_core.fleet.groups import Group, how, last_line, session_of
+from gms_core.fleet.own_server import OwnServer
+from gms_core.fleet.restarts import GiveUp, Policy, Seen, Start, ended, new_fleet, next_step, observed, started
+from gms_core.fleet.stop_signals import stop_signals
+from gms_core.fleet.view import Change, EngineRow, FleetView
+from gms_core.fleet.watcher import Watcher
 from gms_core.protocol.messages import StatusReport
 
 CLIENT = "gms run"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gms_core.errors import EngineFailed, ServerUnavailable
-from gms_core.failover.groups import Group, how, last_line
+from gms_core.fleet.groups import Group, how, last_line
 
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 30.0
