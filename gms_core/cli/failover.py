@@ -115,10 +115,10 @@ def demote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, ou
 
 
 @failover.command(short_help="Free retained memory that no engine uses.")
-@click.argument("pools", metavar="[POOL]...", nargs=-1)
+@click.argument("pool", nargs=-1)
 @runtime_dir_option
 @output_option("text", "json")
-def drop(pools: tuple[str, ...], runtime_dir: Path, output: str) -> None:
+def drop(pool: tuple[str, ...], runtime_dir: Path, output: str) -> None:
     """Free the memory of each retained POOL on all devices, and forget its plan, so that the next engine measures anew.
 
     Without POOL: all of them. Nothing is freed if an engine uses one.
@@ -129,22 +129,24 @@ def drop(pools: tuple[str, ...], runtime_dir: Path, output: str) -> None:
     from gms_core.runtime_dir import socket_path
 
     reports = _reports(runtime_dir)
-    there = [(report.device, pool) for report in reports for pool in report.retained if pool.state != "empty" and (not pools or pool.name in pools)]
-    if missing := sorted(set(pools) - {pool.name for _, pool in there}):
+    there = [(report.device, found) for report in reports for found in report.retained if found.state != "empty" and (not pool or found.name in pool)]
+    if missing := sorted(set(pool) - {found.name for _, found in there}):
         raise PoolNotFound(f"nothing is retained in {', '.join(missing)}", hint="gms failover status lists them.")
-    for device, pool in there:
-        if pool.holder or pool.users or pool.state == "planning":
+    for device, found in there:
+        if found.holder or found.users or found.state == "planning":
             raise LeaseConflict(
-                f"pool {pool.name!r} of {device} is in use", hint="End the engines that use it first: gms failover status lists them."
+                f"pool {found.name!r} of {device} is in use", hint="End the engines that use it first: gms failover status lists them."
             )
-    for device, pool in there:
+    for device, found in there:
         with connect(socket_path=socket_path(DeviceId(device), runtime_dir), client=CLIENT) as session:
-            session.perform(Drop(pool.name))
+            session.perform(Drop(found.name))
     if output == "json":
-        click.echo(json.dumps({"schema": SCHEMA, "dropped": [{"device": device, "pool": pool.name, "bytes": pool.bytes} for device, pool in there]}))
+        click.echo(
+            json.dumps({"schema": SCHEMA, "dropped": [{"device": device, "pool": found.name, "bytes": found.bytes} for device, found in there]})
+        )
         return
-    for device, pool in there:
-        click.echo(f"{format_size(pool.bytes)} of pool {pool.name} on {device} are free")
+    for device, found in there:
+        click.echo(f"{format_size(found.bytes)} of pool {found.name} on {device} are free")
 
 
 def document(reports: list[StatusReport], found: list[Engine], runtime_dir: Path) -> dict[str, object]:
