@@ -119,9 +119,10 @@ def demote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, ou
 @runtime_dir_option
 @output_option("text", "json")
 def drop(pool: tuple[str, ...], runtime_dir: Path, output: str) -> None:
-    """Free the memory of each retained POOL on all devices, and forget its plan, so that the next engine measures anew.
+    """Free the memory of each retained POOL on all devices that answer, and forget its plan, so that the next engine measures anew.
 
-    Without POOL: all of them. Nothing is freed if an engine uses one.
+    Without POOL: all of them. On the device host the pools of further ranks, POOL.1 and so on, go with POOL. Nothing is freed if an engine uses one
+    of them already.
     """
     from gms_core.client import connect
     from gms_core.devices import DeviceId
@@ -129,8 +130,13 @@ def drop(pool: tuple[str, ...], runtime_dir: Path, output: str) -> None:
     from gms_core.runtime_dir import socket_path
 
     reports = _reports(runtime_dir)
-    there = [(report.device, found) for report in reports for found in report.retained if found.state != "empty" and (not pool or found.name in pool)]
-    if missing := sorted(set(pool) - {found.name for _, found in there}):
+    there = [
+        (report.device, found)
+        for report in reports
+        for found in report.retained
+        if found.state != "empty" and (not pool or _without_rank(found.name) in pool or found.name in pool)
+    ]
+    if missing := sorted(set(pool) - {name for _, found in there for name in (found.name, _without_rank(found.name))}):
         raise PoolNotFound(f"nothing is retained in {', '.join(missing)}", hint="gms failover status lists them.")
     for device, found in there:
         if found.holder or found.users or found.state == "planning":
@@ -140,13 +146,10 @@ def drop(pool: tuple[str, ...], runtime_dir: Path, output: str) -> None:
     for device, found in there:
         with connect(socket_path=socket_path(DeviceId(device), runtime_dir), client=CLIENT) as session:
             session.perform(Drop(found.name))
-    if output == "json":
-        click.echo(
-            json.dumps({"schema": SCHEMA, "dropped": [{"device": device, "pool": found.name, "bytes": found.bytes} for device, found in there]})
-        )
-        return
-    for device, found in there:
-        click.echo(f"{format_size(found.bytes)} of pool {found.name} on {device} are free")
+        if output == "json":
+            click.echo(json.dumps({"schema": SCHEMA, "device": device, "pool": found.name, "bytes": found.bytes}))
+        else:
+            click.echo(f"{format_size(found.bytes)} of pool {found.name} on {device} are free")
 
 
 def document(reports: list[StatusReport], found: list[Engine], runtime_dir: Path) -> dict[str, object]:
@@ -158,6 +161,12 @@ def document(reports: list[StatusReport], found: list[Engine], runtime_dir: Path
         "locks": [{"device": report.device, **msgspec.to_builtins(lock)} for report in reports for lock in report.locks],
         "retained": [{"device": report.device, **msgspec.to_builtins(pool)} for report in reports for pool in report.retained],
     }
+
+
+def _without_rank(pool: str) -> str:
+    """The name without the number of a rank: on the device host each rank has a pool of its own."""
+    name, dot, number = pool.rpartition(".")
+    return name if dot and number.isdecimal() else pool
 
 
 def _states(runtime_dir: Path) -> list[ServerState]:

@@ -202,7 +202,8 @@ class _Benchmark:
                 file.write(msgspec.json.encode(found) + b"\n")
         except OSError as error:
             self._keeps = False
-            click.echo(f"gms: {path} cannot be written any more: {error.strerror}", err=True)
+            with contextlib.suppress(OSError):  # it may be the same disk
+                click.echo(f"gms: {path} cannot be written any more: {error.strerror}", err=True)
 
     @contextlib.contextmanager
     def _load(self) -> Iterator[Load | None]:

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+from io import FileIO
 from pathlib import Path
 
 from gms_core.devices import DeviceId
@@ -24,7 +25,7 @@ from gms_core.vmm import open_physical_driver
 log = logging.getLogger(__name__)
 
 
-async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | None, lifeline: int, ready: int) -> None:
+async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | None, lifeline: int, ready: FileIO) -> None:
     """Serve one device until SIGTERM or SIGINT, or until the supervisor has gone.
 
     Args:
@@ -32,7 +33,7 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
         directory: The runtime directory, prepared.
         host_memory: Bytes that the ``host`` device offers; None for all that the machine has.
         lifeline: Descriptor of a pipe whose other end the supervisor holds: its end is the supervisor's end.
-        ready: Descriptor to which one line is written once clients can connect; closed then.
+        ready: Pipe to which one line is written once clients can connect; closed then.
 
     Raises:
         GmsError: The device or the socket cannot be had.
@@ -47,8 +48,8 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
         bound_socket(socket_path(device, directory)) as listening,
     ):
         listener = asyncio.create_task(Listener(listening, Service(device, memory, limits), os.getuid()).run())
-        os.write(ready, b"ready\n")
-        os.close(ready)
+        ready.write(b"ready\n")
+        ready.close()
         log.info("serving %s at %s", device, socket_path(device, directory))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((listener, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -66,7 +67,7 @@ def _raise_descriptor_limit() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """The process's main function; returns its exit code, and writes why it failed to the ``ready`` descriptor."""
+    """The process's main function; returns its exit code, and writes why it failed to the ``ready`` pipe, unless clients could connect already."""
     parser = argparse.ArgumentParser(prog="gms device server")
     parser.add_argument("--device", required=True)
     parser.add_argument("--runtime-dir", type=Path, required=True)
@@ -75,16 +76,15 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--ready", type=int, required=True)
     options = parser.parse_args(arguments)
     _raise_descriptor_limit()
+    ready = FileIO(options.ready, "w")
     try:
         asyncio.run(
-            serve_device(
-                DeviceId(options.device), options.runtime_dir, host_memory=options.host_memory, lifeline=options.lifeline, ready=options.ready
-            )
+            serve_device(DeviceId(options.device), options.runtime_dir, host_memory=options.host_memory, lifeline=options.lifeline, ready=ready)
         )
     except GmsError as error:
         try:
-            os.write(options.ready, json.dumps([error.code, error.message, error.hint]).encode())
-        except OSError:  # clients could connect already, or the supervisor has gone
+            ready.write(json.dumps([error.code, error.message, error.hint]).encode())
+        except (OSError, ValueError):  # the supervisor has gone, or the pipe was closed because clients could connect
             log.error("%s", error)
         return 1
     return 0

@@ -330,14 +330,14 @@ class RetainedPool:
             if self.planner is not None:
                 # Two engines whose ranks have the same devices in another order would wait for each other.
                 if differences := asking.identity.differences(self.planner.identity):
-                    effects.append(Refuse(session, self._mismatch(differences)))
+                    effects.append(Refuse(session, self._mismatch(differences, f"is being planned by {self.planner.claim.label} for")))
                     continue
                 waiting.append(asking)
                 effects.append(Wait(session, f"{self.planner.claim.label} is planning it"))
                 continue
             differences = asking.identity.differences(self.identity) if self.identity is not None else {}
             if differences and (self.users or self.seat.holder is not None):
-                effects.append(Refuse(session, self._mismatch(differences)))
+                effects.append(Refuse(session, self._mismatch(differences, "is laid out for")))
             elif self.identity is None or differences:
                 effects += self._forget()  # memory of another layout that nobody uses any more
                 self.planner = asking
@@ -348,10 +348,10 @@ class RetainedPool:
         self.asking = waiting
         return effects
 
-    def _mismatch(self, differences: dict[str, str]) -> IdentityMismatch:
+    def _mismatch(self, differences: dict[str, str], what: str) -> IdentityMismatch:
         listing = "; ".join(f"{name}: {pair}" for name, pair in differences.items())
         return IdentityMismatch(
-            f"pool {self.name!r} is laid out for an engine of another kind: {listing} (expected != planned)",
+            f"pool {self.name!r} {what} an engine of another kind: {listing} (expected != planned)",
             hint="Start all engines that stand in for one another with the same options, or give this one another kv_tag.",
             details=differences,
         )

@@ -110,8 +110,7 @@ class RetainedKv:
             on_wait: Called with the reason, each time that it changes, while it waits.
 
         Raises:
-            AcquireTimeout: The holder before has not ended in time. The call can be repeated, as after any other error; beneath the addresses lies
-                nothing.
+            AcquireTimeout: The holder before has not ended in time. The call can be repeated, as after any other error.
             FenceFailed: It cannot be ended.
         """
         start = time.perf_counter()

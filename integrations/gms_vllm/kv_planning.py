@@ -51,10 +51,11 @@ class KvPlanning:
         """What vLLM is told in place of a measurement; None if this rank measures, and has not yet."""
         return None if self.budgets is None else self.budgets[self.rank]
 
-    def measured(self, memory_bytes: int) -> None:
-        """Tell the other ranks what this one has measured, and learn what they have. All ranks call it."""
+    def share(self, measured: int) -> tuple[int, ...]:
+        """Tell the other ranks what this one has measured, and learn what they have: the budgets. All ranks call it."""
         group = all_ranks()
-        self.budgets = (memory_bytes,) if group is None else tuple(_gather(memory_bytes, group))
+        self.budgets = (measured,) if group is None else tuple(_gather(measured, group))
+        return self.budgets
 
     @contextlib.contextmanager
     def given_up_on_failure(self) -> Iterator[None]:
@@ -143,7 +144,7 @@ def _agree(planning: KvPlanning, identity: Identity, timeout_s: float) -> None:
     if len(known) > 1:
         raise IdentityMismatch(
             f"the ranks' plans of the KV memory are of different engines: {sorted(known)}",
-            hint=f"End all engines that use pool {pool.name!r}, and free it on every device: gms failover drop.",
+            hint=f"End all engines that use them, and free them: gms failover drop {pool.name}",
         )
     planning.budgets = known.pop() if known else None
 

@@ -39,6 +39,7 @@ class GmsShadowMixin(GmsSleepMixin):
 
     planning: kv_planning.KvPlanning | None = None
     kv: RetainedKv | None = None
+    _measured = 0
     _parked = False
     _rehearses = False
     _refused = False
@@ -93,8 +94,8 @@ class GmsShadowMixin(GmsSleepMixin):
                     base.determine_available_memory()
                 return planned
             available = int(base.determine_available_memory())
-            # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
-            self.planning.measured(cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available)))
+        # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
+        self._measured = cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available))
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -110,8 +111,9 @@ class GmsShadowMixin(GmsSleepMixin):
             give_back_cached()
             base.initialize_from_config(kv_cache_config)
             assert self.kv is not None
-            assert self.planning.budgets is not None
-            here = KvPlan.of(kv_cache_config, self.planning.budgets)
+            # Only here is it certain that no rank's measurement has failed: it would wait for that one.
+            budgets = self.planning.budgets or self.planning.share(self._measured)
+            here = KvPlan.of(kv_cache_config, budgets)
             self.planning.check_or_provide(here, self.kv.slabs(), self._options().memory_timeout_s)
             self.kv.adopt(self.planning.pool)
         self._parked = True
@@ -220,9 +222,10 @@ class GmsShadowMixin(GmsSleepMixin):
         return socket
 
     def _check_ready(self, *, scheduled: bool) -> None:
+        parked = self._parked and not self._rehearses
+        self._refused = self._refused or (parked and scheduled)
         super()._check_ready(scheduled=scheduled)
-        if self._parked and not self._rehearses:
-            self._refused = self._refused or scheduled
+        if parked:
             raise NotPromoted(
                 "this engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense",
                 hint='It computes once it is promoted: by its API server, or by collective_rpc("gms_promote", args=(timeout_s,)).',

@@ -138,7 +138,7 @@ try:
     kv_planning._agree(planning, Identity({"kind": "a"}), 30.0)
     knew = planning.memory_bytes
     if knew is None:
-        planning.measured(100 + rank)
+        planning.share(100 + rank)
     print(json.dumps([planning.plan is not None, knew, planning.budgets]), flush=True)
 except GmsError as error:
     print(json.dumps(error.code), flush=True)

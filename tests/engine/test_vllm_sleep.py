@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 SLEEP = {"enable_sleep_mode": True}
-LOOK_S = 0.5
+LOOK_S = 1.0
 """Seconds in which an engine notices a request, or that its client is gone."""
 KV_BYTES = 16 * 2**20
 

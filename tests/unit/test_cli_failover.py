@@ -111,7 +111,7 @@ def test_order_is_refused_when_it_fits_no_engine(server: RunningServer, shadows:
 
 def test_retained_memory_is_freed_when_no_engine_uses_it(server: RunningServer) -> None:
     with processes() as begin:
-        for pool in ("kv_cache", "other"):
+        for pool in ("kv_cache", "other", "other.1"):
             engine = begin(server.socket, f"engine of {pool}")
             engine.ask("plan", pool, "a")
             engine.ask("provide", "plan", [4096])
@@ -120,8 +120,8 @@ def test_retained_memory_is_freed_when_no_engine_uses_it(server: RunningServer) 
     result = _gms(server, "failover", "drop", "no_such")
     assert (result.exit_code, "nothing is retained in no_such" in result.stderr) == (ExitCode.NOT_FOUND, True)
     assert _done(_gms(server, "failover", "drop", "kv_cache")) == "4 KiB of pool kv_cache on host are free\n"
-    dropped = json.loads(_done(_gms(server, "failover", "drop", "-o", "json")))["dropped"]
-    assert dropped == [{"device": "host", "pool": "other", "bytes": 4096}]
+    told = [json.loads(line) for line in _done(_gms(server, "failover", "drop", "other", "-o", "json")).splitlines()]
+    assert told == [{"schema": "gms-failover/1", "device": "host", "pool": pool, "bytes": 4096} for pool in ("other", "other.1")]
     assert _done(_gms(server, "failover", "drop")) == ""
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,7 @@ def _server_other_than(killed: int, directory: Path, supervisor: subprocess.Pope
                     return found
         except (ServerUnavailable, ConnectionLost):
             assert supervisor.poll() is None
+            time.sleep(0.02)
 
 
 def test_host_memory_is_bounded_when_serve_is_told_so(runtime_dir: Path) -> None:
