@@ -53,22 +53,15 @@ def test_engine_serves_on_when_others_end_in_whatever_way(story: Story) -> None:
         story.until_role(hanging, "primary")
         right = client.tokens()
 
-        parked = start("parked")
+        parked, next_one = start("parked"), start("next")
         story.until_role(parked, "standby")
+        story.until_role(next_one, "standby")
         os.kill(parked.process.pid, signal.SIGTERM)
         parked.until_gone()
         assert parked.process.returncode == 0
         assert story.primaries() == [hanging.name]
         assert client.tokens() == right
 
-        early = start("early")
-        until(lambda: story.seen(early), "no process of the engine has joined")
-        early.process.kill()
-        early.until_gone()
-        assert story.primaries() == [hanging.name]
-
-        next_one = start("next")
-        story.until_role(next_one, "standby")
         os.kill(story.pid_of(hanging, "rank 0"), signal.SIGSTOP)
         story.until_role(next_one, "primary")
         hanging.until_gone()
@@ -109,10 +102,10 @@ def test_next_shadow_takes_its_turn_when_a_promotion_fails(story: Story) -> None
         serving = start("serves")
         story.until_role(serving, "primary")
         right = client.tokens()
-        failing = start("fails", promotion_timeout_s=2.0)
+        failing, last = start("fails", promotion_timeout_s=2.0), start("last", promotion_timeout_s=120.0)
         story.until_role(failing, "standby")
-        last = start("last", promotion_timeout_s=120.0)
         story.until_role(last, "standby")
+        story.order(failing, "promote")
         with squatter(story) as holder:
             story.kill(serving, "group")
             assert holder.stdout is not None
