@@ -58,6 +58,37 @@ def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_
     return value
 
 
+def living(session: int) -> list[int]:
+    """Processes of a session that have not exited."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, _, its = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(its) == session and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def named_memory(session: int) -> set[str]:
+    """Names of shared memory that the processes of a session have mapped."""
+    found = set()
+    for pid in living(session):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    return found
+
+
+@contextlib.contextmanager
+def without_named_memory(session: int) -> Iterator[None]:
+    """Kill a session's processes in the context: stock vLLM then leaves names of shared memory, which go here."""
+    names = named_memory(session)
+    yield
+    for name in names:
+        Path("/dev/shm", name).unlink(missing_ok=True)
+
+
 @dataclass
 class Running:
     """One engine, in a session of its own."""
@@ -68,23 +99,11 @@ class Running:
 
     def pids(self) -> list[int]:
         """All living processes that the engine has started, and its first one."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                    if int(session) == self.process.pid and state not in "ZX":
-                        found.append(int(entry.name))
-        return found
+        return living(self.process.pid)
 
     def named_memory(self) -> set[str]:
         """Names of shared memory that its processes have mapped; each must be gone soon after the engine."""
-        found = set()
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-                found |= {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
-        return found
+        return named_memory(self.process.pid)
 
     def tail(self) -> str:
         """The end of its log."""
@@ -163,10 +182,11 @@ class Story:
             error.add_note(f"the end of {log.name}:\n{running.tail()}")
             raise
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(PATIENCE_S)
-            running.until_gone()
+            with without_named_memory(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(PATIENCE_S)
+                running.until_gone()
 
     def status(self) -> StatusReport:
         """What the server says now."""

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from failover_story import without_named_memory
 from models import SHAPES, write_model
 from safetensors.torch import load_file, save_file
 
@@ -135,9 +136,10 @@ class Site:
             yield engine
         finally:
             # An engine with several ranks has processes that outlive the first one.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            with without_named_memory(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
     def run(self, model: Path, load_format: str = "gms", **options: Any) -> dict[str, Any]:
         """Start an engine, take its first answer and let it end."""
