@@ -16,12 +16,14 @@ from gms_core.fleet.engines import Engine, engines
 from gms_core.fleet.groups import Group, how, last_line, session_of
 from gms_core.fleet.own_server import OwnServer
 from gms_core.fleet.restarts import GiveUp, Policy, Seen, Start, ended, new_fleet, next_step, observed, started
-from gms_core.fleet.stop_signals import stop_signals
 from gms_core.fleet.view import Change, EngineRow, FleetView
 from gms_core.fleet.watcher import Watcher
 from gms_core.protocol.messages import StatusReport
+from gms_core.stop_signals import stop_signals
 
 CLIENT = "gms run"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends it."""
 ASK_S = 0.25
 LOST_S = 5.0
 """Seconds after which an engine that its servers do not know any more is none of theirs."""
@@ -76,7 +78,8 @@ def supervise(wanted: Wanted, on_change: Callable[[Change], None], on_tick: Call
     """
     view = FleetView(on_change, on_tick)
     with contextlib.ExitStack() as stack:
-        told = stack.enter_context(stop_signals())
+        # One that is ignored stays so: nohup ignores SIGHUP.
+        told = stack.enter_context(stop_signals(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN))
         watcher = stack.enter_context(Watcher(wanted.runtime_dir, CLIENT, ASK_S))
         log = wanted.log_dir / "server.log"
         server = OwnServer(wanted.serve, wanted.environment(None), log, lambda state, detail: view.tell(Change("server", state, detail)))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gms_core.config import child_environment
 from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, ServerUnavailable, rebuild
 from gms_core.runtime_dir import prepare, socket_path
+from gms_core.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -74,29 +75,12 @@ def serve(devices: Sequence[DeviceId], runtime_dir: Path, host_memory: int | Non
         GmsError: The runtime directory is not safe, or no device could be served at all.
     """
     directory = prepare(runtime_dir)
-    with _signals() as told, contextlib.ExitStack() as children_end:
+    with stop_signals((signal.SIGTERM, signal.SIGINT)) as told, contextlib.ExitStack() as children_end:
         children = [Child(device) for device in devices]
         children_end.callback(_stop, children)
         supervisor = _Supervisor(children, directory, host_memory, on_ready, told)
         supervisor.run()
     return 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable when SIGTERM or SIGINT arrives."""
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
-    old_wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield reading
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(old_wakeup)
-        reading.close()
-        writing.close()
 
 
 class _Supervisor:

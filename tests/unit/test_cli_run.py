@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,9 +184,11 @@ def test_primary_serves_on_when_neither_a_shadow_nor_the_server_can_be_started(r
         assert run.wait() == 0
 
 
-def test_run_gives_up_when_no_engine_can_be_started(server: RunningServer, tmp_path: Path) -> None:
-    wanted = Wanted(
-        command=lambda number: [str(tmp_path / "absent")],
+@pytest.fixture
+def in_vain(server: RunningServer, tmp_path: Path) -> Wanted:
+    """Two engines whose command a test has to name, and which are given up after three starts."""
+    return Wanted(
+        command=lambda number: [],
         environment=lambda number: child_environment(),
         name="engine",
         engines=2,
@@ -197,6 +200,10 @@ def test_run_gives_up_when_no_engine_can_be_started(server: RunningServer, tmp_p
         policy=Policy(first_delay_s=0.01, most_failures=3),
         stop_timeout_s=10.0,
     )
+
+
+def test_run_gives_up_when_no_engine_can_be_started(in_vain: Wanted, tmp_path: Path) -> None:
+    wanted = replace(in_vain, command=lambda number: [str(tmp_path / "absent")])
     with pytest.raises(
         EngineFailed, match=r"3 starts in a row have failed and no engine serves; engine-0 was not started: .*absent cannot be started"
     ):
@@ -204,20 +211,13 @@ def test_run_gives_up_when_no_engine_can_be_started(server: RunningServer, tmp_p
 
 
 @pytest.mark.parametrize("role", ["init", "promoting"])
-def test_run_gives_up_when_engines_die_again_and_again(server: RunningServer, tmp_path: Path, role: str) -> None:
+def test_run_gives_up_when_engines_die_again_and_again(server: RunningServer, in_vain: Wanted, tmp_path: Path, role: str) -> None:
     told: list[Change] = []
-    wanted = Wanted(
+    variables = {"GMS_RUNTIME_DIR": str(server.directory), "GMS_FAILOVER": "{}"}
+    wanted = replace(
+        in_vain,
         command=lambda number: [*ENGINE, "--dies-as", role],
-        environment=lambda number: child_environment(GMS_RUNTIME_DIR=str(server.directory), GMS_ENGINE=f"engine-{number}", GMS_FAILOVER="{}"),
-        name="engine",
-        engines=2,
-        lock="gms:primary",
-        runtime_dir=server.directory,
-        devices=(),
-        serve=None,
-        log_dir=tmp_path,
-        policy=Policy(first_delay_s=0.01, most_failures=3),
-        stop_timeout_s=10.0,
+        environment=lambda number: child_environment(**variables, GMS_ENGINE=f"engine-{number}"),
     )
     with pytest.raises(EngineFailed, match="3 starts in a row have failed") as caught:
         supervise(wanted, told.append, lambda rows: None)
@@ -226,17 +226,12 @@ def test_run_gives_up_when_engines_die_again_and_again(server: RunningServer, tm
     assert not [change for change in told if change.subject == "engine-1" and change.state == "starting"]
 
 
-def test_run_says_why_when_its_server_cannot_start(server: RunningServer, tmp_path: Path) -> None:
-    wanted = Wanted(
-        command=lambda number: [],
-        environment=lambda number: child_environment(),
-        name="engine",
+def test_run_says_why_when_its_server_cannot_start(server: RunningServer, in_vain: Wanted, tmp_path: Path) -> None:
+    wanted = replace(
+        in_vain,
         engines=1,
-        lock="gms:primary",
-        runtime_dir=server.directory,
         devices=("GPU-0",),
         serve=(*GMS, "serve", "--runtime-dir", str(server.directory), "--device", "GPU-0"),
-        log_dir=tmp_path,
         policy=Policy(),
         stop_timeout_s=1.0,
     )
@@ -275,22 +270,10 @@ def test_run_says_so_at_once_when_the_command_line_is_wrong(server: RunningServe
     assert "invalid int value: 'eight'" in result.stderr
 
 
-def test_command_is_given_up_when_it_never_works_beside_a_primary_of_another_device(server: RunningServer, tmp_path: Path) -> None:
+def test_command_is_given_up_when_it_never_works_beside_a_primary_of_another_device(server: RunningServer, in_vain: Wanted) -> None:
     with gms_run(server.directory, "--shadows", "0", "--", *ENGINE) as other:
         other.wait_for("engine-0", "primary")
-        wanted = Wanted(
-            command=lambda number: ["false"],
-            environment=lambda number: child_environment(),
-            name="broken",
-            engines=1,
-            lock="gms:primary",
-            runtime_dir=server.directory,
-            devices=(),
-            serve=None,
-            log_dir=tmp_path,
-            policy=Policy(first_delay_s=0.01, most_failures=3),
-            stop_timeout_s=10.0,
-        )
+        wanted = replace(in_vain, command=lambda number: ["false"], name="broken", engines=1)
         with pytest.raises(EngineFailed, match="3 starts in a row have failed"):
             supervise(wanted, lambda change: None, lambda rows: None)
         other.interrupt()

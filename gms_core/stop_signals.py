@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from collections.abc import Iterable, Iterator
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[socket.socket]:
-    """A socket on which a byte, the signal's number, arrives for each SIGINT, SIGTERM and SIGHUP; one that was ignored before stays ignored.
+def stop_signals(numbers: Iterable[signal.Signals]) -> Iterator[socket.socket]:
+    """A socket on which a byte, the signal's number, arrives for each of these signals, which do nothing else meanwhile. For the main thread only.
 
-    For the main thread only.
+    Args:
+        numbers: The signals.
     """
     reading, writing = socket.socketpair()
     reading.setblocking(False)
     writing.setblocking(False)
     old_wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    old = {number: signal.signal(number, lambda *_: None) for number in heard}
+    old = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield reading
     finally:
