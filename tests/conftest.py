@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -91,6 +91,23 @@ def server(runtime_dir: Path) -> Iterator[RunningServer]:
     """A device server for the ``host`` device."""
     with running_server(runtime_dir) as running:
         yield running
+
+
+MOST_LINES = 80
+"""Of each stream that a failed test's report keeps: a server's log of many engines would bury what failed."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    report.sections = [(title, _end_of(text)) for title, text in report.sections]
+    return report
+
+
+def _end_of(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    left_out = len(lines) - MOST_LINES
+    return text if left_out <= 0 else "".join([f"... {left_out} lines before this are left out\n", *lines[left_out:]])
 
 
 def _descriptors() -> dict[str, str]:
