@@ -108,6 +108,8 @@ class FailoverConfig(BaseModel):
         drain_timeout_s: Seconds that running requests get when an operator demotes the engine.
         alias_bytes: Bytes of the memory that all of a shadow's KV addresses share.
         rehearse: Whether a shadow asks itself a few requests before it stands by, so that the first one after its promotion is no slower than others.
+        huge_pages: Whether an engine's processes put their own host memory into huge pages before they stand by: the kernel ends them much sooner
+            then, and for that their successor waits.
         status_address: ``HOST:PORT`` where ``/gms/status`` and ``/health`` answer at all times, besides the engine's own port; None for nowhere.
         on_promoted: Command that is run once the engine serves, with ``GMS_*`` facts in its environment; None for none.
         webhook: URL to which each change of role is posted as JSON; None for none.
@@ -124,6 +126,7 @@ class FailoverConfig(BaseModel):
     drain_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 30.0
     alias_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
     rehearse: bool = True
+    huge_pages: bool = True
     status_address: Annotated[str, AfterValidator(_address)] | None = None
     on_promoted: Annotated[tuple[str, ...], AfterValidator(_command)] | None = None
     webhook: Annotated[str, AfterValidator(_web_address)] | None = None

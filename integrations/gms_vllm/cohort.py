@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 from gms_core.client import Membership
 from gms_core.config import export_cohort, settings
 from gms_core.errors import GmsError
+from gms_core.failover import huge_pages
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.resource_tracker import start_apart
@@ -144,6 +145,7 @@ def extend_engine_core() -> None:
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     EngineCore.gms_join = _join
+    EngineCore.gms_settle = _settle
     EngineCore.gms_unfinished = _unfinished
     if EngineCoreProc.run_engine_core is not run_engine_core:
         _run_engine_core = EngineCoreProc.run_engine_core
@@ -166,6 +168,16 @@ def _join(_: Any, sockets: list[str], connect_timeout_s: float) -> None:
     """Join the engine core's process to the cohort."""
     end_with_parent()
     take_place("engine-core", map(Path, sockets), serves=False, connect_timeout_s=connect_timeout_s)
+
+
+def _settle(_: Any) -> None:
+    settle("engine core")
+
+
+def settle(process: str) -> None:
+    """Put this process's host memory into huge pages, so that it ends soon if it is killed."""
+    done = huge_pages.collapse()
+    log.info("%s: %.2f GiB of host memory are in huge pages, after %.1f s", process, done.bytes / 2**30, done.seconds)
 
 
 def _unfinished(engine_core: Any, rank: int, servers: int, answering: int) -> int:

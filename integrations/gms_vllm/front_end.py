@@ -20,7 +20,7 @@ from gms_core.failover.locks import FailoverLock, open_lock
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.status import EngineState, RoleChange
 from gms_core.failover.threads import in_thread
-from gms_vllm.cohort import GRACE_S, ApiPlace, this_process
+from gms_vllm.cohort import GRACE_S, ApiPlace, settle, this_process
 from gms_vllm.gate import Gate, ListenLast
 from gms_vllm.main_process import name_servers
 from gms_vllm.rehearsal import rehearse
@@ -154,6 +154,8 @@ class ApiServer:
         try:
             if self._place.rank == 0 and self._failover.rehearse:  # before any of the engine's API servers can serve
                 await rehearse(self._app, self._inner, self._client, self._api_keys())
+            if self._failover.huge_pages:
+                await self._settle()
             if self._failover.gate == "503":
                 self._gate.open()
             await self._standing.become_primary()
@@ -166,6 +168,14 @@ class ApiServer:
             self._end(PromotionFailed(f"{self._state.engine} cannot serve at {self._gate.address}: {error}"))
         else:
             self._standing.gate_opened()
+
+    async def _settle(self) -> None:
+        """Let every process of the engine put its host memory into huge pages; this one, and from the first API server all others."""
+        work: list[Awaitable[Any]] = [in_thread(lambda: settle(f"api-server {self._place.rank}"), name="gms-settle")]
+        if self._place.rank == 0:
+            work.append(self._client.engine_core.call_utility_async("gms_settle"))
+            work.append(self._client.collective_rpc("gms_settle"))
+        await asyncio.gather(*work)
 
     def _lost(self, error: GmsError) -> None:
         self._loop.call_soon_threadsafe(self._end, error)

@@ -149,6 +149,10 @@ class GmsShadowMixin(GmsSleepMixin):
         """
         self._rehearses = wanted
 
+    def gms_settle(self) -> None:
+        """Put this rank's host memory into huge pages: the engine stands by next, and if it dies its successor waits for the end of this process."""
+        cohort.settle(f"rank {self.vllm_config.parallel_config.rank}")
+
     def gms_place(self) -> dict[str, Any]:
         """Where this rank computes. Called again, it takes its place in the cohort anew, if the server has been restarted.
 

@@ -64,6 +64,8 @@ def test_shadow_serves_on_the_same_port_when_the_primary_or_a_part_of_it_is_kill
             serving = shadow
         told = client.request("GET", "/gms/status")[1]
         assert (told["role"], told["term"], set(told["epochs"].values())) == ("primary", 4, {4})
+        settled = [line for line in serving.log.read_text().splitlines() if "host memory are in huge pages" in line]
+        assert {line.rpartition("] ")[2].partition(":")[0] for line in settled} == {"api-server 0", "engine core", "rank 0"}
         assert serving.timeline()["event"] == "promoted"
         os.kill(serving.process.pid, signal.SIGTERM)
         serving.until_gone()
