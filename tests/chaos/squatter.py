@@ -11,7 +11,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gms_core.client import Membership, RetainedPool, connect
@@ -62,13 +62,24 @@ def say(word: str) -> None:
     sys.stdout.flush()
 
 
+def once(call: Callable[[], None]) -> Callable[[str], None]:
+    """Make a call the first time that there is news, and never again."""
+    news: list[str] = []
+
+    def heard(reason: str) -> None:
+        news.append(reason)
+        if len(news) == 1:
+            call()
+
+    return heard
+
+
 def main(socket: str, name: str, pool_name: str, identity: str) -> None:
     session = connect(socket_path=Path(socket), client=name)
     membership = Membership.join(session, name, name, "rank 0")
     pool = RetainedPool(session, pool_name)
     pool.plan(Identity(json.loads(identity)), LONG_S)
-    say("asks")
-    pool.hold(LONG_S)
+    pool.hold(LONG_S, once(lambda: say("asks")))  # said when the server has it in its queue, before anybody who asks later
     say("holds")
     sys.stdin.readline()
     membership.depart(LONG_S)

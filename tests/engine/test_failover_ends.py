@@ -28,8 +28,8 @@ session = connect(socket_path=Path(sys.argv[1]), client="squatter")
 membership = Membership.join(session, "squatter", "squatter", "rank 0")
 pool = RetainedPool(session, "kv_cache")
 pool.plan(Identity(json.loads(sys.argv[2])), 30.0)
-print("asks", flush=True)
-pool.hold(600.0)
+news = []
+pool.hold(600.0, lambda reason: news.append(reason) or len(news) > 1 or print("asks", flush=True))  # once it is in the queue, before others
 print("holds", flush=True)
 sys.stdin.readline()
 membership.depart(5.0)
