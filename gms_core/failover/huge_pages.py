@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
+import mmap
 import os
 import threading
 import time
@@ -41,12 +42,10 @@ class Collapsed(NamedTuple):
     Attributes:
         bytes: In huge pages now, of those that were looked at.
         seconds: That it took.
-        refused: Ranges that the kernel left as they are, such as pages that a device has pinned.
     """
 
     bytes: int
     seconds: float
-    refused: int
 
 
 def collapse(limit_s: float = LIMIT_S) -> Collapsed:
@@ -57,10 +56,9 @@ def collapse(limit_s: float = LIMIT_S) -> Collapsed:
     """
     started = time.monotonic()
     done = refused = 0
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
     try:
         with _guard:  # two threads would only do everything twice
-            for address in _ranges(page_bytes):
+            for address in _ranges():
                 if time.monotonic() - started > limit_s:
                     break
                 if _libc.madvise(address, HUGE_BYTES, _MADV_COLLAPSE) == 0:
@@ -71,27 +69,27 @@ def collapse(limit_s: float = LIMIT_S) -> Collapsed:
                     break
     except OSError as error:
         log.debug("this process's memory cannot be looked at: %s", error)
-    return Collapsed(done, time.monotonic() - started, refused)
+    return Collapsed(done, time.monotonic() - started)
 
 
-def _ranges(page_bytes: int) -> Iterator[int]:
+def _ranges() -> Iterator[int]:
     """Addresses of ranges of the size of a huge page that are this process's own, writable, and at least half in use."""
-    entries = HUGE_BYTES // page_bytes
+    entries = HUGE_BYTES // mmap.PAGESIZE
     file = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for start, end in _own():
             first = -(-start // HUGE_BYTES) * HUGE_BYTES
             while first + HUGE_BYTES <= end:
-                count = min((end - first) // page_bytes, _ENTRIES_AT_ONCE) // entries * entries
-                content = os.pread(file, count * _ENTRY_BYTES, first // page_bytes * _ENTRY_BYTES)
+                count = min((end - first) // mmap.PAGESIZE, _ENTRIES_AT_ONCE) // entries * entries
+                content = os.pread(file, count * _ENTRY_BYTES, first // mmap.PAGESIZE * _ENTRY_BYTES)
                 if len(content) < count * _ENTRY_BYTES:
                     break
                 flags = content[_ENTRY_BYTES - 1 :: _ENTRY_BYTES]
                 for index in range(0, count, entries):
                     piece = flags[index : index + entries]
                     if piece.strip(b"\0") and 2 * sum(flag & _PRESENT for flag in piece) >= _PRESENT * entries:
-                        yield first + index * page_bytes
-                first += count * page_bytes
+                        yield first + index * mmap.PAGESIZE
+                first += count * mmap.PAGESIZE
     finally:
         os.close(file)
 

@@ -8,10 +8,11 @@ It says ``asks``, then ``holds``; a line on standard input ends it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gms_core.client import Membership, RetainedPool, connect
@@ -62,16 +63,7 @@ def say(word: str) -> None:
     sys.stdout.flush()
 
 
-def once(call: Callable[[], None]) -> Callable[[str], None]:
-    """Make a call the first time that there is news, and never again."""
-    news: list[str] = []
-
-    def heard(reason: str) -> None:
-        news.append(reason)
-        if len(news) == 1:
-            call()
-
-    return heard
+say_once = functools.cache(say)
 
 
 def main(socket: str, name: str, pool_name: str, identity: str) -> None:
@@ -79,7 +71,7 @@ def main(socket: str, name: str, pool_name: str, identity: str) -> None:
     membership = Membership.join(session, name, name, "rank 0")
     pool = RetainedPool(session, pool_name)
     pool.plan(Identity(json.loads(identity)), LONG_S)
-    pool.hold(LONG_S, once(lambda: say("asks")))  # said when the server has it in its queue, before anybody who asks later
+    pool.hold(LONG_S, lambda _: say_once("asks"))  # the first news is that the server has it in its queue, before anybody who asks later
     say("holds")
     sys.stdin.readline()
     membership.depart(LONG_S)

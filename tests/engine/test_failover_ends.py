@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.squatter import squatting
 from failover_story import Client, Running, Story, free_port, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 WHOLE = ["api-server 0", "engine-core", "rank 0"]
-SQUATTER = """
-import json, sys
-from pathlib import Path
-from gms_core.client import Membership, RetainedPool, connect
-from gms_core.layout import Identity
-
-session = connect(socket_path=Path(sys.argv[1]), client="squatter")
-membership = Membership.join(session, "squatter", "squatter", "rank 0")
-pool = RetainedPool(session, "kv_cache")
-pool.plan(Identity(json.loads(sys.argv[2])), 30.0)
-news = []
-pool.hold(600.0, lambda reason: news.append(reason) or len(news) > 1 or print("asks", flush=True))  # once it is in the queue, before others
-print("holds", flush=True)
-sys.stdin.readline()
-membership.depart(5.0)
-"""
 
 
 @pytest.fixture
@@ -78,20 +59,6 @@ def test_engine_serves_on_when_others_end_in_whatever_way(story: Story) -> None:
         story.until_role(next_one, "primary")
 
 
-@contextlib.contextmanager
-def squatter(story: Story) -> Iterator[subprocess.Popen[str]]:
-    """Somebody who asks for the KV memory before any shadow does."""
-    (pool,) = story.status().retained
-    command = [sys.executable, "-c", SQUATTER, str(story.server.socket), json.dumps(pool.identity)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "asks\n"
-        yield process
-    finally:
-        process.communicate("\n")
-
-
 def test_next_shadow_takes_its_turn_when_a_promotion_fails(story: Story) -> None:
     port = free_port()
     client = Client(story.model, port)
@@ -107,10 +74,10 @@ def test_next_shadow_takes_its_turn_when_a_promotion_fails(story: Story) -> None
         story.until_role(failing, "standby")
         story.until_role(last, "standby")
         story.order(failing, "promote")
-        with squatter(story) as holder:
+        (pool,) = story.status().retained
+        with squatting(story.server.socket, "squatter", pool) as squatter:
             story.kill(serving, "group")
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "holds\n"
+            squatter.until_it("holds")
             failing.until_gone()
             assert failing.process.returncode > 0
             assert "2 s" in failing.tail()

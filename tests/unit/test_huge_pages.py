@@ -50,8 +50,7 @@ def supported() -> bool:
     memory[:] = b"x" * len(memory)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     start = -(-address // huge_pages.HUGE_BYTES) * huge_pages.HUGE_BYTES
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(huge_pages.HUGE_BYTES), 25) == 0 or ctypes.get_errno() != errno.EINVAL
+    return huge_pages._libc.madvise(start, huge_pages.HUGE_BYTES, huge_pages._MADV_COLLAPSE) == 0 or ctypes.get_errno() != errno.EINVAL
 
 
 @pytest.mark.skipif(not supported(), reason="needs Linux 6.1 with transparent huge pages")
@@ -94,7 +93,7 @@ def test_a_kernel_without_it_is_asked_only_so_often(monkeypatch: pytest.MonkeyPa
             return -1
 
     monkeypatch.setattr(huge_pages, "_libc", Libc)
-    monkeypatch.setattr(huge_pages, "_ranges", lambda _: iter(range(10**6)))
+    monkeypatch.setattr(huge_pages, "_ranges", lambda: iter(range(10**6)))
     done = huge_pages.collapse()
     assert done.bytes == 0
     assert len(asked) < 100
