@@ -55,6 +55,11 @@ class Life:
     def name(self) -> str:
         return self.running.name
 
+    @property
+    def dying(self) -> bool:
+        """Whether it is sure to end. Looked at anew each time: one that outlives its doom is not."""
+        return bool(self.doomed) and self.must_end
+
 
 class Fleet:
     """Engines that stand in for one another.
@@ -174,7 +179,7 @@ class Fleet:
                     life.doomed, life.must_end = "", True
             if life.running.process.poll() is not None:
                 self._ended(life)
-        living = [life for life in self.lives if not (life.doomed and life.must_end)]
+        living = [life for life in self.lives if not life.dying]
         if len(living) <= self.shadows and len(self.starting()) < self._at_once:
             self.start()
 

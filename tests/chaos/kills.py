@@ -213,7 +213,7 @@ def kill_server(scene: Scene, kind: str) -> None:
     blow.recovered_s = None
     _same(primary, blow)
     for life in shadows:
-        if life.doomed and life.must_end:  # one that was only starting may stand by already, and is no longer expected to end
+        if life.dying:  # one that was only starting may stand by already, and is no longer expected to end
             scene.fleet.until_gone(life)
 
 

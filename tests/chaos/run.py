@@ -182,9 +182,9 @@ class Run:
         fleet.shadows = -1
         primary = scene.primary()
         for life in sorted(fleet.lives, key=lambda life: life is primary):
-            if not life.doomed:
+            if not life.dying:
                 polite = life.last in ("standby", "primary")
-                life.doomed, life.files = "its orderly end", life.files | life.running.named_memory()
+                life.doomed, life.must_end, life.files = "its orderly end", True, life.files | life.running.named_memory()
                 life.running.process.send_signal(signal.SIGTERM if polite else signal.SIGKILL)
                 fleet.until_gone(life)
                 if polite and life.running.process.returncode:
