@@ -94,7 +94,13 @@ def _restarts(_: click.Context, __: click.Parameter, value: str) -> tuple[str, .
     help="What of it: all its processes, one of them, or something else each time.",
 )
 @click.option("--load", type=click.IntRange(0, 1024), default=8, show_default=True, metavar="REQUESTS", help="Requests in flight at each kill.")
-@click.option("--shadows", type=click.IntRange(1, 64), default=1, show_default=True, help="Engines that stand by at first.")
+@click.option(
+    "--shadows",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Engines that stand by. Kills follow one another until none does.",
+)
 @click.option(
     "--restarts",
     default="cold,warm",

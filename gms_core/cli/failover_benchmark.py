@@ -50,7 +50,7 @@ class Wanted:
         kills: How often to kill.
         kill: What of the primary; None for something else each time.
         load: Requests in flight.
-        shadows: Engines that stand by at first. Each kill waits for one of them; the dead are being replaced meanwhile.
+        shadows: Engines that stand by. Kills follow one another until none does; then it is waited for all of them again.
         restarts: Lives of the engine without GMS to measure: ``cold`` before all others, ``warm`` after them.
         prompt_tokens: Of each request.
         new_tokens: Of each request.
@@ -184,7 +184,8 @@ class _Benchmark:
         with self._load() as flow:
             for number in range(1, self._wanted.kills + 1):
                 self._tell(f"kill {number} of {self._wanted.kills}: waiting for a shadow")
-                if not self._wait_until_ready(fleet, lookout, 1):
+                none_left = (number - 1) % self._wanted.shadows == 0
+                if not self._wait_until_ready(fleet, lookout, self._wanted.shadows if none_left else 1):
                     break
                 lookout.close = True
                 found = self._kill(number, fleet, lookout, flow, self._right)

@@ -198,12 +198,13 @@ class Fleet:
 
         Args:
             command: Of the engine.
-            shadows: How many stand by.
+            shadows: How many stand by. All of them may be starting at once.
             devices: Whose servers to start; empty for all GPUs.
             runtime_dir: An empty directory.
             log_dir: Where the output of all processes goes.
         """
-        self._command = [sys.executable, "-P", "-m", "gms_core.cli", "run", "--name", NAME, "--shadows", str(shadows), "--gate", "port"]
+        self._command = [sys.executable, "-P", "-m", "gms_core.cli", "run", "--name", NAME, "--gate", "port"]
+        self._command += ["--shadows", str(shadows), "--parallel-starts", str(shadows)]
         self._command += [word for device in devices for word in ("--device", device)]
         self._command += ["--runtime-dir", str(runtime_dir), "--log-dir", str(log_dir), "--stop-timeout", str(STOP_S), "-o", "json", "--", *command]
         self._log_dir = log_dir

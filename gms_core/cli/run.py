@@ -34,6 +34,14 @@ UNKNOWN_COMMAND = (
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("--shadows", type=click.IntRange(0, 64), default=1, show_default=True, help="Engines that stand by, besides the primary.")
+@click.option(
+    "--parallel-starts",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Shadows that may be starting at once. The first engine always starts alone.",
+)
 @click.option("--name", default="engine", show_default=True, help="Engines are called by it and their number: engine-0, engine-1.")
 @click.option("--lock", metavar="gms:NAME|flock:PATH", help="What elects the primary.  [default: gms:primary]")
 @click.option("--gate", type=click.Choice(["port", "503"]), help="How a shadow is held back: it does not listen, or it answers 503.  [default: port]")
@@ -67,6 +75,7 @@ UNKNOWN_COMMAND = (
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(
     shadows: int,
+    parallel_starts: int,
     name: str,
     lock: str | None,
     gate: str | None,
@@ -112,7 +121,7 @@ def run(
         devices=devices,
         serve=serve,
         log_dir=_log_dir(log_dir or directory / "logs"),
-        policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout),
+        policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout, parallel_starts=parallel_starts),
         stop_timeout_s=stop_timeout,
     )
     with display(output) as shown:

@@ -1,8 +1,8 @@
 """Which engine to start, and when, as pure functions of what has been seen: nothing here starts or ends anything.
 
-Every engine starts as a shadow; the lock makes one of them the primary. So to keep a fleet alive means to start the missing ones: one at a time, so
-that they do not take processor time and memory from one another or from a promotion; later and later where they end before they are ready; and
-not at all any more once that has happened too often with nobody left to serve.
+Every engine starts as a shadow; the lock makes one of them the primary. So to keep a fleet alive means to start the missing ones: one at a time, or
+a few if that is wanted, so that they do not take processor time and memory from one another, and none during a promotion; later and later where they
+end before they are ready; and not at all any more once that has happened too often with nobody left to serve.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Policy:
         longest_delay_s: Seconds that this can become, doubled with each life in a row that failed.
         most_failures: Lives that may fail in a row, over all engines, with no primary in between.
         settle_s: Seconds after which a standby without a primary counts as ready: its lock is with somebody who cannot be seen from here.
-        start_timeout_s: Seconds from its start until an engine stands by; one that has not is ended, as nothing else is started meanwhile.
+        start_timeout_s: Seconds from its start until an engine stands by; one that has not is ended, as it keeps others from being started.
+        parallel_starts: Engines that may be starting at once beside one that is ready.
     """
 
     autonomous: bool = True
@@ -36,6 +37,7 @@ class Policy:
     most_failures: int = 5
     settle_s: float = 5.0
     start_timeout_s: float = 1800.0
+    parallel_starts: int = 1
 
     def delay_s(self, failures: int) -> float:
         """Seconds before the next start of an engine whose last lives, so many of them, have failed."""
@@ -216,10 +218,13 @@ def next_step(fleet: Fleet, now: float, policy: Policy, *, server_up: bool) -> S
     hopeless = not ready and not _serves(fleet) and (fleet.refused or fleet.barren >= policy.most_failures)
     if hopeless and not running:
         return GiveUp(fleet.barren, fleet.refused)
-    if hopeless or len(ready) < len(running) or not server_up:
+    alone = not ready and not fleet.primary_elsewhere
+    starting = sum(place.starting for place in running)
+    changing = starting + len(ready) < len(running)  # one takes over, or is being ended
+    if hopeless or changing or starting >= (1 if alone else policy.parallel_starts) or not server_up:
         return Rest(math.inf)
     candidates = [place for place in fleet.places if not place.running]
-    if not ready and not fleet.primary_elsewhere:
+    if alone:
         # Whatever keeps the first from becoming ready keeps the others from it too: they are not tried before one has been.
         candidates = [place for place in candidates if place.lives] or candidates[:1]
     due = sorted((place.due, place.number) for place in candidates)

@@ -57,6 +57,36 @@ def test_shadows_follow_one_by_one_when_there_is_a_primary() -> None:
     assert _step(_saw(started(fleet, 2), n0="primary", n1="standby", n2="standby")) == Rest(math.inf)
 
 
+def test_several_shadows_start_at_once_if_that_is_wanted_beside_one_that_is_ready() -> None:
+    policy = Policy(parallel_starts=2)
+    fleet = started(new_fleet((0, 1, 2, 3)), 0)
+    assert _step(fleet, policy=policy) == Rest(math.inf)
+    fleet = _saw(fleet, policy, n0="primary")
+    assert _step(fleet, policy=policy) == Start(1)
+    fleet = started(fleet, 1)
+    assert _step(fleet, policy=policy) == Start(2)
+    fleet = started(fleet, 2)
+    assert _step(fleet, policy=policy) == Rest(math.inf)
+    assert _step(_saw(fleet, policy, n0="primary", n1="standby", n2="init"), policy=policy) == Start(3)
+
+
+def test_nothing_starts_during_a_promotion_however_many_may() -> None:
+    policy = Policy(parallel_starts=8)
+    fleet = _saw(started(_saw(started(new_fleet((0, 1, 2)), 0), policy, n0="primary"), 1), policy, n0="primary", n1="standby")
+    fleet = _saw(ended(fleet, 0, 0.0, policy), policy, n1="promoting")
+    assert _step(fleet, 100.0, policy) == Rest(math.inf)
+    assert isinstance(_step(_saw(fleet, policy, n1="primary"), 100.0, policy), Start)
+
+
+def test_nothing_starts_while_an_engine_is_being_ended_however_many_may() -> None:
+    policy = Policy(parallel_starts=8)
+    fleet = _saw(started(new_fleet((0, 1, 2)), 0), policy, n0="primary")
+    fleet = _saw(started(started(fleet, 1), 2), policy, n0="primary", n1=("standby", 60.0), n2=("standby", 60.0))
+    fleet = ended(fleet, 2, 0.0, policy)
+    dying = observed(fleet, {0: Seen("primary", 9.0, fencing=True), 1: Seen("standby", 60.0)}, policy, primary_elsewhere=False)
+    assert _step(dying, 100.0, policy) == Rest(math.inf)
+
+
 @pytest.mark.parametrize(
     ("fleet", "step"),
     [
@@ -204,9 +234,9 @@ EVENTS = st.one_of(
 )
 
 
-@given(st.integers(1, 4), st.booleans(), st.lists(EVENTS, max_size=60))
-def test_rules_hold_when_anything_happens(size: int, autonomous: bool, events: list[tuple]) -> None:  # type: ignore[type-arg]
-    policy = Policy(autonomous=autonomous)
+@given(st.integers(1, 4), st.booleans(), st.integers(1, 3), st.lists(EVENTS, max_size=60))
+def test_rules_hold_when_anything_happens(size: int, autonomous: bool, parallel: int, events: list[tuple]) -> None:  # type: ignore[type-arg]
+    policy = Policy(autonomous=autonomous, parallel_starts=parallel)
     fleet, now, server_up = new_fleet(tuple(range(size))), 0.0, True
     for kind, *facts in events:
         number = facts[0] % size if kind in ("see", "end") else 0
@@ -216,7 +246,7 @@ def test_rules_hold_when_anything_happens(size: int, autonomous: bool, events: l
         elif kind == "end" and fleet.place(number).running:
             fleet = ended(fleet, number, now, policy)
             place = fleet.place(number)
-            assert policy.first_delay_s <= place.due - now <= policy.longest_delay_s + 1e-9
+            assert policy.first_delay_s - 1e-9 <= place.due - now <= policy.longest_delay_s + 1e-9
         elif kind == "wait":
             now += facts[0]
         elif kind == "server":
@@ -227,7 +257,11 @@ def test_rules_hold_when_anything_happens(size: int, autonomous: bool, events: l
             place = fleet.place(step.number)
             assert not place.running
             assert place.due <= now
-            assert all(other.primary or other.standby for other in fleet.places if other.running), "one at a time"
+            starting = [other for other in fleet.places if other.starting]
+            others = [other for other in fleet.places if other.running and other not in starting]
+            assert all(other.primary or other.standby for other in others), "nothing starts while one takes over or is being ended"
+            assert len(starting) < parallel
+            assert not starting or others or fleet.primary_elsewhere, "the first one starts alone"
             fleet = started(fleet, step.number)
         elif isinstance(step, GiveUp):
             assert fleet.barren >= policy.most_failures
