@@ -2,6 +2,8 @@
 
     python examples/share_weights/sleep.py 8b --kv-gib 60
 
+Options that it does not know itself go to vllm serve, such as --enforce-eager.
+
 On a machine without a GPU only GMS is measured: vLLM's own sleep mode needs one.
 """
 
@@ -50,12 +52,12 @@ def post(port: int, path: str) -> float:
 class Bench:
     """The programs under test, on one model."""
 
-    def __init__(self, directory: Path, shape: str, kv_bytes: int, rounds: int) -> None:
+    def __init__(self, directory: Path, shape: str, kv_bytes: int, rounds: int, options: list[str]) -> None:
         self.model = directory / "model"
         self.runtime = directory / "run"
         self.logs = directory / "logs"
         self.logs.mkdir()
-        self.kv_bytes, self.rounds = kv_bytes, rounds
+        self.kv_bytes, self.rounds, self.options = kv_bytes, rounds, options
         self.environment = {
             "GMS_RUNTIME_DIR": str(self.runtime),
             "GMS_CACHE_DIR": str(directory / "cache"),
@@ -74,7 +76,7 @@ class Bench:
         """An engine that answers on the port that is given."""
         port = free_port()
         command = [*VLLM, "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096", "--enable-sleep-mode"]
-        command += ["--kv-cache-memory-bytes", str(self.kv_bytes), "--gpu-memory-utilization", "0.9", *options]
+        command += ["--kv-cache-memory-bytes", str(self.kv_bytes), "--gpu-memory-utilization", "0.9", *self.options, *options]
         with running(name, command, self.logs / f"{name}.log", self.environment) as engine:
             wait_until_healthy(engine, port)
             yield port
@@ -128,9 +130,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="times to sleep and wake up at each level (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.add_argument("--logs", type=Path, help="keep the programs' logs here")
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="gms-bench-") as name:
-        bench = Bench(Path(name), options.shape, int(options.kv_gib * GIB), options.rounds)
+        bench = Bench(Path(name), options.shape, int(options.kv_gib * GIB), options.rounds, others)
         try:
             figures = {"shape": options.shape, "kv_gib": options.kv_gib, **measure(bench)}
         except ProgramError as failure:
