@@ -59,6 +59,10 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Ask no more, and wait for the last answers. Idempotent."""
         self._stop.set()
         for thread in self._threads:
             thread.join()

@@ -181,6 +181,7 @@ class Run:
         fleet = scene.fleet
         fleet.shadows = -1
         primary = scene.primary()
+        scene.load.end()  # vLLM waits for ever for a request that has come while its engine was being stopped
         for life in sorted(fleet.lives, key=lambda life: life is primary):
             if not life.dying:
                 polite = life.last in ("standby", "primary")
