@@ -13,7 +13,7 @@ KILLS ?= 100
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos bench wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts bench wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -41,8 +41,12 @@ test-gpu: ## The tests that need an NVIDIA GPU, in an environment that has one: 
 chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engines at random, again and again, while requests flow: make chaos SEED=7 KILLS=100; writes build/chaos.json.
 	PYTHONPATH=tests:tests/engine $(RUN) -m chaos $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
 
-bench: ## How long a new process needs to attach, beside the bare driver.
+restarts: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill a device server again and again under its clients: make restarts SEED=7 KILLS=200
+	PYTHONPATH=.:tests $(RUN) -m chaos.restarts $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
+
+bench: ## How long a new process needs to attach, and what a server with many clients needs, beside their limits.
 	$(RUN) -m gms_core.cli bench attach
+	$(RUN) -m gms_core.cli bench server
 
 wheels: $(WHEELS)/.stamp ## Download the vLLM wheels that the contract tests read.
 

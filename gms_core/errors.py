@@ -201,6 +201,26 @@ class QuotaExceeded(GmsError):
     code = "quota"
 
 
+class KeeperLost(GmsError):
+    """The process that keeps a device's memory while its server is restarted does not answer, or cannot be started."""
+
+    code = "keeper_lost"
+    retryable = True
+
+
+class JournalUnavailable(GmsError):
+    """The server cannot write down what it is about to grant, such as when the disk of its runtime directory is full."""
+
+    code = "journal_unavailable"
+    retryable = True
+
+
+class JournalDamaged(GmsError):
+    """What a device server wrote down cannot be read any more."""
+
+    code = "journal_damaged"
+
+
 class ManifestError(GmsError):
     """A tensor manifest cannot be built, read, or installed into this module."""
 

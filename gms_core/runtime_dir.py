@@ -34,6 +34,21 @@ def socket_path(device: DeviceId, directory: Path | None = None) -> Path:
     return path
 
 
+def lock_path(socket: Path) -> Path:
+    """The file that the server of a socket locks for as long as it lives."""
+    return socket.with_suffix(".lock")
+
+
+def keeper_path(socket: Path) -> Path:
+    """Where the keeper of the server of a socket listens. It is there for as long as another server may go on with what the last one had."""
+    return socket.with_suffix(".keep")
+
+
+def journal_path(socket: Path) -> Path:
+    """Where the server of a socket writes down what the next one has to know."""
+    return socket.with_suffix(".journal")
+
+
 def sockets(directory: Path, devices: Sequence[str] = ()) -> list[Path]:
     """Sockets of the servers in a runtime directory, dead ones included: those of the named devices, or all.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -18,6 +20,7 @@ from hypothesis import settings
 
 from gms_core.client import Session, connect
 from gms_core.devices import DeviceId
+from gms_core.runtime_dir import keeper_path, lock_path
 
 # The same examples in every run, so that a change that breaks nothing fails nothing. To look further: pytest --hypothesis-profile=explore
 # No example has a time limit: how long one takes says more about the machine.
@@ -59,12 +62,69 @@ class RunningServer:
         assert self.supervisor.stdout is not None
         assert self.supervisor.stdout.readline().strip() == str(self.socket)
 
+    def kill(self) -> None:
+        """Kill the device server alone, and wait until there is another one, which goes on with everything."""
+        os.kill(self.supervisor_child, signal.SIGKILL)
+        self.wait_until_ready()
+
+    def lose_everything(self) -> None:
+        """Kill the device server and its keeper: there is another server then, which has nothing."""
+        lose_everything(self.socket)
+        self.wait_until_ready()
+
+    @property
+    def supervisor_child(self) -> int:
+        """The device server's process, even if it does not answer."""
+        return owner(self.socket)
+
+    @property
+    def keepers(self) -> list[int]:
+        """Processes that keep what the device server has."""
+        return keepers(self.socket)
+
     def stop(self) -> None:
         if self.supervisor.poll() is None:
             self.supervisor.send_signal(signal.SIGTERM)
         assert self.supervisor.wait(20) == 0
         assert self.supervisor.stdout is not None
         self.supervisor.stdout.close()
+
+
+def owner(path: Path) -> int:
+    """The process of the device server of a socket, even if it does not answer."""
+    while not (number := lock_path(path).read_text()):  # a new server is just putting its own there
+        time.sleep(0.001)
+    return int(number)
+
+
+def end_keeper(path: Path) -> None:
+    """End the keeper of the device server of a socket: the memory goes with the last process that has it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as keeper:
+        keeper.settimeout(10)
+        keeper.connect(os.fspath(keeper_path(path)))
+        keeper.send(b"E")
+        keeper.recv(1)
+
+
+def lose_everything(path: Path) -> None:
+    """Kill the device server of a socket, and its keeper."""
+    server = owner(path)
+    os.kill(server, signal.SIGSTOP)  # so that it does not start another keeper
+    end_keeper(path)
+    os.kill(server, signal.SIGKILL)
+
+
+def keepers(path: Path) -> list[int]:
+    """Living processes that keep what the device server of a socket has; of a directory: what any server in it has."""
+    wanted = os.fsencode(path if path.is_dir() else keeper_path(path))
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            if entry.name.isdecimal() and b"/keeper/process.py" in (command := (entry / "cmdline").read_bytes()):
+                named = command.split(b"\0")[-3]
+                if wanted in (named, os.path.dirname(named)) and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(int(entry.name))
+    return found
 
 
 @contextlib.contextmanager
@@ -81,9 +141,13 @@ def running_server(directory: Path, device: str = "host", host_memory: int = 0) 
 
 @pytest.fixture
 def runtime_dir() -> Iterator[Path]:
-    """A short path: a socket's path has at most 107 bytes."""
+    """A short path: a socket's path has at most 107 bytes. When a test is over, nobody keeps memory for a server in it."""
     with tempfile.TemporaryDirectory(prefix="gms-") as directory:
         yield Path(directory)
+        deadline = time.monotonic() + 10
+        while left := keepers(Path(directory)):  # one that was told to end has answered before it is gone
+            assert time.monotonic() < deadline, f"keepers left running: {left}"
+            time.sleep(0.01)
 
 
 @pytest.fixture

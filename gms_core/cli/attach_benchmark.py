@@ -104,7 +104,7 @@ def measure(socket: Path, size: int | None, slab: int | None, repeat: int, tell:
             total = f"{report.memory_total} bytes in all"
             raise AllocationTooLarge(f"a pool of {size} bytes cannot fit: {report.device} has {total}", hint="Choose a smaller one with --bytes.")
         tell(f"publishing {size / 2**30:.4g} GiB")
-        with _published(session, size, slab) as (pool, allocations):
+        with published(session, size, slab) as (pool, allocations):
             samples: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
             for number in range(repeat):
                 for kind in KINDS:
@@ -126,7 +126,7 @@ def _default_size(report: StatusReport, slab: int) -> int:
 
 
 @contextmanager
-def _published(session: Session, size: int, slab: int) -> Iterator[tuple[str, int]]:
+def published(session: Session, size: int, slab: int) -> Iterator[tuple[str, int]]:
     """A pool of this size, for as long as the context lasts."""
     pool = f"bench-{os.getpid()}"
     lease = _write_lease(session, pool, slab, None)

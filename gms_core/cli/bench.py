@@ -72,6 +72,39 @@ def attach(device: str | None, runtime_dir: Path | None, size: int | None, slab:
     standard_output().print(table(result))
 
 
+@bench.command()
+@click.option("--device", metavar="UUID|host", help="Device to measure.  [default: the first GPU, or host without one]")
+@click.option("--readers", type=click.IntRange(1, 10000), default=1000, show_default=True, help="Read leases at a time, at most.")
+@click.option("--sessions", type=click.IntRange(1, 10**6), default=10000, show_default=True, help="Sessions that are opened and closed.")
+@click.option("--pieces", type=click.IntRange(1, 50000), default=3500, show_default=True, help="Allocations of the pool that is attached to.")
+@output_option("table", "json")
+def server(device: str | None, readers: int, sessions: int, pieces: int, output: str) -> None:
+    """Time the round trips of a private server with many readers, sessions and allocations.
+
+    Beside them stands a bare round trip of a Unix socket, and what the server's process takes before, meanwhile and afterwards.
+    """
+    from gms_core.cli.attach_benchmark import default_device, private_server
+    from gms_core.cli.serve import resolve
+    from gms_core.cli.server_benchmark import SCHEMA, measure
+    from gms_core.devices import device_id
+
+    settings()
+    chosen = device_id(device) if device is not None else default_device(None)
+    resolve((chosen,), "To measure host memory: gms bench server --device host")
+    with _progress() as tell:
+        tell("starting a private server")
+        with private_server(chosen) as socket:
+            result = measure(socket, readers, sessions, pieces, tell)
+    if output == "json":
+        click.echo(json.dumps({"schema": SCHEMA, **dataclasses.asdict(result)}, indent=2))
+        return
+    from gms_core.cli.console import standard_output
+    from gms_core.cli.server_benchmark_table import tables
+
+    for shown in tables(result):
+        standard_output().print(shown)
+
+
 def _restarts(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
     chosen = tuple(word.strip() for word in value.split(",")) if value != "none" else ()
     if not set(chosen) <= set(RESTARTS):

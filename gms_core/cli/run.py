@@ -21,6 +21,8 @@ from gms_core.errors import InvalidArgument, ServerUnavailable
 if TYPE_CHECKING:
     from gms_core.engine_config import FailoverConfig
 
+KEEP_S = 30
+"""Seconds for which a server of ours is kept alive beyond itself: without this process there are no engines that need its memory."""
 NUMBER = "{n}"
 """What stands for the engine's number in the command."""
 UNKNOWN_COMMAND = (
@@ -220,7 +222,7 @@ def _servers(names: tuple[str, ...], directory: Path, *, no_serve: bool) -> tupl
         raise ServerUnavailable(
             f"no server answers in {directory} for {', '.join(missing)}", hint="Start it with gms serve, or leave --no-serve out."
         )
-    command = [sys.executable, "-P", "-m", "gms_core.cli", "serve", "--runtime-dir", str(directory)]
+    command = [sys.executable, "-P", "-m", "gms_core.cli", "serve", "--runtime-dir", str(directory), "--keep", str(KEEP_S)]
     return tuple(wanted), (*command, *(word for device in missing for word in ("--device", device)))
 
 

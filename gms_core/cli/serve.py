@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from gms_core.cli.options import Size, runtime_dir_option
-from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument
+from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument, ServerUnavailable, VersionMismatch
 
 if TYPE_CHECKING:
     from gms_core.devices import DeviceId
 
 ALL = "all"
+TAKE_OVER_S = 120.0
+"""Seconds that a server has to end once it has handed over."""
 HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device host"
 
 
@@ -32,10 +37,21 @@ HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device
 @click.option(
     "--host-memory", type=Size(), metavar="SIZE", help="Bytes that the host device offers, such as 8GiB.  [default: all that the machine has]"
 )
-def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None) -> None:
+@click.option(
+    "--keep",
+    "keep_s",
+    type=click.FloatRange(min=0.0),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a device's memory is kept while it has no server, because that was killed.",
+)
+@click.option("--replace", is_flag=True, help="Take over the devices of servers that run there already, such as those of an older version.")
+def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, keep_s: float, replace: bool) -> None:
     """Run one device server per device, until SIGTERM or SIGINT.
 
-    Prints a line on standard output for each device once engines can connect to it.
+    Prints a line on standard output for each device once engines can connect to it. A server that is killed is started again and goes on with
+    all that there was: memory, what is published, who reads and who holds what. To end by SIGTERM or SIGINT gives the memory up.
     """
     from gms_core.devices import HOST
     from gms_core.server.supervisor import serve as supervise
@@ -44,7 +60,60 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None) ->
         raise InvalidArgument("--host-memory has no meaning without --device host")
     devices = resolve(names)
     logging.getLogger("gms_core").setLevel(min(logging.INFO, logging.getLogger().level))
-    raise click.exceptions.Exit(supervise(devices, runtime_dir, host_memory, _announce))
+    if not math.isfinite(keep_s):
+        raise InvalidArgument(f"--keep {keep_s} is no finite number of seconds")
+    if replace:
+        for check in (True, False):  # none is asked to leave before all are known to be able to
+            for device in devices:
+                take_over(device, runtime_dir, only_check=check)
+    raise click.exceptions.Exit(supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s))
+
+
+def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> None:
+    """Have the server that a device has, if it has one, leave everything to the next, and wait until it has gone.
+
+    Args:
+        device: Whose server.
+        runtime_dir: Where it has its socket.
+        only_check: Whether to see only that it could do so.
+
+    Raises:
+        GmsError: It does not want to, or does not go.
+    """
+    from gms_core.client import connect
+    from gms_core.protocol.messages import HandOver
+    from gms_core.runtime_dir import lock_path, socket_path
+
+    path = socket_path(device, runtime_dir)
+    if not _is_locked(lock_path(path)):
+        return
+    try:
+        with connect(device, socket_path=path, client="gms serve --replace") as session:
+            if session.welcome.version < 2:
+                raise VersionMismatch(
+                    f"the server at {path} (gms {session.welcome.server}) is too old to hand anything over", hint="Stop it, and the engines with it."
+                )
+            if only_check:
+                return
+            session.perform(HandOver())
+    except ServerUnavailable:
+        return  # there is none, or it has just ended
+    deadline = time.monotonic() + TAKE_OVER_S
+    while _is_locked(lock_path(path)):
+        if time.monotonic() > deadline:
+            raise ServerUnavailable(f"the server at {path} was asked to leave, and is still there after {TAKE_OVER_S:g} s")
+        time.sleep(0.01)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def resolve(names: tuple[str, ...], host_hint: str = HOST_HINT) -> list[DeviceId]:

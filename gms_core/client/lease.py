@@ -134,12 +134,14 @@ class WriteLease(_Lease):
         super().__init__(link, pool)
         self.generation = generation
         self._memory_timeout_s = memory_timeout_s
+        self._batches = 0
         self.arena = Arena(link.driver, capacity)
         self.arena.grow_from(self._provide, slab_bytes)
 
     def _provide(self, sizes: Sequence[int], take: Take) -> None:
         self._check()
-        self._link.receive_allocations(Allocate(self.pool, tuple(sizes), self._memory_timeout_s), take)
+        self._batches += 1
+        self._link.receive_allocations(Allocate(self.pool, tuple(sizes), self._memory_timeout_s, self._batches), take)
 
     def trim(self) -> None:
         """Give back what the arena does not use: whole slabs, and the end of the last one. Calls that follow may extend it again."""

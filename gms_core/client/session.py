@@ -6,8 +6,8 @@ import contextlib
 import logging
 import math
 import os
-import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,31 +16,30 @@ from typing import Self, TypeVar
 
 from gms_core import __version__, death_notice
 from gms_core.client.arena import Received, Take, round_up
+from gms_core.client.dial import Answer, accepted, final, greet_next, in_the_time_left, resume
 from gms_core.client.lease import ReadLease, WriteLease
+from gms_core.client.watch import watch
 from gms_core.config import settings
 from gms_core.devices import DeviceId
 from gms_core.errors import (
     ConnectionLost,
     ForkedSession,
+    GmsError,
     InvalidArgument,
-    PermissionRefused,
     ProtocolError,
-    ServerUnavailable,
     SessionClosed,
-    rebuild,
 )
 from gms_core.layout import Identity
 from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import close_descriptors
 from gms_core.protocol.messages import (
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSIONS,
     Acquire,
     Allocate,
     Commit,
     Descriptors,
     Done,
     Export,
-    Failure,
     Hello,
     Join,
     Joined,
@@ -50,13 +49,11 @@ from gms_core.protocol.messages import (
     Release,
     Status,
     StatusReport,
-    Waiting,
     Welcome,
     WillNotify,
     WriteGranted,
 )
-from gms_core.protocol.peer import peer_credentials
-from gms_core.runtime_dir import check_socket, socket_path, start_hint
+from gms_core.runtime_dir import socket_path
 from gms_core.vmm import open_driver
 from gms_core.vmm.driver import Descriptor, Driver
 
@@ -66,9 +63,9 @@ SLAB_BYTES = {"cuda": 2**30, "host": 64 * 2**20}
 """Bytes of a slab by driver. A large slab makes attaching cheap; on ``host`` memory is touched when it is made, so slabs are smaller."""
 REPLY_S = 60.0
 """Seconds for a reply to a request that does not wait for anybody."""
+REVIVE_S = 0.5
+"""Seconds between two looks at whether a request has resumed the session."""
 
-Answer = tuple[Message, tuple[int, ...]]
-"""A reply and its descriptors."""
 AnyReply = TypeVar("AnyReply", bound=Message)
 Kinds = type[AnyReply] | tuple[type[AnyReply], ...]
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -81,7 +78,7 @@ def connect(device: DeviceId | None = None, *, socket_path: Path | None = None, 
         device: Whose server to find in the runtime directory, and to insist on; None takes whatever device the server at ``socket_path`` has.
         socket_path: Where the server listens, if not in the runtime directory.
         client: How the session shows in status and logs.
-        timeout_s: Seconds for connecting and the handshake.
+        timeout_s: Seconds for connecting and the handshake, and to wait for the server that follows one which was killed.
 
     Raises:
         ServerUnavailable: No server listens there.
@@ -90,20 +87,9 @@ def connect(device: DeviceId | None = None, *, socket_path: Path | None = None, 
         WrongDevice: The server has another device.
     """
     path = _path(device, socket_path)
-    check_socket(path)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    channel = Channel(connection)
-    try:
-        _dial(connection, path, timeout_s)
-        channel.send(Hello((PROTOCOL_VERSION,), client or f"gms {__version__}", device or ""))
-        welcome = _expect(Welcome, _accepted(_final(channel, timeout_s, None)))
-    except ConnectionLost as error:
-        channel.close()
-        raise ServerUnavailable(f"{path} does not answer as a GMS server: {error}") from error
-    except BaseException:
-        channel.close()
-        raise
-    return Session(channel, welcome)
+    hello = Hello(PROTOCOL_VERSIONS, client or f"gms {__version__}", device or "")
+    channel, welcome = greet_next(path, hello, timeout_s)
+    return Session(channel, welcome, path, hello)
 
 
 def _path(device: DeviceId | None, path: Path | None) -> Path:
@@ -112,38 +98,6 @@ def _path(device: DeviceId | None, path: Path | None) -> Path:
     if device is None:
         raise InvalidArgument("connect needs a device or the path of a socket")
     return socket_path(device, settings().runtime_dir)
-
-
-def _dial(connection: socket.socket, path: Path, timeout_s: float) -> None:
-    connection.settimeout(timeout_s)
-    try:
-        connection.connect(os.fspath(path))
-    except PermissionError as error:
-        raise PermissionRefused(f"{path} may not be used by this user: {error.strerror}") from error
-    except OSError as error:
-        raise ServerUnavailable(f"nothing listens at {path}: {error.strerror or error}", hint=start_hint(path)) from error
-    owner = peer_credentials(connection).uid
-    if owner not in (os.getuid(), 0):
-        raise PermissionRefused(f"the server behind {path} runs as user {owner}, which is neither this user nor root")
-
-
-def _final(channel: Channel, timeout_s: float | None, on_wait: Callable[[str], None] | None) -> Answer:
-    """The next reply that is no notice."""
-    while True:
-        reply, descriptors = channel.receive(timeout_s)
-        if not isinstance(reply, Waiting):
-            return reply, descriptors
-        if on_wait is not None:
-            on_wait(reply.reason)
-
-
-def _accepted(answer: Answer) -> Answer:
-    """The same answer, unless it is a refusal: that is raised as the error that it names."""
-    reply, descriptors = answer
-    if isinstance(reply, Failure):
-        close_descriptors(descriptors)
-        raise rebuild(reply.code, reply.message, reply.hint, reply.details)
-    return answer
 
 
 def _expect(kinds: Kinds[AnyReply], answer: Answer) -> AnyReply:
@@ -168,20 +122,25 @@ def _gives_notice(descriptor: int) -> bool:
 class Session:
     """One authenticated connection; it lives in one process. The connection is the lease: when it ends, all leases end.
 
+    A server that is killed takes nothing with it: the session goes on at the server that follows, and a request that was under way is asked again.
+
     Safe to use from several threads; requests go one after the other. After a fork the child can use nothing of it.
 
     Attributes:
         welcome: What the server said of itself.
     """
 
-    def __init__(self, channel: Channel, welcome: Welcome) -> None:
+    def __init__(self, channel: Channel, welcome: Welcome, path: Path, hello: Hello) -> None:
         self.welcome = welcome
         self._channel = channel
+        self._path, self._hello = path, hello
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._closed = False
         self._driver: Driver | None = None
         _sessions.add(self)
+        if welcome.token:
+            watch().add(channel.fileno(), self)
 
     @property
     def device(self) -> DeviceId:
@@ -296,19 +255,22 @@ class Session:
         """
         wait = request.timeout_s if isinstance(request, Allocate) else 0.0
         failure: BaseException | None = None
+        taken: set[int] = set()
         with self._lock:
             answer, more = self._call(request, wait + REPLY_S), True
             while more:
                 received, more = self._allocations(*answer)
+                fresh = [item for item in received if item.id not in taken]  # asked again, the server answers from the beginning
+                taken.update(item.id for item in fresh)
                 try:
-                    if failure is None:
-                        take(received)
+                    if failure is None and (fresh or not received):
+                        take(fresh)
                 except BaseException as error:  # noqa: BLE001 - raised below: the rest of the answer must be read before anything else can be asked
                     failure = error
                 finally:
                     close_descriptors(item.descriptor for item in received)
                 if more:
-                    answer = self._read(REPLY_S)
+                    answer = self._more(request)
         if failure is not None:
             raise failure
 
@@ -324,14 +286,67 @@ class Session:
         with self._lock:
             self._check()
             with self._closed_when_broken():
-                self._channel.send(request)
-                answer = _final(self._channel, timeout_s, on_wait)
-            return _accepted(answer)
+                answer = self._exchange(request, timeout_s, on_wait)
+            return accepted(answer)
 
-    def _read(self, timeout_s: float) -> Answer:
+    def _exchange(self, request: Message, timeout_s: float, on_wait: Callable[[str], None] | None) -> Answer:
+        asked = time.monotonic()
+        while True:
+            try:
+                self._channel.send(request)
+                return final(self._channel, timeout_s, on_wait)
+            except ConnectionLost as error:
+                self._resume(error, repeats=True)
+                request = in_the_time_left(request, asked + timeout_s - REPLY_S)
+
+    def _more(self, request: Message) -> Answer:
+        """The next part of an answer; all of it once more if the server was killed in between."""
         with self._closed_when_broken():
-            answer = _final(self._channel, timeout_s, None)
-        return _accepted(answer)
+            try:
+                answer = final(self._channel, REPLY_S, None)
+            except ConnectionLost as error:
+                self._resume(error, repeats=True)
+                answer = self._exchange(request, REPLY_S, None)
+        return accepted(answer)
+
+    def _resume(self, error: ConnectionLost, *, repeats: bool) -> None:
+        """Go on at the server that follows.
+
+        Raises:
+            ConnectionLost: There is none, or it does not know this session; or the server is there and has not answered in time.
+        """
+        if not self.welcome.token or not self._channel.ended or self._closed:
+            raise error
+        watch().remove(self._channel.fileno())
+        log.info("the server at %s has gone; session %d goes on at the next one", self._path, self.welcome.session)
+        try:
+            channel, self.welcome = resume(self._path, self._hello, self.welcome, repeats, lambda: self._closed)
+        except ConnectionLost:
+            raise
+        except GmsError as lost:  # whatever it is: what the server did is unknown, and that is what the caller has to hear
+            raise error from lost
+        before, self._channel = self._channel, channel
+        before.close()
+        if self._closed:
+            raise error
+        watch().add(channel.fileno(), self)
+
+    def revive(self) -> None:
+        """The server has closed the connection. A request that is under way resumes the session by itself; else it is done here."""
+        lost = self._channel
+        while not self._lock.acquire(timeout=REVIVE_S):
+            if self._channel is not lost or self._closed:
+                return
+        try:
+            if self._channel is lost and not self._closed and os.getpid() == self._pid:
+                if not lost.has_ended():
+                    watch().add(lost.fileno(), self)  # the descriptor's number was another session's before
+                    return
+                self._resume(ConnectionLost("the server closed the connection"), repeats=False)
+        except GmsError as error:
+            log.warning("session %d with the server at %s is lost: %s", self.welcome.session, self._path, error)
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def _closed_when_broken(self) -> Iterator[None]:
@@ -354,6 +369,8 @@ class Session:
             self._closed = True
             self._channel.shut_down()
             with self._lock:
+                if self.welcome.token:
+                    watch().remove(self._channel.fileno())
                 self._channel.close()
 
     def forget(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections import deque
@@ -17,9 +18,14 @@ SEND_S = 60.0
 
 
 class Channel:
-    """Sends messages and receives replies on a connected socket, which it owns."""
+    """Sends messages and receives replies on a connected socket, which it owns.
+
+    Attributes:
+        ended: Whether the server has closed its end, or the connection broke.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.ended = False
         self._socket = connection
         self._decoder = FrameDecoder()
         self._frames: deque[Frame] = deque()
@@ -35,7 +41,10 @@ class Channel:
             self._socket.settimeout(SEND_S)
             while data:
                 data = data[send(self._socket, data) :]
+        except TimeoutError as error:
+            raise ConnectionLost(f"the server has taken nothing for {SEND_S:g} s") from error
         except OSError as error:
+            self.ended = True
             raise ConnectionLost(f"the server's connection ended while a request was sent: {error.strerror or error}") from error
 
     def receive(self, timeout_s: float | None) -> tuple[Reply, tuple[int, ...]]:
@@ -59,8 +68,10 @@ class Channel:
             except TimeoutError:
                 continue
             except OSError as error:
+                self.ended = True
                 raise ConnectionLost(f"the server's connection ended while a reply was due: {error.strerror or error}") from error
             if not data:
+                self.ended = True
                 raise ConnectionLost("the server closed the connection while a reply was due")
             self._frames.extend(self._decoder.feed(data, descriptors))
         frame = self._frames.popleft()
@@ -69,6 +80,17 @@ class Channel:
         except ProtocolError:
             close_descriptors(frame.descriptors)
             raise
+
+    def has_ended(self) -> bool:
+        """Whether the server has closed its end by now."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP | select.POLLHUP)
+        self.ended = self.ended or bool(poll.poll(0))
+        return self.ended
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+        return self._socket.fileno()
 
     def shut_down(self) -> None:
         """End the connection while another thread may be waiting on it; that thread gets `ConnectionLost`. Close the channel afterwards."""

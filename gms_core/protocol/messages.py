@@ -1,10 +1,12 @@
-"""The messages of the protocol, version 1.
+"""The messages of the protocol, versions 1 and 2.
 
 A client sends one request at a time and reads replies until the one that ends it. `Waiting` may come any number of times before the end;
 replies that carry descriptors come in as many frames as the descriptors need, ``more`` on all but the last.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import msgspec
 
@@ -43,7 +45,13 @@ from gms_core.protocol.status import (
     StatusReport,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSIONS = (2, 1)
+"""Those that both sides of this package speak, the best first. With 2 a session can be resumed at the server that follows a killed one."""
+
+
+def common_version(versions: Iterable[int]) -> int:
+    """The best version that this package and a peer speak; 0 if there is none."""
+    return max(set(versions) & set(PROTOCOL_VERSIONS), default=0)
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -53,11 +61,17 @@ class Hello(Message, frozen=True, tag="hello"):
         versions: Protocol versions that the client speaks.
         client: Who calls, for status and logs, such as ``vllm 0.30.0 rank 0``.
         device: UUID of the device that the client means to reach; empty for whichever the server has.
+        resume: The token of a session that another server welcomed, and that this one is to go on with; empty for a new one.
+        session: The number of that session.
+        repeats: Whether the next request is one that was sent before, and may have been carried out.
     """
 
     versions: tuple[int, ...]
     client: str = ""
     device: str = ""
+    resume: str = ""
+    session: int = 0
+    repeats: bool = False
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -70,6 +84,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
         driver: ``cuda`` or ``host``.
         granularity: Bytes; sizes of allocations are multiples of it.
         session: This session's number.
+        token: With which it can be resumed; empty if it cannot be.
+        grace_s: Seconds for which another server may follow this one.
     """
 
     version: int
@@ -78,6 +94,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     driver: str
     granularity: int
     session: int
+    token: str = ""
+    grace_s: float = 0.0
 
 
 class Acquire(Message, frozen=True, tag="acquire"):
@@ -135,11 +153,13 @@ class Allocate(Message, frozen=True, tag="allocate"):
     Attributes:
         sizes: Bytes of each allocation, multiples of the granularity.
         timeout_s: Seconds to wait for memory that another process is releasing.
+        batch: The writer's own number of this request, from 1: asked for the same one again, the server answers with what it has made.
     """
 
     pool: str
     sizes: tuple[int, ...]
     timeout_s: float = 0.0
+    batch: int = 0
 
 
 class Export(Message, frozen=True, tag="export"):
@@ -190,6 +210,10 @@ class Release(Message, frozen=True, tag="release"):
     pool: str
 
 
+class HandOver(Message, frozen=True, tag="hand_over"):
+    """Ask the server to end and to leave everything to the one that the asking process is about to start; answered by `Done`."""
+
+
 class Done(Message, frozen=True, tag="done"):
     """The request was carried out and has nothing to tell."""
 
@@ -224,6 +248,7 @@ Request = (
     | Hold
     | AwaitWhole
     | Drop
+    | HandOver
     | Status
 )
 Reply = (
@@ -244,7 +269,7 @@ Reply = (
 )
 
 __all__ = [
-    "PROTOCOL_VERSION",
+    "PROTOCOL_VERSIONS",
     "Acquire",
     "Allocate",
     "AwaitRole",
@@ -262,6 +287,7 @@ __all__ = [
     "EndStatus",
     "Export",
     "Failure",
+    "HandOver",
     "Held",
     "Hello",
     "Hold",
@@ -293,4 +319,5 @@ __all__ = [
     "Welcome",
     "WillNotify",
     "WriteGranted",
+    "common_version",
 ]

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import struct
+import time
 from typing import NamedTuple
 
 from gms_core.errors import ProtocolError
@@ -17,6 +18,32 @@ _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 _SO_PEERPIDFD = 77
 RECEIVE_BYTES = 256 * 1024
+FULL_S = 0.005
+"""Seconds between two tries to get into a queue that is full."""
+
+
+def connect(connection: socket.socket, path: str | os.PathLike[str], timeout_s: float) -> None:
+    """Connect to a Unix socket, also while its queue is full: a socket with a time limit is refused then (connect(2), EAGAIN).
+
+    Args:
+        connection: It has the time limit from now on.
+        path: Of the listening socket.
+        timeout_s: Seconds to wait for a place in the queue.
+
+    Raises:
+        OSError: As the kernel says.
+    """
+    connection.settimeout(timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.connect(os.fspath(path))
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            return
+        time.sleep(FULL_S)
 
 
 class PeerCredentials(NamedTuple):
@@ -30,6 +57,34 @@ class PeerCredentials(NamedTuple):
 def peer_credentials(connection: socket.socket) -> PeerCredentials:
     """The credentials that the kernel recorded; the peer cannot choose them."""
     return PeerCredentials(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def process_started(pid: int) -> int:
+    """When a process was started, in ticks of the kernel since the boot (proc_pid_stat(5)); 0 if it has exited, or is not visible from here."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+            return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def open_process(pid: int, started: int) -> int:
+    """A new descriptor of the process with this number that was started at this time, in ticks of the kernel; 0 takes whichever has the number.
+
+    Raises:
+        ProcessLookupError: It has exited.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):  # the number is a thread's by now
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from error
+        raise
+    if started and process_started(pid) != started:
+        os.close(pidfd)
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return pidfd
 
 
 def receive(connection: socket.socket) -> tuple[bytes, list[int]]:

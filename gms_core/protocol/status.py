@@ -128,7 +128,11 @@ class LockStatus(msgspec.Struct, frozen=True):
 
 
 class SessionStatus(msgspec.Struct, frozen=True):
-    """One session."""
+    """One session.
+
+    Attributes:
+        away: Whether it is of the server before this one, and its client has not come back yet.
+    """
 
     id: int
     pid: int
@@ -137,6 +141,7 @@ class SessionStatus(msgspec.Struct, frozen=True):
     age_s: float
     leases: dict[str, str]
     waiting_for: str
+    away: bool = False
 
 
 class StatusReport(Message, frozen=True, tag="status_report"):

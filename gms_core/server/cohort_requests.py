@@ -29,6 +29,7 @@ from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, M
 from gms_core.server.effects import SessionId
 from gms_core.server.fencing import Fencer
 from gms_core.server.limits import Limits
+from gms_core.server.records import CohortRecord, SeatRecord
 from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
 from gms_core.server.sessions import Session, check_wait
 
@@ -46,6 +47,7 @@ class CohortRequests:
         mute: Called with a cohort that is ending once it can answer nobody any more.
         gone: Called with a cohort once every process of it has exited.
         failed: Called with a cohort and the error when it could not be ended, and whether that is final: it is not while its processes are only late.
+        changed: Called when cohorts or locks may have changed.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class CohortRequests:
         mute: Callable[[str], None],
         gone: Callable[[str], None],
         failed: Callable[[str, GmsError, bool], None],
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.cohorts = Cohorts()
         self.locks: dict[str, Seat] = {}
@@ -64,8 +67,37 @@ class CohortRequests:
         self._noticed: dict[str, tuple[str, str, float]] = {}
         self._sessions = sessions
         self._limits = limits
+        self._changed = changed
         self._ending_elsewhere, self._mute, self._gone, self._failed_elsewhere = ending, mute, gone, failed
         self._fencer = Fencer(self.cohorts, limits, apply=self._apply, ending=self._ending, exited=self._exited, failed=self._failed)
+
+    def resume(self, cohorts: Mapping[str, CohortRecord], ended: Sequence[str], locks: Mapping[str, SeatRecord]) -> None:
+        """Take cohorts and locks over from the server before; see `watch`."""
+        self.cohorts.resume(cohorts, ended, self._sessions)
+        now = time.monotonic()
+        for cohort in self.cohorts.by_name.values():
+            if cohort.state == "departing":
+                self._noticed[cohort.name] = (cohort.engine, f"{cohort.engine} is ending in an orderly way", now)
+        for name, (number, holder, ending) in locks.items():
+            self._lock(name).resume(number, holder, ending)
+
+    def watch(self) -> None:
+        """Watch the processes of the cohorts that were taken over; those that have exited meanwhile are noticed now."""
+        self._fencer.resume()
+
+    def came_back(self, session: Session) -> None:
+        """A session that was taken over is there again."""
+        self._fencer.came_back(session.id)
+
+    def forget(self, session: SessionId) -> None:
+        """A session that was taken over will not come back: its process has joined with another one."""
+        self.cohorts.forget(session)
+        self._fencer.forget(session)
+        self._changed()
+
+    def records(self) -> dict[str, CohortRecord]:
+        """All cohorts, for the next server."""
+        return self.cohorts.records()
 
     def claim(self, session: Session) -> Claim:
         """Who a session is, when it asks for something that one engine at a time can have.
@@ -90,7 +122,12 @@ class CohortRequests:
             raise InvalidArgument(f"a deadline of {request.deadline_s} s is not between 0 and {self._limits.wait_s:g}")
         if request.cohort not in self.cohorts.by_name and len(self.cohorts.by_name) >= self._limits.cohorts:
             raise QuotaExceeded(f"{self._limits.cohorts} cohorts exist already")
+        known = self.cohorts.joined(session.id)
+        if session.repeats and known is not None and known.name == request.cohort:
+            await session.send(Joined(notice=False), ())  # it has joined, but the page for the notice of its death went with the server
+            return
         page = self._fencer.join(session, request)
+        self._changed()
         await session.send(Joined(page is not None), () if page is None else (page,))
 
     async def will_notify(self, session: Session) -> None:
@@ -103,6 +140,7 @@ class CohortRequests:
         self._fencer.beat(session.id)
         detail = request.detail[: self._limits.name_bytes]
         order, effects = self.cohorts.report(session.id, request.role, detail, time.monotonic())
+        self._changed()
         self._fencer.apply(effects)
         await session.send(Orders(order), ())
 
@@ -116,6 +154,7 @@ class CohortRequests:
         """Note that an engine ends by itself."""
         check_wait(request.grace_s, self._limits.wait_s)
         self._fencer.depart(session.id, request.grace_s)
+        self._changed()
         await session.send(Done(), ())
 
     async def elect(self, session: Session, request: Elect, ended: asyncio.Event) -> None:
@@ -123,6 +162,9 @@ class CohortRequests:
         check_wait(request.timeout_s, self._limits.wait_s)
         claim = self.claim(session)
         seat = self._lock(request.lock)
+        if session.repeats and seat.holder is not None and seat.holder.session == session.id:
+            await session.send(Elected(request.lock, seat.number), ())
+            return
         self._post(seat.claim(claim, first=self.goes_first(claim)))
         seated: Seated = await session.answer(
             f"lock {request.lock}", request.timeout_s, ended, lambda: self._post(seat.withdraw(session.id, request.timeout_s))
@@ -144,6 +186,7 @@ class CohortRequests:
         if cohort is None:
             raise PoolNotFound(f"no engine here has the cohort {request.cohort!r}", hint="`gms failover status` lists those that there are.")
         cohort.order = request.order
+        self._changed()
         if request.order == "promote":
             for seat in self.locks.values():
                 seat.prefer(cohort.name)
@@ -153,6 +196,7 @@ class CohortRequests:
         for seat in self.locks.values():
             seat.drop(session.id)
         self._fencer.lost(session.id)
+        self._changed()
 
     def close(self) -> None:
         """Watch no process any more."""
@@ -166,11 +210,13 @@ class CohortRequests:
         return self.locks.setdefault(name, Seat(f"lock {name!r}"))
 
     def _post(self, effects: Sequence[SeatEffect | RoleReached]) -> None:
+        self._changed()
         for effect in effects:
             if effect.session in self._sessions:
                 self._sessions[effect.session].answers.put_nowait(effect)
 
     def _apply(self, effects: list[CohortEffect]) -> None:
+        self._changed()
         for effect in effects:
             if isinstance(effect, Gone):
                 engine, reason, noticed_s = self._noticed.pop(effect.cohort, ("", "", 0.0))
@@ -182,12 +228,14 @@ class CohortRequests:
                 self._post([effect])
 
     def _ending(self, cohort: str, engine: str, reason: str) -> None:
+        self._changed()
         self._noticed[cohort] = (engine, reason, time.monotonic())
         for seat in self.locks.values():
             self._post(seat.cohort_ends(cohort, reason))
         self._ending_elsewhere(cohort, reason)
 
     def _exited(self, session: SessionId) -> None:
+        self._changed()
         # A lock needs no more than that its owner cannot act any more; what others of its cohort may still do is the business of the retained pools.
         for seat in self._owned(lambda claim: claim.session == session):
             self._post(seat.vacate())

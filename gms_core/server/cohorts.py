@@ -7,12 +7,13 @@ gone once the kernel has reported the exit of every one of them. Only then has n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from gms_core.errors import AcquireTimeout, CohortFenced, LeaseConflict
 from gms_core.protocol.messages import Order, Role
 from gms_core.server.effects import Refuse, SessionId, Wait
+from gms_core.server.records import CohortRecord, CohortState, MemberRecord
 
 REMEMBERED = 1024
 """Names of cohorts that are gone and may not be joined again: a process that starts late must not revive its engine."""
@@ -59,6 +60,8 @@ class Member:
     Attributes:
         serves: Whether it accepts and answers requests.
         exited: Whether the kernel has reported its exit.
+        deadline_s: Seconds without a sign of progress after which its cohort is ended; 0 for no such watch.
+        started: When its process was started, in ticks of the kernel; 0 if that is not known.
     """
 
     session: SessionId
@@ -67,6 +70,8 @@ class Member:
     since: float
     serves: bool = False
     exited: bool = False
+    deadline_s: float = 0.0
+    started: int = 0
 
 
 @dataclass
@@ -75,20 +80,32 @@ class Cohort:
 
     Attributes:
         reason: Why it is being ended.
+        ends_by: When its orderly end is to be over, on the monotonic clock.
         awaiting: Sessions that wait until it has a role, and which.
     """
 
     name: str
     engine: str
     since: float
-    state: Literal["alive", "departing", "fencing"] = "alive"
+    state: CohortState = "alive"
     role: Role = "init"
     role_since: float = 0.0
     detail: str = ""
     reason: str = ""
     order: Order = ""
+    ends_by: float = 0.0
     members: dict[SessionId, Member] = field(default_factory=dict)
     awaiting: dict[SessionId, Role] = field(default_factory=dict)
+
+    def record(self) -> CohortRecord:
+        """What the next server has to know."""
+        members = tuple(
+            MemberRecord(member.session, member.pid, member.process, member.since, member.serves, member.exited, member.deadline_s, member.started)
+            for member in self.members.values()
+        )
+        return CohortRecord(
+            self.engine, self.since, self.state, self.role, self.role_since, self.detail, self.reason, self.order, self.ends_by, members
+        )
 
 
 class Cohorts:
@@ -98,6 +115,55 @@ class Cohorts:
         self.by_name: dict[str, Cohort] = {}
         self._of_session: dict[SessionId, Cohort] = {}
         self._ended: deque[str] = deque(maxlen=REMEMBERED)
+
+    def records(self) -> dict[str, CohortRecord]:
+        """What the next server has to know, by name. Who waits for a role asks again."""
+        return {name: cohort.record() for name, cohort in self.by_name.items()}
+
+    @property
+    def ended(self) -> tuple[str, ...]:
+        """Names that may not be joined any more, the oldest first."""
+        return tuple(self._ended)
+
+    def resume(self, records: Mapping[str, CohortRecord], ended: Iterable[str], sessions: Container[SessionId]) -> None:
+        """Take cohorts over from the server before.
+
+        Args:
+            records: As `records` told them.
+            ended: Names that may not be joined any more.
+            sessions: Those that may come back.
+        """
+        self._ended.extend(ended)
+        for name, record in records.items():
+            cohort = self.by_name[name] = Cohort(
+                name,
+                record.engine,
+                record.since,
+                record.state,
+                record.role,
+                record.role_since,
+                record.detail,
+                record.reason,
+                record.order,
+                record.ends_by,
+            )
+            for member in record.members:
+                cohort.members[member.session] = Member(
+                    member.session, member.pid, member.process, member.since, member.serves, member.exited, member.deadline_s, member.started
+                )
+                if member.session in sessions:
+                    self._of_session[member.session] = cohort
+
+    def forget(self, session: SessionId) -> None:
+        """A session that was taken over will not come back, but its process has joined with another one: it is no member any more."""
+        cohort = self._of_session.pop(session, None)
+        if cohort is not None:
+            cohort.awaiting.pop(session, None)
+            del cohort.members[session]
+
+    def joined(self, session: SessionId) -> Cohort | None:
+        """The cohort that a session has joined, whatever its state is."""
+        return self._of_session.get(session)
 
     def join(self, name: str, engine: str, member: Member) -> None:
         """Add a process.

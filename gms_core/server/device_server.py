@@ -10,54 +10,114 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
 from gms_core.devices import DeviceId
 from gms_core.errors import GmsError
 from gms_core.runtime_dir import socket_path
+from gms_core.server.adoption import Estate, take_over
+from gms_core.server.exit_codes import HANDED_OVER
 from gms_core.server.limits import Limits
 from gms_core.server.listener import Listener, bound_socket
 from gms_core.server.memory import Memory
 from gms_core.server.service import Service
 from gms_core.vmm import open_physical_driver
+from gms_core.vmm.driver import PhysicalDriver
 
 log = logging.getLogger(__name__)
 
+CHECK_KEEPER_S = 2.0
+"""Seconds between two looks at whether the keeper is there."""
+_HANDED_OVER = "another server takes over"
 
-async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | None, lifeline: int, ready: FileIO) -> None:
-    """Serve one device until SIGTERM or SIGINT, or until the supervisor has gone.
+
+async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | None, keep_s: float, lifeline: int, ready: FileIO) -> int:
+    """Serve one device until SIGTERM or SIGINT, until the supervisor has gone, or until another server asks for everything.
 
     Args:
         device: Which one.
         directory: The runtime directory, prepared.
         host_memory: Bytes that the ``host`` device offers; None for all that the machine has.
+        keep_s: Seconds for which the memory is kept without a server.
         lifeline: Descriptor of a pipe whose other end the supervisor holds: its end is the supervisor's end.
         ready: Pipe to which one line is written once clients can connect; closed then.
+
+    Returns:
+        The exit code.
 
     Raises:
         GmsError: The device or the socket cannot be had.
     """
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[str] = loop.create_future()
+
+    def leave(why: str) -> None:
+        if not stop.done():
+            stop.set_result(why)
+
+    def supervisor_gone() -> None:
+        loop.remove_reader(lifeline)
+        leave("the supervisor has gone")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_reader(lifeline, stop.set)
-    limits = Limits()
-    with (
-        contextlib.closing(Memory(open_physical_driver(device, host_memory), limits)) as memory,
-        bound_socket(socket_path(device, directory)) as listening,
-    ):
-        listener = asyncio.create_task(Listener(listening, Service(device, memory, limits), os.getuid()).run())
+        loop.add_signal_handler(number, leave, "")
+    loop.add_reader(lifeline, supervisor_gone)
+    path = socket_path(device, directory)
+    driver = open_physical_driver(device, host_memory)
+    with bound_socket(path) as listening, contextlib.ExitStack() as ends:  # the lock goes last: until then the keeper and the journal are this one's
+        estate, memory, service = _begin(device, path, driver, keep_s, lambda: leave(_HANDED_OVER))
+        ends.callback(estate.leave)
+        ends.callback(memory.close)
+        checking = asyncio.create_task(_check_keeper(memory))
+        listener = asyncio.create_task(Listener(listening, service, os.getuid()).run())
         ready.write(b"ready\n")
         ready.close()
-        log.info("serving %s at %s", device, socket_path(device, directory))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((listener, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        listener.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await listener
-    log.info("stopped serving %s", device)
+        log.info("serving %s at %s", device, path)
+        await asyncio.wait((listener, stop), return_when=asyncio.FIRST_COMPLETED)
+        for task in (listener, checking):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        why = stop.result() if stop.done() else "it has failed"
+        if not why:
+            estate.end()  # first: to end what the device is being asked for may take longer than there is time
+    log.info("stopped serving %s%s", device, f", and left everything to the next server: {why}" if why else "")
+    return HANDED_OVER if why == _HANDED_OVER else 0
+
+
+def _begin(device: DeviceId, path: Path, driver: PhysicalDriver, keep_s: float, on_hand_over: Callable[[], None]) -> tuple[Estate, Memory, Service]:
+    """Go on with what the last server has left, or, if that is beyond this one, begin anew: a device without a server is worse."""
+    limits = Limits(keep_s=keep_s)
+    while True:
+        estate = take_over(path, device, keep_s)
+        memory = Memory(driver, limits, estate.keeping)
+        service = Service(device, memory, limits, estate.journal, on_hand_over)
+        try:
+            memory.adopt(estate.allocations, estate.state.about.allocation if estate.state.about else 0)
+            estate.keeping.everything = memory.kept
+            service.adopt(estate.state, estate.keeping.label)
+            service.durable.write()
+        except (GmsError, OSError):  # such as no more files: the supervisor tries again
+            memory.close()
+            estate.leave()
+            raise
+        except Exception:
+            if not estate.state.with_memory:
+                raise
+            log.exception("what the last server of %s has left cannot be taken over: everything begins anew", device)
+            service.stop()
+            memory.give_up()
+            estate.end()
+        else:
+            return estate, memory, service
+
+
+async def _check_keeper(memory: Memory) -> None:
+    while True:
+        await asyncio.sleep(CHECK_KEEPER_S)
+        memory.check_keeper()
 
 
 def _raise_descriptor_limit() -> None:
@@ -72,14 +132,24 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--host-memory", type=int)
+    parser.add_argument("--keep", type=float, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
     parser.add_argument("--ready", type=int, required=True)
     options = parser.parse_args(arguments)
+    for pipe in (options.lifeline, options.ready):
+        os.set_inheritable(pipe, False)  # they are this process's, and not the keeper's, which outlives it
     _raise_descriptor_limit()
     ready = FileIO(options.ready, "w")
     try:
-        asyncio.run(
-            serve_device(DeviceId(options.device), options.runtime_dir, host_memory=options.host_memory, lifeline=options.lifeline, ready=ready)
+        return asyncio.run(
+            serve_device(
+                DeviceId(options.device),
+                options.runtime_dir,
+                host_memory=options.host_memory,
+                keep_s=options.keep,
+                lifeline=options.lifeline,
+                ready=ready,
+            )
         )
     except GmsError as error:
         try:
@@ -87,4 +157,3 @@ def run(arguments: list[str]) -> int:
         except (OSError, ValueError):  # the supervisor has gone, or the pipe was closed because clients could connect
             log.error("%s", error)
         return 1
-    return 0

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from gms_core import death_notice
 from gms_core.errors import FenceFailed, GmsError, PermissionRefused, QuotaExceeded
 from gms_core.protocol.messages import Join
+from gms_core.protocol.peer import open_process
 from gms_core.server.cohorts import CohortEffect, Cohorts, Gone, Kill, Member
 from gms_core.server.effects import SessionId
 from gms_core.server.limits import Limits
@@ -107,13 +108,60 @@ class Fencer:
                 undo.callback(loop.remove_reader, pidfd)
             except OSError as error:
                 raise QuotaExceeded(f"the server cannot watch one more process: {error.strerror}", hint=_MORE_FILES) from error
-            member = Member(session.id, session.peer.pid, request.process, time.monotonic(), request.serves)
+            member = Member(
+                session.id,
+                session.peer.pid,
+                request.process,
+                time.monotonic(),
+                request.serves,
+                deadline_s=request.deadline_s,
+                started=session.started,
+            )
             self._cohorts.join(request.cohort, request.engine, member)  # last: a member that nobody watches could never be gone
             undo.pop_all()
         self._watched[session.id] = Watched(request.cohort, pidfd, page, request.deadline_s, time.monotonic())
         self._wind(session.id)
         log.info("cohort %s: %s (pid %d) of %s has joined", request.cohort, request.process, session.peer.pid, request.engine)
         return page
+
+    def resume(self) -> None:
+        """Watch the members of the cohorts that were taken over from the server before, and go on with what it had begun.
+
+        A deadline runs from the moment at which its session is back, see `came_back`: before that nobody can give a sign of progress.
+        """
+        loop = asyncio.get_running_loop()
+        exited: list[tuple[str, Member]] = []
+        for cohort in list(self._cohorts.by_name.values()):
+            for member in cohort.members.values():
+                if member.exited:
+                    continue
+                try:
+                    pidfd = open_process(member.pid, member.started)
+                except ProcessLookupError:
+                    exited.append((cohort.name, member))
+                    continue
+                watched = self._watched[member.session] = Watched(cohort.name, pidfd, None, member.deadline_s, time.monotonic())
+                loop.add_reader(watched.pidfd, self._has_exited, member.session)
+            if cohort.state == "departing":
+                self._await_departure(cohort.name, max(0.0, cohort.ends_by - time.monotonic()))
+            elif cohort.state == "fencing":
+                living = tuple(member.session for member in cohort.members.values() if member.session in self._watched)
+                self._kill(Kill(cohort.name, cohort.engine, living, cohort.reason))
+        for name, member in exited:
+            log.info("cohort %s: %s (pid %d) has exited while there was no server", name, member.process, member.pid)
+            effects = self._cohorts.exited(name, member.session)
+            self._exited(member.session)
+            self.apply(effects)
+
+    def came_back(self, session: SessionId) -> None:
+        """A session that was taken over is there again: if it has a deadline, that runs from now on."""
+        self.beat(session)
+        self._wind(session)
+
+    def forget(self, session: SessionId) -> None:
+        """Watch a session no more whose process is watched through another one."""
+        if (watched := self._watched.pop(session, None)) is not None:
+            watched.close()
 
     def expect_notice(self, session: SessionId) -> None:
         """The kernel will give notice of a member's death in its page: wait for that, if there can be a thread for it. Idempotent."""
@@ -152,9 +200,16 @@ class Fencer:
 
     def depart(self, session: SessionId, grace_s: float) -> None:
         """The session's cohort ends by itself, within so many seconds."""
+        before = self._cohorts.joined(session)
+        if before is not None and before.state == "departing":
+            return  # said before
         cohort = self._cohorts.depart(session)
+        cohort.ends_by = time.monotonic() + grace_s
         self._ending(cohort.name, cohort.engine, f"{cohort.engine} is ending in an orderly way")
-        self._after(cohort.name, grace_s, lambda: self.apply(self._cohorts.fence(cohort.name, f"its orderly end took longer than {grace_s:g} s")))
+        self._await_departure(cohort.name, grace_s)
+
+    def _await_departure(self, cohort: str, grace_s: float) -> None:
+        self._after(cohort, grace_s, lambda: self.apply(self._cohorts.fence(cohort, f"its orderly end took longer than {grace_s:g} s")))
 
     def lost(self, session: SessionId) -> None:
         """A session's connection has ended."""
@@ -177,6 +232,8 @@ class Fencer:
         log.warning("cohort %s is ended: %s", kill.cohort, kill.reason)
         refused = []
         for session in kill.members:
+            if session not in self._watched:
+                continue  # it has exited while there was no server: that is told next
             try:
                 signal.pidfd_send_signal(self._watched[session].pidfd, signal.SIGKILL)
             except ProcessLookupError:

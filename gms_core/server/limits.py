@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from gms_core.errors import InvalidArgument, LeaseConflict, QuotaExceeded
+from gms_core.layout import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Limits:
         wait_s: Seconds that a request may ask to wait.
         exit_s: Seconds from SIGKILL to a process's exit, after which whoever waits for its memory is told that it cannot be ended.
         cohorts: Cohorts at a time.
+        grace_s: Seconds after a server's start in which the sessions of the one before can be resumed.
+        keep_s: Seconds for which memory is kept without a server, and so for which clients look for the next one.
         name_bytes: Bytes of a name that a client gives to something.
     """
 
@@ -37,4 +43,21 @@ class Limits:
     wait_s: float = 24 * 3600.0
     exit_s: float = 30.0
     cohorts: int = 1024
+    grace_s: float = 30.0
+    keep_s: float = 120.0
     name_bytes: int = 256
+
+
+def check_name(name: str, *, others: Collection[str]) -> None:
+    """Refuse what cannot be the name of a pool, or is that of a pool of the other class."""
+    if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
+        raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
+    if name in others:
+        raise LeaseConflict(f"pool {name!r} is of the other class: weights are published, KV memory is retained", hint="Use another tag.")
+
+
+def check_metadata(limits: Limits, identity: Identity, manifest: bytes = b"") -> None:
+    """Refuse metadata that is too large."""
+    size = len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
+    if size > limits.metadata_bytes:
+        raise QuotaExceeded(f"{size} bytes of metadata are over the limit of {limits.metadata_bytes}")

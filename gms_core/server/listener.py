@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -13,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gms_core.errors import GmsError, PermissionRefused, ProtocolError, ServerUnavailable
-from gms_core.protocol.messages import Hello
+from gms_core.protocol.messages import Failure, Hello, Message
 from gms_core.server.connection import Connection
-from gms_core.server.service import Service, refusal
+from gms_core.server.ownership import owned
+from gms_core.server.service import Service
 from gms_core.server.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -36,16 +36,9 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
         PermissionRefused: The directory does not let this user make the lock or the socket.
         ServerUnavailable: They cannot be made for another reason, such as a full disk.
     """
-    with _refused_by_the_directory(path):
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise ServerUnavailable(
-                f"another server (pid {owner}) already owns {path}", hint="Stop it first, or use another --runtime-dir."
-            ) from None
+    with contextlib.ExitStack() as ends:
+        with _refused_by_the_directory(path):
+            lock = ends.enter_context(owned(path))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
             with _refused_by_the_directory(path):
                 os.ftruncate(lock, 0)
@@ -61,8 +54,6 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
                 yield listening
             finally:
                 path.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -145,3 +136,8 @@ class Listener:
         session = await self._service.open(hello, connection.peer, connection.send, connection.open_pidfd)
         connection.expect_requests()
         return session
+
+
+def refusal(error: GmsError) -> Message:
+    """The message that tells a client of an error."""
+    return Failure(error.code, error.message, error.hint, error.details)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, OutOfMemory, QuotaExceeded
+from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, KeeperLost, OutOfMemory, QuotaExceeded
+from gms_core.keeper.keeping import Keeping
 from gms_core.server.limits import Limits
 from gms_core.vmm.driver import Descriptor, Handle, MemoryInfo, PhysicalDriver
 from gms_core.vmm.undo import UndoStack
@@ -32,17 +32,56 @@ class Owned:
     size: int
 
 
+def kept_name(identifier: int, size: int) -> str:
+    """What the keeper calls an allocation."""
+    return f"memory/{identifier}/{size}"
+
+
+def of_kept_name(name: str) -> tuple[int, int]:
+    """Number and bytes of an allocation from what the keeper calls it."""
+    _, identifier, size = name.split("/")
+    return int(identifier), int(size)
+
+
 class Memory:
     """Creates, exports and frees allocations of one device. The driver's calls run in one thread of their own, so that none delays a session."""
 
-    def __init__(self, driver: PhysicalDriver, limits: Limits) -> None:
+    def __init__(self, driver: PhysicalDriver, limits: Limits, keeping: Keeping | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            driver: Of the device; it is closed with this.
+            limits: Bounds on what clients may cost.
+            keeping: Who keeps the memory beyond this process; None for nobody. It is ended or closed by its owner, after this.
+        """
         self.driver = driver
         self.waiting = 0
+        self.last = 0
+        self._keeping = keeping
         self._limits = limits
         self._owned: dict[int, Owned] = {}
-        self._numbers = itertools.count(1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gms-driver")
         self._freed = asyncio.Event()
+
+    def adopt(self, allocations: Mapping[int, tuple[Descriptor, int]], last: int) -> None:
+        """Take over what another process has created.
+
+        Args:
+            allocations: Descriptor, which becomes this object's, and bytes, by number.
+            last: The last number that was ever given out.
+        """
+        for identifier, (descriptor, size) in allocations.items():
+            self._owned[identifier] = Owned(self.driver.adopt(descriptor, size), descriptor, size)
+        self.last = max([last, *allocations])
+
+    def check_keeper(self) -> None:
+        """See that the keeper is there, in the driver's thread."""
+        if self._keeping is not None:
+            self._thread.submit(self._keeping.check)
+
+    def kept(self) -> dict[str, int]:
+        """Descriptors of all allocations by the names that the keeper has for them."""
+        return {kept_name(identifier, owned.size): owned.descriptor for identifier, owned in list(self._owned.items())}
 
     def __len__(self) -> int:
         return len(self._owned)
@@ -109,7 +148,10 @@ class Memory:
                 undo.push(self.driver.release, handle)
                 descriptor = self.driver.export(handle)
                 undo.push(os.close, descriptor)
-                made.append((next(self._numbers), Owned(handle, descriptor, size)))
+                self.last += 1
+                made.append((self.last, Owned(handle, descriptor, size)))
+            if self._keeping is not None:
+                self._keeping.keep({kept_name(identifier, owned.size): owned.descriptor for identifier, owned in made})
             self._owned.update(made)
             undo.commit()
         return made
@@ -125,21 +167,31 @@ class Memory:
 
     def free(self, ids: Iterable[int]) -> None:
         """Give allocations up, in the driver's thread. The memory is free when the last process that maps them has gone."""
-        owned = [self._owned.pop(identifier) for identifier in ids]
+        owned = {identifier: self._owned.pop(identifier) for identifier in ids}
         loop = asyncio.get_running_loop()
         self._thread.submit(self._give_up, owned).add_done_callback(lambda _: loop.call_soon_threadsafe(self._freed.set))
 
-    def _give_up(self, owned: Sequence[Owned]) -> None:
-        for one in owned:
+    def _give_up(self, owned: Mapping[int, Owned]) -> None:
+        if self._keeping is not None and owned:
+            try:
+                self._keeping.drop([kept_name(identifier, one.size) for identifier, one in owned.items()])
+            except KeeperLost as error:
+                log.error("%s", error)  # what it keeps goes with it, or is given up by the next server, which does not know it
+        for one in owned.values():
             try:
                 os.close(one.descriptor)
                 self.driver.release(one.handle)
             except (OSError, GmsError):  # the others can be given up all the same
                 log.exception("an allocation of %d bytes could not be given up", one.size)
 
-    def close(self) -> None:
-        """Free everything."""
+    def give_up(self) -> None:
+        """Close all allocations, but not the driver. What a keeper has lives on. Idempotent."""
         self._thread.shutdown(wait=True)  # what waits there gives memory up: it is not cancelled
-        self._give_up(list(self._owned.values()))
+        self._keeping = None
+        self._give_up(self._owned)
         self._owned.clear()
+
+    def close(self) -> None:
+        """Close all allocations, and the driver. Idempotent."""
+        self.give_up()
         self.driver.close()

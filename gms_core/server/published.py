@@ -5,13 +5,15 @@ No I/O: each call returns the effects that the server has to carry out, in order
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from gms_core.errors import AcquireTimeout, GenerationConflict, IdentityMismatch, LeaseConflict
 from gms_core.layout import Allocation, Identity, Layout, check_allocations, layout_digest
 from gms_core.protocol.messages import Mode
 from gms_core.server.effects import Free, Refuse, SessionId, Wait
+from gms_core.server.records import DraftRecord, PublishedRecord
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,18 @@ class Waiter:
 
 @dataclass
 class Draft:
-    """The layout that the writer builds."""
+    """The layout that the writer builds.
+
+    Attributes:
+        sizes: Bytes of each allocation.
+        batch: The writer's number of its last request for allocations, and ``batch_ids`` what it got: asked again, it gets the same ones.
+    """
 
     session: SessionId
     generation: int
     sizes: dict[int, int] = field(default_factory=dict)
+    batch: int = 0
+    batch_ids: tuple[int, ...] = ()
 
 
 class PublishedPool:
@@ -93,13 +102,24 @@ class PublishedPool:
         message = f"no lease on pool {self.name!r} within {waited_s:g} s: {waiting.reason}"
         return [Refuse(session, AcquireTimeout(message)), *self._settle()]
 
-    def add(self, session: SessionId, allocations: Iterable[tuple[int, int]]) -> None:
-        """Add allocations (id, bytes) to the draft.
+    def add(self, session: SessionId, allocations: Sequence[tuple[int, int]], batch: int = 0) -> None:
+        """Add allocations (id, bytes) to the draft, in answer to the writer's request of that number.
 
         Raises:
             LeaseConflict: The session is not the writer.
         """
-        self._writing(session).sizes.update(allocations)
+        draft = self._writing(session)
+        draft.sizes.update(allocations)
+        draft.batch, draft.batch_ids = batch, tuple(identifier for identifier, _ in allocations)
+
+    def added(self, session: SessionId, batch: int) -> dict[int, int]:
+        """What was added in answer to the writer's request of that number, if it was the last one; bytes by id.
+
+        Raises:
+            LeaseConflict: The session is not the writer.
+        """
+        draft = self._writing(session)
+        return {identifier: draft.sizes[identifier] for identifier in draft.batch_ids if identifier in draft.sizes} if batch == draft.batch else {}
 
     def discard(self, session: SessionId, ids: Sequence[int]) -> list[Effect]:
         """Take allocations out of the draft.
@@ -174,6 +194,61 @@ class PublishedPool:
         if session not in self.readers:
             raise LeaseConflict(f"this session has no lease on pool {self.name!r}")
         return {allocation.id: allocation.size for allocation in self._layout(self.readers[session]).allocations}
+
+    def granted(self, session: SessionId) -> GrantWrite | GrantRead | None:
+        """The grant that the session has, as it was told once."""
+        if self.draft is not None and self.draft.session == session:
+            return GrantWrite(session, self.draft.generation)
+        return GrantRead(session, self._layout(self.readers[session])) if session in self.readers else None
+
+    def check_writer(self, session: SessionId) -> None:
+        """Raise unless this session writes.
+
+        Raises:
+            LeaseConflict: It does not.
+        """
+        self._writing(session)
+
+    def layout(self, generation: int) -> Layout | None:
+        """The layout of a generation that is committed, or kept by its readers."""
+        if self.committed is not None and self.committed.generation == generation:
+            return self.committed
+        return self.retired.get(generation)
+
+    def record(self) -> PublishedRecord:
+        """What the next server has to know, apart from layouts and readers."""
+        draft = self.draft
+        return PublishedRecord(
+            self._generation,
+            self.committed.generation if self.committed else 0,
+            tuple(sorted(self.retired)),
+            DraftRecord(draft.session, draft.generation, draft.sizes, draft.batch, draft.batch_ids) if draft else None,
+        )
+
+    @classmethod
+    def of(cls, name: str, record: PublishedRecord, layouts: Mapping[int, Layout]) -> Self:
+        """The pool of a record. What has no layout is left out; the last generation's number is kept."""
+        pool = cls(name)
+        pool._generation = record.generation
+        pool.committed = layouts.get(record.committed)
+        pool.retired = {generation: layouts[generation] for generation in record.retired if generation in layouts}
+        return pool
+
+    def resume_draft(self, draft: DraftRecord) -> None:
+        """The draft of a session that may come back."""
+        self.draft = Draft(draft.session, draft.generation, dict(draft.sizes), draft.batch, draft.batch_ids)
+
+    def resume_reader(self, session: SessionId, generation: int) -> bool:
+        """The read lease of a session that may come back; returns whether there is such a generation."""
+        if self.layout(generation) is None:
+            return False
+        self.readers[session] = generation
+        return True
+
+    def drop_unread(self) -> list[Effect]:
+        """Free older generations that nobody reads, once all readers are known."""
+        unread = [generation for generation in self.retired if generation not in self.readers.values()]
+        return [Free(_ids(self.retired.pop(generation))) for generation in unread]
 
     @property
     def idle(self) -> bool:

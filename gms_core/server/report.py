@@ -35,6 +35,10 @@ class Reported(Protocol):
     def waiting_for(self) -> str:
         """What it waits for, in words."""
 
+    @property
+    def detached(self) -> bool:
+        """Whether its client has not come back yet."""
+
 
 def pool_status(pool: PublishedPool) -> PoolStatus:
     """One pool as it is now."""
@@ -65,4 +69,5 @@ def session_status(session: Reported, pools: Iterable[PublishedPool]) -> Session
         age_s=time.monotonic() - session.since,
         leases={pool.name: lease for pool in pools if (lease := pool.lease_of(session.id))},
         waiting_for=session.waiting_for,
+        away=session.detached,
     )

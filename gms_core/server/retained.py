@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Self
 
 from gms_core.errors import AcquireTimeout, CohortFenced, GmsError, IdentityMismatch, LeaseConflict
 from gms_core.layout import Allocation, Identity
 from gms_core.server.effects import Free, Refuse, SessionId, Wait
+from gms_core.server.records import HolderState, RetainedRecord
 from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
 
 
@@ -95,7 +96,7 @@ class RetainedPool:
         self.seat = Seat(f"pool {name!r}")
         self.spares: tuple[Allocation, ...] = ()
         self.turn = 0
-        self.holder_state: Literal["alive", "mute", "gone"] = "alive"
+        self.holder_state: HolderState = "alive"
         self.unproven: Claim | None = None
         self._awaiting: SessionId | None = None
 
@@ -249,6 +250,43 @@ class RetainedPool:
         if self._holds(cohort) or (self._is_unproven(cohort) and self.holder_state == "gone"):
             effects += self._of_seat(self.seat.refuse_all(error) if final else self.seat.end(error.message, error))
         return effects
+
+    def record(self) -> RetainedRecord:
+        """What the next server has to know, apart from who uses the pool."""
+        planner = self.planner
+        return RetainedRecord(
+            self.seat.record,
+            self.identity,
+            self.plan,
+            self.allocations,
+            self.spares,
+            self.turn,
+            self.holder_state,
+            self.unproven,
+            planner.claim if planner else None,
+            planner.identity if planner else None,
+        )
+
+    @classmethod
+    def of(cls, name: str, record: RetainedRecord, *, with_memory: bool) -> Self:
+        """The pool of a record; without its memory, the number of the last epoch alone, so that no epoch comes twice."""
+        pool = cls(name)
+        number, holder, ending = record.seat
+        if not with_memory:
+            pool.seat.resume(number, None, "")
+            return pool
+        pool.seat.resume(number, holder, ending)
+        pool.identity, pool.plan = record.identity, record.plan
+        pool.allocations, pool.spares, pool.turn = record.allocations, record.spares, record.turn
+        pool.holder_state, pool.unproven = record.holder_state, record.unproven
+        if record.planner is not None and record.planned_identity is not None:
+            pool.planner = Asking(record.planner, record.planned_identity)
+        return pool
+
+    def resume_user(self, claim: Claim) -> None:
+        """A session that may come back has the plan."""
+        if self.identity is not None:
+            self.users[claim.session] = claim
 
     def _holds(self, cohort: str) -> bool:
         return self.seat.holder is not None and self.seat.holder.cohort == cohort

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
 from gms_core.layout import Allocation
@@ -12,6 +12,7 @@ from gms_core.protocol.messages import AwaitWhole, Done, Drop, Held, Hold, Plan,
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
+from gms_core.server.records import RetainedRecord
 from gms_core.server.retained import GrantHold, MakePlan, RetainedEffect, RetainedPool
 from gms_core.server.seat import Claim
 from gms_core.server.sessions import Session, check_wait
@@ -26,13 +27,42 @@ class RetainedRequests:
         sessions: All that are open.
         memory: The device's allocations.
         limits: Bounds on what clients may cost.
+        free: Gives allocations up that were part of a pool.
+        changed: Called when pools may have changed, with the sessions whose use of them may have.
     """
 
-    def __init__(self, sessions: Mapping[SessionId, Session], memory: Memory, limits: Limits) -> None:
+    def __init__(
+        self,
+        sessions: Mapping[SessionId, Session],
+        memory: Memory,
+        limits: Limits,
+        *,
+        free: Callable[[Sequence[int]], None],
+        changed: Callable[[Sequence[SessionId]], None] = lambda _: None,
+    ) -> None:
         self.pools: dict[str, RetainedPool] = {}
         self._sessions = sessions
         self._memory = memory
         self._limits = limits
+        self._free, self._changed = free, changed
+
+    def resume(self, records: Mapping[str, RetainedRecord], *, with_memory: bool) -> None:
+        """Take pools over from the server before."""
+        for name, record in records.items():
+            self.pools[name] = RetainedPool.of(name, record, with_memory=with_memory)
+
+    def resume_user(self, name: str, claim: Claim) -> None:
+        """A session that may come back uses a pool."""
+        if name in self.pools:
+            self.pools[name].resume_user(claim)
+
+    def used_by(self, session: SessionId) -> tuple[str, ...]:
+        """Names of the pools that a session uses."""
+        return tuple(name for name, pool in self.pools.items() if session in pool.users)
+
+    def records(self) -> dict[str, RetainedRecord]:
+        """All pools, for the next server."""
+        return {name: pool.record() for name, pool in self.pools.items()}
 
     async def plan(self, session: Session, request: Plan, claim: Claim, ended: asyncio.Event) -> None:
         """Answer with the plan, or with who has to make it."""
@@ -40,6 +70,12 @@ class RetainedRequests:
         if request.pool not in self.pools and len(self.pools) >= self._limits.pools:
             raise QuotaExceeded(f"{self._limits.pools} retained pools exist already")
         pool = self.pools.setdefault(request.pool, RetainedPool(request.pool))
+        if session.repeats and session.id in pool.users:
+            await self._send_plan(session, pool)
+            return
+        if session.repeats and pool.planner is not None and pool.planner.claim.session == session.id:
+            await session.send(PlanDue(pool.name), ())
+            return
         try:
             self._apply(pool.ask_plan(claim, request.identity))
             answer = await session.answer(
@@ -59,6 +95,9 @@ class RetainedRequests:
         if len(request.plan) > self._limits.metadata_bytes:
             raise QuotaExceeded(f"a plan of {len(request.plan)} bytes is over the limit of {self._limits.metadata_bytes}")
         pool = self._pool(request.pool)
+        if session.repeats and session.id in pool.users:
+            await self._send_plan(session, pool)
+            return
         pool.check_provide(session.id)  # refuses who is not the planner, before any memory is made
         if any(not 0 <= index < len(request.sizes) for index in request.front) or len(set(request.front)) != len(request.front):
             raise InvalidArgument(f"the front {list(request.front)[:5]} does not name allocations of the plan, each once")
@@ -86,6 +125,9 @@ class RetainedRequests:
         """Grant the memory, once it is proven that nothing of the holder before is left."""
         check_wait(request.timeout_s, self._limits.wait_s)
         pool = self._pool(request.pool)
+        if session.repeats and pool.seat.holder is not None and pool.seat.holder.session == session.id:
+            await session.send(Held(pool.name, pool.seat.number, pool.turn, pool.unproven is None), ())
+            return
         self._apply(pool.hold(session.id, first=first, bridge=request.bridge))
         granted: GrantHold = await session.answer(
             f"pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
@@ -107,7 +149,8 @@ class RetainedRequests:
     async def drop(self, session: Session, request: Drop) -> None:
         """Free memory that nobody uses."""
         pool = self._pool(request.pool)
-        self._apply(pool.drop())
+        if not (session.repeats and pool.identity is None):
+            self._apply(pool.drop())
         await session.send(Done(), ())
 
     def prefer(self, cohort: str) -> None:
@@ -117,12 +160,13 @@ class RetainedRequests:
 
     def release(self, session: Session, pool: RetainedPool) -> None:
         """A living session gives up its use of a pool."""
+        self._changed([session.id])
         self._apply(pool.release(session.id))
 
-    def closed(self, session: Session) -> None:
+    def closed(self, session: SessionId) -> None:
         """A session's connection has ended."""
         for pool in list(self.pools.values()):
-            self._apply(pool.session_ended(session.id))
+            self._apply(pool.session_ended(session))
             self._forget_if_idle(pool)
 
     def cohort_ends(self, cohort: str, reason: str) -> None:
@@ -158,9 +202,10 @@ class RetainedRequests:
             del self.pools[pool.name]
 
     def _apply(self, effects: list[RetainedEffect]) -> None:
+        self._changed([effect.session for effect in effects if not isinstance(effect, Free)])
         for effect in effects:
             if isinstance(effect, Free):
-                self._memory.free(effect.ids)
+                self._free(effect.ids)
             elif effect.session in self._sessions:
                 self._sessions[effect.session].answers.put_nowait(effect)
 

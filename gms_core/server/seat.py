@@ -60,6 +60,15 @@ class Seat:
         self.queue: list[Claim] = []
         self._told: dict[SessionId, str] = {}
 
+    @property
+    def record(self) -> tuple[int, Claim | None, str]:
+        """Number, holder, and why that is ending: what the next server has to know. Who waits asks again."""
+        return self.number, self.holder, self.ending
+
+    def resume(self, number: int, holder: Claim | None, ending: str) -> None:
+        """Take a seat over as `record` told it."""
+        self.number, self.holder, self.ending = number, holder, ending
+
     def claim(self, claim: Claim, *, first: bool = False) -> list[SeatEffect]:
         """Ask for the seat; the answer is among the effects, now or of a later call.
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
+import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
 from gms_core import __version__
-from gms_core.errors import GmsError, InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded, VersionMismatch, WrongDevice
-from gms_core.layout import Identity, Layout
-from gms_core.protocol.framing import batches
+from gms_core.errors import (
+    ConnectionLost,
+    JournalUnavailable,
+    LeaseConflict,
+    ProtocolError,
+    QuotaExceeded,
+    VersionMismatch,
+    WrongDevice,
+)
 from gms_core.protocol.messages import (
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSIONS,
     Acquire,
     Allocate,
     AwaitRole,
@@ -22,13 +28,13 @@ from gms_core.protocol.messages import (
     Beat,
     Commit,
     Depart,
-    Descriptors,
     Discard,
     Done,
     Drop,
     Elect,
     Export,
     Failure,
+    HandOver,
     Hello,
     Hold,
     Instruct,
@@ -36,25 +42,32 @@ from gms_core.protocol.messages import (
     Message,
     Plan,
     Provide,
-    ReadGranted,
     Release,
     Report,
     Request,
     Status,
     StatusReport,
+    Waiting,
     Welcome,
     WillNotify,
-    WriteGranted,
+    common_version,
 )
-from gms_core.protocol.peer import PeerCredentials
+from gms_core.protocol.peer import PeerCredentials, process_started
 from gms_core.server.cohort_requests import CohortRequests
-from gms_core.server.effects import Free, SessionId
-from gms_core.server.limits import Limits
+from gms_core.server.durable import Durable
+from gms_core.server.effects import SessionId
+from gms_core.server.exports import send_descriptors
+from gms_core.server.journal import Journal
+from gms_core.server.kinds import GRANTING, IDLE, added_bytes
+from gms_core.server.limits import Limits, check_metadata, check_name
 from gms_core.server.memory import Memory
-from gms_core.server.published import Effect, GrantRead, GrantWrite, PublishedPool
+from gms_core.server.published_requests import PublishedRequests
+from gms_core.server.records import FORMAT, About
 from gms_core.server.report import pool_status, session_status
 from gms_core.server.retained_requests import RetainedRequests
-from gms_core.server.sessions import Send, Session, check_wait
+from gms_core.server.seat import Claim
+from gms_core.server.sessions import Send, Session, detached
+from gms_core.server.state import State, boot_id, encode, encode_all
 
 log = logging.getLogger(__name__)
 
@@ -66,24 +79,62 @@ class Service:
         device: UUID of the device, or ``host``.
         memory: Its allocations.
         limits: Bounds on what clients may cost.
+        journal: Where the state is written for the next server; None for a server that nothing outlives.
+        on_hand_over: Called when another server is to take over; this one has to end without releasing anything.
     """
 
-    def __init__(self, device: str, memory: Memory, limits: Limits) -> None:
+    def __init__(
+        self, device: str, memory: Memory, limits: Limits, journal: Journal | None = None, on_hand_over: Callable[[], None] = lambda: None
+    ) -> None:
         self.device = device
+        self._on_hand_over = on_hand_over
         self.memory = memory
         self.limits = limits
         self.sessions: dict[SessionId, Session] = {}
-        self.pools: dict[str, PublishedPool] = {}
-        self.retained = RetainedRequests(self.sessions, memory, limits)
+        self.published: PublishedRequests
+        self.retained: RetainedRequests
+        self.engines: CohortRequests
+        self._label = ""
+        self._resumable = journal is not None
+        self.durable = Durable(
+            journal,
+            each={
+                "about": lambda _, __: {"about/": encode(self._about())},
+                "pool": lambda name, written: self.published.values_of(name, written),
+                "session": lambda number, _: {f"session/{number}": self._session_value(SessionId(int(number)))},
+            },
+            every={
+                "cohort": lambda: encode_all(self.engines.records()),
+                "lock": lambda: encode_all({name: seat.record for name, seat in self.engines.locks.items()}),
+                "retained": lambda: encode_all(self.retained.records()),
+                "ended": lambda: encode_all({"cohorts": self.engines.cohorts.ended}),
+            },
+        )
+        self.published = PublishedRequests(
+            self.sessions,
+            memory,
+            limits,
+            free=self._free,
+            changed=lambda pool, changed: self.durable.touch("about/", f"pool/{pool}", *(f"session/{number}" for number in changed)),
+            others=lambda: self.retained.pools,
+        )
+        self.retained = RetainedRequests(
+            self.sessions,
+            memory,
+            limits,
+            free=self._free,
+            changed=lambda changed: self.durable.touch("about/", "retained", *(f"session/{number}" for number in changed)),
+        )
         self.engines = CohortRequests(
             self.sessions,
             limits,
+            changed=lambda: self.durable.touch("cohort", "lock", "ended"),
             ending=self.retained.cohort_ends,
             mute=self.retained.cohort_mute,
             gone=self.retained.cohort_gone,
             failed=self.retained.fence_failed,
         )
-        self._numbers = itertools.count(1)
+        self._last_session, self._in_grace = 0, False
         self._stopping = False
         self._started = time.monotonic()
 
@@ -99,38 +150,144 @@ class Service:
         Raises:
             VersionMismatch, WrongDevice, QuotaExceeded: As they say.
         """
-        if PROTOCOL_VERSION not in hello.versions:
+        version = common_version(hello.versions)
+        if not version:
             raise VersionMismatch(
-                f"this server (gms {__version__}) speaks protocol version {PROTOCOL_VERSION}, the client {list(hello.versions)}",
+                f"this server (gms {__version__}) speaks the protocol versions {list(PROTOCOL_VERSIONS)}, the client {list(hello.versions)}",
                 hint="Install the same version of gms in the engine's environment as the server runs.",
             )
         if hello.device and hello.device != self.device:
             raise WrongDevice(f"this server owns the memory of {self.device}, not of {hello.device}")
-        if len(self.sessions) >= self.limits.sessions:
-            raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
-        session = Session(SessionId(next(self._numbers)), peer, hello.client, send, open_pidfd)
+        if hello.resume:
+            session = self._resumed(hello, peer)
+        else:
+            if len(self.sessions) >= self.limits.sessions:
+                raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
+            self.durable.reserve()
+            token = secrets.token_hex(16) if self._resumable and version >= 2 else ""
+            self._last_session += 1
+            session = Session(SessionId(self._last_session), peer, hello.client, send, open_pidfd, token=token, started=process_started(peer.pid))
+
+        async def send_when_written(message: Message, descriptors: tuple[int, ...]) -> None:
+            if session.promises and not isinstance(message, Waiting | Failure):  # those promise nothing
+                try:
+                    self.durable.write()
+                except JournalUnavailable as error:  # to refuse now would be a lie, since it is done: with its connection it is released
+                    raise ConnectionAbortedError(error.message) from error
+            await send(message, descriptors)
+
+        session.send, session.open_pidfd, session.repeats = send_when_written, open_pidfd, hello.repeats
         driver = self.memory.driver
-        await send(Welcome(PROTOCOL_VERSION, __version__, self.device, driver.name, driver.granularity, session.id), ())
-        self.sessions[session.id] = session  # only now: a client that has gone meanwhile has no session that could be closed
+        welcome = Welcome(
+            version,
+            __version__,
+            self.device,
+            driver.name,
+            driver.granularity,
+            session.id,
+            session.token,
+            self.limits.keep_s if session.token else 0.0,
+        )
+        self.durable.touch("about/", f"session/{session.id}")
+        self.sessions[session.id] = session
+        session.detached, session.promises = False, True
+        try:
+            await session.send(welcome, ())
+        except BaseException:
+            if hello.resume:  # this try was given up, and the client may be at its next one
+                session.detached = True
+                asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+            else:
+                self.close(session)
+            raise
+        if hello.resume:
+            self.engines.came_back(session)
         log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, hello.client)
+        return session
+
+    def _resumed(self, hello: Hello, peer: PeerCredentials) -> Session:
+        """The session of the server before that a client comes back to."""
+        session = self.sessions.get(SessionId(hello.session))
+        if session is None or not session.is_resumed_by(hello.resume, peer):
+            raise ConnectionLost(f"this server does not know session {hello.session}, or no longer: what it had is released")
         return session
 
     def close(self, session: Session) -> None:
         """The connection has ended: whatever the session had is released."""
         if self.sessions.pop(session.id, None) is None or self._stopping:
             return
-        for pool in list(self.pools.values()):
-            self._release(pool, session)
+        self.durable.touch(f"session/{session.id}")
+        self.published.closed(session.id)
         try:
             self.engines.closed(session)  # first: what is freed below must not be granted before its holder is known to be ending
         finally:
-            self.retained.closed(session)
+            self.retained.closed(session.id)
         log.debug("session %d closed", session.id)
+
+    def adopt(self, state: State, label: str) -> None:
+        """Take over what the server before this one has written down. Nobody has connected yet.
+
+        Args:
+            state: All of it.
+            label: Of the keeper that has the memory from now on.
+        """
+        self._label = label
+        self._last_session = state.about.session if state.about else 0
+        for number, record in state.sessions.items():
+            self.sessions[number] = detached(number, record)
+        self.engines.resume(state.cohorts, state.ended, state.locks)
+        self.retained.resume(state.retained, with_memory=state.with_memory)
+        self.published.resume(state.pools, state.sessions)
+        for number, record in state.sessions.items():
+            if (cohort := self.engines.cohorts.joined(number)) is not None:
+                for name in record.uses:
+                    self.retained.resume_user(name, Claim(number, cohort.name, cohort.engine))
+        for retained in list(self.retained.pools.values()):
+            if retained.planner is not None and retained.planner.claim.session not in self.sessions:
+                self.retained.closed(retained.planner.claim.session)
+        self.durable.touch("about/", "cohort", "lock", "ended", "retained", *(f"session/{number}" for number in state.numbers))
+        self.engines.watch()
+        gone = [session for session in self.sessions.values() if session.started and process_started(session.peer.pid) != session.started]
+        for session in gone:
+            self.close(session)
+        self._in_grace = True
+        asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+
+    def _end_grace(self) -> None:
+        """Whoever has not come back by now has lost what it had; but no engine is ended because it is slow, as long as its process lives."""
+        self._in_grace = False
+        away = [session for session in self.sessions.values() if session.detached]
+        for session in away:
+            if self.engines.cohorts.joined(session.id) is None or process_started(session.peer.pid) != session.started:
+                log.info("session %d (pid %d, %s) has not come back within %g s", session.id, session.peer.pid, session.client, self.limits.grace_s)
+                self.close(session)
+        if any(session.detached for session in away):
+            asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+
+    def _drop_stale(self, session: Session, cohort: str) -> None:
+        """A process joins a cohort anew: sessions of it that it has not come back to, and will not, are no members any more."""
+        if self._in_grace:
+            return
+        for stale in [other for other in self.sessions.values() if other.detached and other.is_of(session)]:
+            joined = self.engines.cohorts.joined(stale.id)
+            if joined is not None and joined.name == cohort:
+                self.engines.forget(stale.id)
+                self.close(stale)
+
+    def _about(self) -> About:
+        return About(FORMAT, self.device, self._label, boot_id(), self._last_session, self.memory.last)
+
+    def _session_value(self, number: SessionId) -> bytes | None:
+        session = self.sessions.get(number)
+        if session is None or not session.token:
+            return None
+        return encode(session.record(self.published.leases_of(number), self.retained.used_by(number)))
 
     def stop(self) -> None:
         """The server is about to end its connections, by its own will: that says nothing about the engines, so none is ended for it."""
         self._stopping = True
         self.engines.close()
+        self.durable.write_if_possible()
 
     async def handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
         """Carry out one request and send its replies.
@@ -138,25 +295,34 @@ class Service:
         Raises:
             GmsError: The request is refused; the caller tells the client.
         """
+        session.promises = not isinstance(request, IDLE)
+        try:
+            if isinstance(request, GRANTING) and not session.repeats:  # one that was carried out needs no room, and must not be refused
+                self.durable.reserve(added_bytes(request) + self.durable.size("retained") + self.durable.size(f"pool/{getattr(request, 'pool', '')}"))
+            await self._handle(session, request, ended)
+        finally:
+            session.repeats, session.promises = False, True
+
+    async def _handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
         match request:
             case Acquire():
-                await self._acquire(session, request, ended)
+                await self.published.acquire(session, request, ended)
             case Allocate():
-                await self._allocate(session, request, ended)
+                await self.published.allocate(session, request, ended)
             case Export():
                 await self._export(session, request)
             case Discard():
-                self._apply(self._pool(request.pool).discard(session.id, request.ids))
-                await session.send(Done(), ())
+                await self.published.discard(session, request)
             case Commit():
-                await self._commit(session, request)
+                await self.published.commit(session, request)
             case Release():
                 if request.pool in self.retained.pools:
                     self.retained.release(session, self.retained.pools[request.pool])
                 else:
-                    self._release(self._pool(request.pool), session)
+                    self.published.release(session, request.pool)
                 await session.send(Done(), ())
             case Join():
+                self._drop_stale(session, request.cohort)
                 await self.engines.join(session, request)
             case WillNotify():
                 await self.engines.will_notify(session)
@@ -174,10 +340,11 @@ class Service:
                 self.engines.instruct(request)
                 if request.order == "promote":
                     self.retained.prefer(request.cohort)
+                self.durable.write_if_possible()  # an operator is obeyed on a full disk too
                 await session.send(Done(), ())
             case Plan():
-                self._check_metadata(request.identity)
-                self._check_name(request.pool, others=self.pools)
+                check_metadata(self.limits, request.identity)
+                check_name(request.pool, others=self.published.pools)
                 await self.retained.plan(session, request, self.engines.claim(session), ended)
             case Provide():
                 await self.retained.provide(session, request, ended)
@@ -191,111 +358,23 @@ class Service:
                 await self.retained.drop(session, request)
             case Status():
                 await session.send(await self.report(), ())
+            case HandOver():
+                log.info("pid %d takes over", session.peer.pid)
+                await session.send(Done(), ())
+                self._on_hand_over()
             case Hello():
                 raise ProtocolError("the handshake is over")
 
-    async def _acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
-        check_wait(request.timeout_s, self.limits.wait_s)
-        self._check_metadata(request.identity)
-        pool = self._pool(request.pool, create=True)
-        self._apply(pool.acquire(session.id, request.mode, request.identity, request.replace))
-        try:
-            answer: GrantWrite | GrantRead = await session.answer(
-                pool.name, request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
-            )
-        finally:
-            self._forget_if_idle(pool)
-        match answer:
-            case GrantWrite():
-                log.info("pool %s: session %d (pid %d) writes generation %d", pool.name, session.id, session.peer.pid, answer.generation)
-                await session.send(WriteGranted(pool.name, answer.generation), ())
-            case GrantRead():
-                log.info("pool %s: session %d (pid %d) reads generation %d", pool.name, session.id, session.peer.pid, answer.layout.generation)
-                await session.send(ReadGranted(pool.name, answer.layout), ())
-
-    async def _allocate(self, session: Session, request: Allocate, ended: asyncio.Event) -> None:
-        check_wait(request.timeout_s, self.limits.wait_s)
-        pool = self._pool(request.pool)
-        pool.add(session.id, ())  # refuses who is not the writer, before any memory is made
-        made = await self.memory.create(request.sizes, request.timeout_s, ended)
-        try:
-            pool.add(session.id, [(identifier, owned.size) for identifier, owned in made])
-        except LeaseConflict:
-            self.memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
-            raise
-        await self._send_descriptors(session, [(identifier, owned.size) for identifier, owned in made])
-
     async def _export(self, session: Session, request: Export) -> None:
-        pool = self.retained.pools.get(request.pool) or self._pool(request.pool)
-        covered = pool.allocations_of(session.id)
+        retained = self.retained.pools.get(request.pool)
+        covered = retained.allocations_of(session.id) if retained is not None else self.published.allocations_of(session.id, request.pool)
         if strange := [identifier for identifier in request.ids if identifier not in covered]:
             raise LeaseConflict(f"allocations {strange[:5]} are not covered by this session's lease on pool {request.pool!r}")
-        await self._send_descriptors(session, [(identifier, covered[identifier]) for identifier in request.ids or covered])
+        await send_descriptors(self.memory, session, [(identifier, covered[identifier]) for identifier in request.ids or covered])
 
-    async def _send_descriptors(self, session: Session, allocations: list[tuple[int, int]]) -> None:
-        pieces = batches(allocations)
-        for number, piece in enumerate(pieces, start=1):
-            ids, sizes = tuple(identifier for identifier, _ in piece), tuple(size for _, size in piece)
-            await session.send(Descriptors(ids, sizes, more=number < len(pieces)), tuple(self.memory.descriptors(ids)))
-
-    async def _commit(self, session: Session, request: Commit) -> None:
-        self._check_metadata(request.identity, request.manifest)
-        pool = self._pool(request.pool)
-        pool.check_commit(session.id, request.allocations)
-        granularity = self.memory.driver.granularity
-        if wrong := [allocation.id for allocation in request.allocations if allocation.offset % granularity]:
-            raise InvalidArgument(f"the offsets of allocations {wrong[:5]} are not multiples of {granularity} bytes: no reader could map them")
-        sealed = self.memory.seal(allocation.id for allocation in request.allocations)  # before any reader can map it
-        self._apply(pool.commit(session.id, request.allocations, request.manifest, request.identity))
-        granted = session.answers.get_nowait()
-        if not isinstance(granted, GrantRead):
-            raise ProtocolError("a commit was not answered by a read lease")
-        layout = granted.layout
-        log.info("pool %s: session %d committed generation %d, %d bytes", pool.name, session.id, layout.generation, layout.size)
-        await session.send(ReadGranted(pool.name, _without_manifest(layout), sealed), ())
-
-    def _release(self, pool: PublishedPool, session: Session) -> None:
-        had = pool.lease_of(session.id)
-        self._apply(pool.release(session.id))
-        self._forget_if_idle(pool)
-        if had:
-            log.info("pool %s: session %d gave up its %s lease", pool.name, session.id, had)
-
-    def _apply(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Free):
-                self.memory.free(effect.ids)
-            elif effect.session in self.sessions:
-                self.sessions[effect.session].answers.put_nowait(effect)
-
-    def _pool(self, name: str, *, create: bool = False) -> PublishedPool:
-        pool = self.pools.get(name)
-        if pool is None:
-            if not create:
-                raise PoolNotFound(f"this server has no pool {name!r}", hint=f"It has: {', '.join(sorted(self.pools)) or 'none'}.")
-            self._check_name(name, others=self.retained.pools)
-            if len(self.pools) >= self.limits.pools:
-                self.pools = {known: pool for known, pool in self.pools.items() if not pool.empty}
-            if len(self.pools) >= self.limits.pools:
-                raise QuotaExceeded(f"{self.limits.pools} pools exist already")
-            pool = self.pools[name] = PublishedPool(name)
-        return pool
-
-    def _forget_if_idle(self, pool: PublishedPool) -> None:
-        if pool.idle and self.pools.get(pool.name) is pool:  # another of its name may have been made since
-            del self.pools[pool.name]
-
-    def _check_name(self, name: str, *, others: Collection[str]) -> None:
-        """Refuse what cannot be the name of a pool, or is that of a pool of the other class."""
-        if not (0 < len(name) <= 64 and name.replace("_", "").replace("-", "").replace(".", "").isalnum() and name.isascii()):
-            raise InvalidArgument(f"{name[:70]!r} is not a name of a pool", hint="Use up to 64 letters, digits, '.', '_' and '-'.")
-        if name in others:
-            raise LeaseConflict(f"pool {name!r} is of the other class: weights are published, KV memory is retained", hint="Use another tag.")
-
-    def _check_metadata(self, identity: Identity, manifest: bytes = b"") -> None:
-        size = len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
-        if size > self.limits.metadata_bytes:
-            raise QuotaExceeded(f"{size} bytes of metadata are over the limit of {self.limits.metadata_bytes}")
+    def _free(self, ids: Sequence[int]) -> None:
+        """Free memory once it is written down that nothing refers to it: the next server must not look for what is not there."""
+        self.durable.after(lambda: self.memory.free(ids))
 
     async def report(self) -> StatusReport:
         """The state at one instant."""
@@ -311,20 +390,10 @@ class Service:
             allocated_bytes=self.memory.bytes,
             allocations=len(self.memory),
             waiting_for_memory=self.memory.waiting,
-            pools=tuple(pool_status(pool) for _, pool in sorted(self.pools.items())),
-            sessions=tuple(session_status(session, self.pools.values()) for _, session in sorted(self.sessions.items())),
+            pools=tuple(pool_status(pool) for _, pool in sorted(self.published.pools.items())),
+            sessions=tuple(session_status(session, self.published.pools.values()) for _, session in sorted(self.sessions.items())),
             retained=self.retained.status(),
             cohorts=self.engines.status(),
             locks=self.engines.lock_status(),
             ends=tuple(self.engines.ends),
         )
-
-
-def _without_manifest(layout: Layout) -> Layout:
-    """The writer has just sent the manifest: it need not come back."""
-    return Layout(layout.generation, layout.identity, layout.allocations, b"", layout.digest)
-
-
-def refusal(error: GmsError) -> Message:
-    """The message that tells a client of an error."""
-    return Failure(error.code, error.message, error.hint, error.details)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 
 from gms_core.errors import InvalidArgument
 from gms_core.protocol.messages import Message, Waiting
-from gms_core.protocol.peer import PeerCredentials
+from gms_core.protocol.peer import PeerCredentials, open_process
 from gms_core.server.effects import Refuse, SessionId, Wait
+from gms_core.server.records import SessionRecord
 
 Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
 """Sends a message with descriptors to the client."""
@@ -26,6 +28,11 @@ class Session:
         answers: What the machines have decided about this session's waiting request; a `Wait` is news, anything else ends the request.
         ended: Set once the client has gone.
         waiting_for: What it waits for, in words; empty when it does not.
+        token: With which its client can resume it at the next server; empty if it cannot.
+        started: When the client's process was started, in ticks of the kernel; 0 if that is not known.
+        detached: Whether it was taken over from the server before, and its client has not come back yet.
+        repeats: Whether the client's next request may have been carried out already.
+        promises: Whether the answer to the request that is being carried out rests on what the next server has to know.
     """
 
     id: SessionId
@@ -36,6 +43,30 @@ class Session:
     since: float = field(default_factory=time.monotonic)
     answers: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     waiting_for: str = ""
+    token: str = ""
+    started: int = 0
+    detached: bool = False
+    repeats: bool = False
+    promises: bool = True
+
+    def is_resumed_by(self, token: str, peer: PeerCredentials) -> bool:
+        """Whether a process that says this token is the client of this session, which waits for it."""
+        same = (self.peer.pid, self.peer.uid) == (peer.pid, peer.uid)
+        return self.detached and same and hmac.compare_digest(self.token.encode(), token.encode())
+
+    def is_of(self, other: Session) -> bool:
+        """Whether both are of the same process."""
+        return bool(self.started) and (self.peer.pid, self.started) == (other.peer.pid, other.started)
+
+    def record(self, leases: dict[str, int], uses: tuple[str, ...]) -> SessionRecord:
+        """What the next server has to know.
+
+        Args:
+            leases: Generation that it reads, by pool.
+            uses: Retained pools whose plan it has.
+        """
+        peer = self.peer
+        return SessionRecord(self.token, peer.pid, peer.uid, peer.gid, self.client, self.since, self.started, leases, uses)
 
     async def answer(self, about: str, timeout_s: float, ended: asyncio.Event, withdraw: Callable[[], None]) -> Any:
         """Wait for the decision about this session's request, and tell the client what it waits for.
@@ -79,6 +110,26 @@ class Session:
         finally:
             answer.cancel()
             gone.cancel()
+
+
+def detached(number: SessionId, record: SessionRecord) -> Session:
+    """A session of the server before, whose client has not come back yet."""
+
+    async def send(_: Message, __: tuple[int, ...]) -> None:
+        raise ConnectionResetError("the client has not come back yet")
+
+    peer = PeerCredentials(record.pid, record.uid, record.gid)
+    return Session(
+        number,
+        peer,
+        record.client,
+        send,
+        lambda: open_process(record.pid, record.started),
+        since=record.since,
+        token=record.token,
+        started=record.started,
+        detached=True,
+    )
 
 
 def check_wait(timeout_s: float, limit_s: float) -> None:

@@ -20,12 +20,16 @@ from gms_core.config import child_environment
 from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, ServerUnavailable, rebuild
 from gms_core.runtime_dir import prepare, socket_path
+from gms_core.server.exit_codes import HANDED_OVER
+from gms_core.server.ownership import give_up
 from gms_core.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
 
 FIRST_DELAY_S = 0.1
-LONGEST_DELAY_S = 5.0
+LONGEST_DELAY_S = 2.0
+KEEP_S = 120.0
+"""Seconds for which memory is kept without a server, unless something else is wanted."""
 STOP_S = 5.0
 """Seconds that a device server gets to end by itself."""
 
@@ -44,6 +48,7 @@ class Child:
         delay_s: Seconds before the next restart.
         was_ready: Whether clients could ever connect to it.
         failed: Whether it has ended, or could not be started, since the supervisor began.
+        handed_over: Whether another supervisor has its device now.
     """
 
     device: DeviceId
@@ -57,19 +62,28 @@ class Child:
     delay_s: float = FIRST_DELAY_S
     was_ready: bool = False
     failed: bool = False
+    handed_over: bool = False
 
 
-def serve(devices: Sequence[DeviceId], runtime_dir: Path, host_memory: int | None, on_ready: Callable[[DeviceId, Path], None]) -> int:
-    """Run device servers until SIGTERM or SIGINT.
+def serve(
+    devices: Sequence[DeviceId],
+    runtime_dir: Path,
+    host_memory: int | None,
+    on_ready: Callable[[DeviceId, Path], None],
+    *,
+    keep_s: float = KEEP_S,
+) -> int:
+    """Run device servers until SIGTERM or SIGINT, or until others have taken over all of their devices.
 
     Args:
         devices: One server each.
         runtime_dir: Where the sockets are; made if it is not there.
         host_memory: Bytes that the ``host`` device offers.
         on_ready: Called each time that clients can connect to a device's socket.
+        keep_s: Seconds for which memory is kept while a device has no server.
 
     Returns:
-        0 once all have ended because they were told to.
+        0 once all have ended because they were told to, or were taken over.
 
     Raises:
         GmsError: The runtime directory is not safe, or no device could be served at all.
@@ -77,19 +91,26 @@ def serve(devices: Sequence[DeviceId], runtime_dir: Path, host_memory: int | Non
     directory = prepare(runtime_dir)
     with stop_signals((signal.SIGTERM, signal.SIGINT)) as told, contextlib.ExitStack() as children_end:
         children = [Child(device) for device in devices]
-        children_end.callback(_stop, children)
-        supervisor = _Supervisor(children, directory, host_memory, on_ready, told)
+        children_end.callback(_stop, children, directory)
+        supervisor = _Supervisor(children, directory, host_memory, keep_s, on_ready, told)
         supervisor.run()
     return 0
 
 
 class _Supervisor:
     def __init__(
-        self, children: list[Child], directory: Path, host_memory: int | None, on_ready: Callable[[DeviceId, Path], None], told: socket.socket
+        self,
+        children: list[Child],
+        directory: Path,
+        host_memory: int | None,
+        keep_s: float,
+        on_ready: Callable[[DeviceId, Path], None],
+        told: socket.socket,
     ) -> None:
         self._children = children
         self._directory = directory
         self._host_memory = host_memory
+        self._keep_s = keep_s
         self._on_ready = on_ready
         self._told = told
 
@@ -108,12 +129,14 @@ class _Supervisor:
                         self._read_ready(child, selector)
                     else:
                         self._ended(child, selector)
+                if all(child.handed_over for child in self._children):
+                    return
                 for child in self._children:
-                    if child.process is None and child.restart_at <= time.monotonic():
+                    if child.process is None and not child.handed_over and child.restart_at <= time.monotonic():
                         self._start(child, selector)
 
     def _until_next_restart(self) -> float | None:
-        waits = [child.restart_at - time.monotonic() for child in self._children if child.process is None]
+        waits = [child.restart_at - time.monotonic() for child in self._children if child.process is None and not child.handed_over]
         return max(0.0, min(waits)) if waits else None
 
     def _start(self, child: Child, selector: selectors.BaseSelector) -> None:
@@ -121,7 +144,7 @@ class _Supervisor:
         lifeline, child.lifeline = os.pipe()
         child.ready, ready = os.pipe()
         command = [sys.executable, "-P", "-m", "gms_core.server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
-        command += ["--lifeline", str(lifeline), "--ready", str(ready)]
+        command += ["--lifeline", str(lifeline), "--ready", str(ready), "--keep", str(self._keep_s)]
         if self._host_memory is not None:
             command += ["--host-memory", str(self._host_memory)]
         try:
@@ -161,6 +184,10 @@ class _Supervisor:
             self._read_ready(child, selector)
         selector.unregister(child.pidfd)
         code = _reap(child)
+        if code == HANDED_OVER:
+            log.info("another server has taken %s over", child.device)
+            child.handed_over = True
+            return
         self._try_later(child, _failure(child, code))
 
     def _try_later(self, child: Child, error: GmsError) -> None:
@@ -195,8 +222,8 @@ def _reap(child: Child) -> int:
     return code
 
 
-def _stop(children: Sequence[Child]) -> None:
-    """End all device servers: politely, then by SIGKILL."""
+def _stop(children: Sequence[Child], directory: Path) -> None:
+    """End all device servers: politely, then by SIGKILL. What is left by those that could not end so is given up."""
     running = [child for child in children if child.process is not None]
     for child in running:
         if child.process is not None:
@@ -208,7 +235,10 @@ def _stop(children: Sequence[Child]) -> None:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
-        _reap(child)
+        child.handed_over = _reap(child) == HANDED_OVER
         if child.ready is not None:
             os.close(child.ready)
             child.ready = None
+    for child in children:
+        if not child.handed_over:
+            give_up(socket_path(child.device, directory))

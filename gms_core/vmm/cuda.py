@@ -31,6 +31,10 @@ _FLAGS = {
 }
 
 
+_ADOPTED = 0
+"""In place of CUDA's handle, for memory that this process has a descriptor of alone."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Memory:
     """Physical memory.
@@ -86,6 +90,11 @@ class CudaDriver:
             raise AllocationTooLarge(f"{size} bytes can never fit: the device has {self._total}")
         return self._add(_Memory(int(checked("cuMemCreate", size, self._properties, 0, about=f"{size} bytes")), size, created=True))
 
+    def adopt(self, descriptor: Descriptor, size: int) -> Handle:  # noqa: ARG002 - the protocol's
+        """See `PhysicalDriver.adopt`. CUDA is not asked: the descriptor is all that a server needs of memory that it maps nowhere."""
+        self._space.check_size(size)
+        return self._add(_Memory(_ADOPTED, size, created=False))
+
     def export(self, handle: Handle) -> Descriptor:
         """See `PhysicalDriver.export`."""
         memory = self._memory(handle)
@@ -99,7 +108,8 @@ class CudaDriver:
         """See `PhysicalDriver.release`."""
         with self._lock:
             memory = self._memory(handle)
-            checked("cuMemRelease", memory.handle, about=f"{memory.size} bytes")
+            if memory.handle != _ADOPTED:
+                checked("cuMemRelease", memory.handle, about=f"{memory.size} bytes")
             del self._handles[handle]
 
     def seal(self, handle: Handle) -> bool:

@@ -62,6 +62,13 @@ class PhysicalDriver(Protocol):
             AllocationTooLarge: The device can never have room.
         """
 
+    def adopt(self, descriptor: Descriptor, size: int) -> Handle:
+        """Take memory over that another process of the same device has created and exported. The descriptor stays the caller's.
+
+        Raises:
+            DriverError: It is not memory of this driver, where the driver can tell.
+        """
+
     def export(self, handle: Handle) -> Descriptor:
         """Give a close-on-exec descriptor of memory that this driver created. The caller owns it."""
 

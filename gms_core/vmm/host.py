@@ -175,8 +175,22 @@ class HostDriver:
                 self.release(handle)
             self._ledger.close()
 
+    def adopt(self, descriptor: Descriptor, size: int) -> Handle:
+        """See `PhysicalDriver.adopt`. It counts as if this driver had made it."""
+        self._check_foreign(descriptor, size)
+        with UndoStack() as undo:
+            own = _duplicate(descriptor)
+            undo.push(os.close, own)
+            entry = self._ledger.add(own, size)
+            undo.commit()
+        return self._add(_Memory(own, size, entry))
+
     def import_descriptor(self, descriptor: Descriptor, size: int) -> Handle:
         """See `Driver.import_descriptor`. Memory whose size another process could still change is refused: reading it could be a fault."""
+        self._check_foreign(descriptor, size)
+        return self._add(_Memory(_duplicate(descriptor), size, None))
+
+    def _check_foreign(self, descriptor: Descriptor, size: int) -> None:
         self._space.check_size(size)
         try:
             found, seals = os.fstat(descriptor), _seals(descriptor)
@@ -186,7 +200,6 @@ class HostDriver:
             raise DriverError(f"descriptor {descriptor} is not memory of the host driver: its size is not sealed")
         if found.st_size != size:
             raise DriverError(f"descriptor {descriptor} refers to {found.st_size} bytes, not to {size}")
-        return self._add(_Memory(_duplicate(descriptor), size, None))
 
     def reserve(self, size: int) -> Address:
         """See `Driver.reserve`."""

@@ -11,16 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from chaos.fleet import GROUP, PARTS, Fleet, Life, StuckError
+from chaos.leftovers import WEIGHTS
 from chaos.load import Load, Probe
 from chaos.squatter import squatting
+from gms_core.fleet.engines import engines
 from gms_core.protocol.messages import StatusReport
 
 QUIET_S = 5.0
 """Seconds after a kill in which no new engine is started, so that the time until somebody serves is not that of a machine that loads engines."""
 LONG_S = 240.0
+GO_ON_S = 20.0
+"""Seconds after the end of a server, or of a keeper, in which another one has taken its place."""
 DELAY_S = 1.0
 """Seconds from the moment at which a kill is possible to the kill, at most."""
-WEIGHTS = "weights"
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Blow:
 
     Attributes:
         kind: Of `KINDS`.
-        victim: The engine, or ``server``.
+        victim: The engine, or ``server`` or ``keeper``.
         part: What of it was killed.
         role: What it was.
         recovered_s: Seconds until somebody answered a request that was made after the kill; None if that says nothing about this kind.
@@ -195,19 +198,31 @@ def kill_two(scene: Scene, kind: str) -> None:
 
 
 def kill_server(scene: Scene, kind: str) -> None:
-    """Kill the device's server: the primary serves on and joins the one that follows, and every shadow ends."""
+    """Kill the device's server: the one that follows goes on with all memory and all engines, and none of them notices."""
+    _nobody_notices(scene, kind, "server", scene.fleet.story.server.kill)
+
+
+def kill_keeper(scene: Scene, kind: str) -> None:
+    """Kill the process that keeps the memory beside the server: another one is given all of it, and no engine notices."""
+    server = scene.fleet.story.server
+    (keeper,) = server.keepers
+    _nobody_notices(scene, kind, "keeper", lambda: os.kill(keeper, signal.SIGKILL))
+    scene.fleet.until(lambda: set(server.keepers) - {keeper}, "there is another keeper", GO_ON_S)
+
+
+def lose_everything(scene: Scene, kind: str) -> None:
+    """Kill the server and its keeper: the primary serves on and joins the server that follows, which has nothing, and every shadow ends."""
     scene.standby()
     scene.moment()
     primary = scene.primary()
-    pid = scene.fleet.story.server.pid
     shadows = [life for life in scene.fleet.lives if life is not primary]
     for life in shadows:
         ready = life.name in {seen.name for seen in scene.fleet.having("standby")}
-        life.doomed, life.must_end = life.doomed or "its server was killed", bool(life.doomed) or ready
+        life.doomed, life.must_end = life.doomed or "its server was lost", bool(life.doomed) or ready
         life.files |= life.running.named_memory()
     at = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
-    blow = Blow(kind, "server", "server", "server")
+    scene.fleet.story.server.lose_everything()
+    blow = Blow(kind, "server", "server and keeper", "server")
     scene.blows.append(blow)
     scene.until_served(blow, at)
     blow.recovered_s = None
@@ -252,6 +267,54 @@ def owner(report: StatusReport | None) -> str:
     return next((names.get(lock.owner, "") for lock in report.locks), "") if report is not None else ""
 
 
+def _nobody_notices(scene: Scene, kind: str, victim: str, strike: Callable[[], None]) -> None:
+    """Kill a process that is no engine's: all engines go on, whatever they are, and with them all memory."""
+    scene.standby()
+    scene.moment()
+    primary = scene.primary()
+    lives = [life for life in scene.fleet.lives if not life.doomed]
+    report = scene.fleet.report()
+    assert report is not None
+    before = facts(report)
+    at = time.monotonic()
+    strike()
+    blow = Blow(kind, victim, victim, victim)
+    scene.blows.append(blow)
+
+    def goes_on() -> bool:
+        now = scene.fleet.report()
+        return now is not None and not different(before, facts(now))
+
+    try:
+        scene.fleet.until(goes_on, f"everything is as it was before {blow}", GO_ON_S)
+    except StuckError as error:
+        now = scene.fleet.report()
+        raise StuckError(f"{error}: {different(before, facts(now)) if now is not None else 'the server does not answer'}") from None
+    scene.until_served(blow, at)
+    blow.recovered_s = None
+    _same(primary, blow)
+    if lost := [life.name for life in lives if life not in scene.fleet.lives or life.doomed]:
+        raise StuckError(f"{lost} had to go on after {blow}")
+
+
+def facts(report: StatusReport) -> dict[str, object]:
+    """What a server's end changes nothing of, by what it is about: engines that are ready, who is elected, and the memory."""
+    found: dict[str, object] = {
+        f"engine {engine.name}": (engine.cohort, engine.standing, sorted(member.pid for member in engine.members))
+        for engine in engines([report])
+        if engine.standing in ("standby", "primary")
+    }
+    found |= {f"lock {lock.name}": (lock.term, lock.owner) for lock in report.locks}
+    found |= {f"pool {pool.name}": (pool.generation, pool.digest, pool.bytes) for pool in report.pools}
+    found |= {f"pool {pool.name}": (pool.epoch, pool.holder, pool.bytes) for pool in report.retained}
+    return found | {"bytes": report.allocated_bytes, "allocations": report.allocations}
+
+
+def different(before: dict[str, object], now: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """What is not as it was. An engine that has become ready since is no difference."""
+    return {name: (fact, now.get(name)) for name, fact in before.items() if now.get(name) != fact}
+
+
 def _same(primary: Life, blow: Blow) -> None:
     if blow.serves != primary.name:
         raise StuckError(f"{primary.name} had to serve on, but {blow.serves} does, after {blow}")
@@ -266,5 +329,7 @@ KINDS: dict[str, Callable[[Scene, str], None]] = {
     "kill promoting": kill_promoting,
     "kill two": kill_two,
     "kill server": kill_server,
+    "kill keeper": kill_keeper,
+    "lose everything": lose_everything,
     "kill writer": kill_writer,
 }

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chaos.kills import WEIGHTS
 from gms_core.protocol.messages import StatusReport
+
+WEIGHTS = "weights"
 
 
 class Memory(NamedTuple):
@@ -59,12 +60,16 @@ def descriptors(pid: int) -> tuple[int, set[int]]:
 
 
 def wrong_descriptors(server: Any, report: StatusReport) -> list[str]:
-    """What the device server has open that its report does not explain: descriptors of processes that belong to no engine, and of memory."""
+    """What server and keeper have open that the report does not explain: descriptors of processes that are no engine's, and of memory."""
     files, watched = descriptors(server.pid)
     members = {member.pid for cohort in report.cohorts for member in cohort.members}
+    keepers = server.keepers
     wrong = []
-    if not watched <= members:
-        wrong.append(f"processes {watched - members} are watched, which are no engine's")
+    if not watched <= members | set(keepers):
+        wrong.append(f"processes {watched - members - set(keepers)} are watched, which are no engine's")
     if files < report.allocations or (not members and files > report.allocations):
         wrong.append(f"{files} files of memory are open, for {report.allocations} allocations")
+    kept = [descriptors(keeper)[0] for keeper in keepers]
+    if kept != [report.allocations]:
+        wrong.append(f"{len(keepers)} keepers have {kept} files of memory, for {report.allocations} allocations")
     return wrong

@@ -27,10 +27,10 @@ from chaos.reference import ask_stock
 from chaos.warden import Warden
 from chaos.watch import Watch
 
-RARE = {"kill server", "kill writer"}
+RARE = {"lose everything", "kill writer"}
 COMMON = tuple(kind for kind in KINDS if kind not in RARE)
-SERVER_EVERY = 15
-"""Common kinds after which the server is killed, and then the next engine that loads the weights."""
+LOSE_EVERY = 15
+"""Common kinds after which the server is killed with its keeper, and then the next engine that loads the weights."""
 COSTS = {"kill promoting": 2, "kill two": 2}
 """Engines that a kind takes, if not one."""
 DEADLINE_S = 8.0
@@ -38,15 +38,15 @@ SETTLE_S = 30.0
 
 
 def dealt(chance: random.Random) -> Iterator[str]:
-    """Kinds without end: every common one comes before any comes again, in an order left to chance; the server dies now and then."""
+    """Kinds without end: every common one comes before any comes again, in an order left to chance; now and then everything is lost."""
     yield "kill writer"
     count = 0
     while True:
         for kind in chance.sample(COMMON, len(COMMON)):
             yield kind
             count += 1
-            if count % SERVER_EVERY == SERVER_EVERY // 2:
-                yield from ("kill server", "kill writer")
+            if count % LOSE_EVERY == LOSE_EVERY // 2:
+                yield from ("lose everything", "kill writer")
 
 
 def first_kinds(chance: random.Random, kills: int) -> list[str]:

@@ -26,10 +26,12 @@ CASES = (
     "kill shadow",
     "kill starting",
     "kill promoting",
+    "kill server",
+    "kill keeper",
 )
 """Each other part of a primary is killed in `test_failover_gate.py`."""
-LAST = ("kill server", "kill group")
-"""The second one shows that the server that was started again knows all that it has to."""
+LAST = ("kill server", "kill group", "lose everything", "kill group")
+"""Each ``kill group`` shows that the server before it knows all that it has to: the one that goes on, and the one that begins anew."""
 
 
 def test_one_engine_serves_rightly_when_engines_and_their_server_are_killed_in_every_way(

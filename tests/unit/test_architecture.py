@@ -103,7 +103,7 @@ def test_nothing_heavy_is_imported_when_serve_starts(tmp_path: Path) -> None:
     # The whole path of the command, up to the point where the devices' processes are started.
     code = f"""
 import gms_core.server.supervisor as supervisor
-supervisor.serve = lambda devices, directory, host_memory, on_ready: 0
+supervisor.serve = lambda devices, directory, host_memory, on_ready, **_: 0
 from gms_core.cli import gms
 gms(["serve", "--device", "host", "--runtime-dir", {str(tmp_path)!r}], standalone_mode=False)
 """

@@ -24,7 +24,7 @@ from gms_core.errors import EngineFailed, ServerUnavailable
 from gms_core.fleet.restarts import Policy
 from gms_core.fleet.supervisor import Wanted, supervise
 from gms_core.fleet.view import Change
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, lose_everything, owner
 from tests.unit.gms_run import ENGINE, GMS, PATIENCE_S, answer, free_port, gms_run, processes_of
 
 
@@ -33,6 +33,26 @@ def _members(directory: Path, engine: str) -> dict[str, int]:
     result = CliRunner().invoke(gms, ["failover", "status", "--runtime-dir", str(directory), "-o", "json"])
     (found,) = [status for status in json.loads(result.stdout)["engines"] if status["name"] == engine]
     return {member["process"]: member["pid"] for member in found["members"]}
+
+
+def _engines(directory: Path) -> list[tuple[str, str, list[int]]]:
+    """Engines as `gms failover status` shows them: name, role, processes."""
+    result = CliRunner().invoke(gms, ["failover", "status", "--runtime-dir", str(directory), "-o", "json"])
+    found = json.loads(result.stdout)["engines"]
+    return sorted((engine["name"], engine["role"], sorted(member["pid"] for member in engine["members"])) for engine in found)
+
+
+def _serve(directory: Path) -> int:
+    """The `gms serve` that `gms run` has started."""
+    return next(pid for pid in processes_of(directory) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+
+
+def _answers(socket: Path) -> bool:
+    try:
+        connect(socket_path=socket).close()
+    except ServerUnavailable:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("victim", ["its first process", "its rank", "its whole group"])
@@ -96,14 +116,41 @@ def test_server_is_started_again_when_it_was_killed(runtime_dir: Path) -> None:
     port = free_port()
     with gms_run(runtime_dir, "--device", "host", "--shadows", "0", "--", *ENGINE, "--port", str(port)) as run:
         run.wait_for("engine-0", "primary")
-        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-        os.kill(serve, signal.SIGKILL)
+        os.kill(_serve(runtime_dir), signal.SIGKILL)
         run.wait_for("server", "ended")
         run.wait_for("server", "starting")
         run.wait_for("server", "up")
         assert answer(port)[0] == "engine-0", "a primary serves without its server"
         run.interrupt()
         assert run.wait() == 0
+
+
+@pytest.mark.parametrize("victim", ["device server", "gms serve"])
+def test_no_engine_is_started_again_when_a_server_was_killed_and_the_shadow_takes_over_later(runtime_dir: Path, victim: str) -> None:
+    port, socket = free_port(), runtime_dir / "host.sock"
+    with gms_run(runtime_dir, "--device", "host", "--", *ENGINE, "--port", str(port)) as run:
+        first = run.wait_for("engine-0", "primary")["pid"]
+        run.wait_for("engine-1", "standby")
+        before = _engines(runtime_dir)
+        for _ in range(2):
+            killed = owner(socket)
+            os.kill(killed if victim == "device server" else _serve(runtime_dir), signal.SIGKILL)
+            while not _answers(socket) or owner(socket) == killed:
+                time.sleep(0.02)
+            assert answer(port) == ["engine-0", str(first), "1"]
+        assert _engines(runtime_dir) == before
+        os.killpg(first, signal.SIGKILL)
+        run.wait_for("engine-1", "primary", lambda event: event["epoch"] == 2)
+        run.wait_for("engine-0", "standby")
+        name, _, epoch = answer(port)
+        assert (name, epoch) == ("engine-1", "2")
+        with connect(socket_path=socket) as session:
+            (lock,) = session.status().locks
+        assert lock.term == 2
+        run.interrupt()
+        assert run.wait() == 0
+    starts = [event["subject"] for event in run.events if event["state"] == "starting"]
+    assert [starts.count(name) for name in ("engine-0", "engine-1")] == [2, 1]
 
 
 def test_run_ends_when_it_is_told_to_while_its_server_hangs(server: RunningServer) -> None:
@@ -174,8 +221,7 @@ def test_primary_serves_on_when_neither_a_shadow_nor_the_server_can_be_started(r
         run.wait_for("engine-1", "standby")
         assert answer(port)[0] == "engine-0"
         logs.rename(runtime_dir / "away too")
-        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-        os.kill(serve, signal.SIGKILL)
+        os.kill(_serve(runtime_dir), signal.SIGKILL)
         run.wait_for("server", "ended", lambda event: "cannot be written" in event["detail"])
         assert answer(port)[0] == "engine-0"
         logs.mkdir()
@@ -249,14 +295,11 @@ def test_engine_is_started_again_when_it_hangs_while_it_starts(runtime_dir: Path
         assert run.wait() == 0
 
 
-def test_shadow_is_started_again_when_it_hangs_after_the_loss_of_its_server(runtime_dir: Path) -> None:
+def test_shadow_is_started_again_when_it_hangs_after_the_loss_of_its_server_and_keeper(runtime_dir: Path) -> None:
     with gms_run(runtime_dir, "--device", "host", "--", *ENGINE, "--hangs-without-server") as run:
         run.wait_for("engine-0", "primary")
         run.wait_for("engine-1", "standby")
-        serve = next(pid for pid in processes_of(runtime_dir) if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-        os.kill(serve, signal.SIGKILL)
-        run.wait_for("server", "ended")
-        run.wait_for("server", "up")
+        lose_everything(runtime_dir / "host.sock")
         run.wait_for("engine-1", "ending", lambda event: event["detail"] == "its server does not know it any more")
         assert run.wait_for("engine-1", "starting")["restarts"] == 1
         run.interrupt()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,12 +20,14 @@ from click.testing import CliRunner
 from gms_core import devices
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
-from gms_core.client import WriteLease, connect
+from gms_core.client import Session, WriteLease, connect
 from gms_core.config import child_environment
 from gms_core.devices import Device
 from gms_core.errors import ConnectionLost, DriverUnavailable, ServerUnavailable
 from gms_core.layout import Identity
+from tests.conftest import keepers, owner
 from tests.unit.engine_processes import Refused, processes
+from tests.unit.publishing import MODEL, PAGE, publish, read_all
 
 GMS = [sys.executable, "-m", "gms_core.cli"]
 
@@ -31,7 +36,7 @@ GMS = [sys.executable, "-m", "gms_core.cli"]
 def serving(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A ``gms serve`` for the host device, once it says that it is ready."""
     command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(directory), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     with process:
         try:
             assert process.stdout is not None
@@ -105,6 +110,172 @@ def _server_other_than(killed: int, directory: Path, supervisor: subprocess.Pope
         except (ServerUnavailable, ConnectionLost):
             assert supervisor.poll() is None
             time.sleep(0.02)
+
+
+def _facts(session: Session) -> tuple[object, ...]:
+    """What does not change when another server takes over."""
+    report = session.status()
+    published = [(pool.name, pool.generation, pool.digest, pool.bytes, pool.readers) for pool in report.pools]
+    retained = [(pool.name, pool.epoch, pool.bytes, pool.holder) for pool in report.retained]
+    locks = [(lock.name, lock.term, lock.owner, lock.waiting) for lock in report.locks]
+    engines = [(cohort.name, cohort.state, [member.pid for member in cohort.members]) for cohort in report.cohorts]
+    return published, retained, locks, engines, report.allocated_bytes, report.allocations
+
+
+def test_everything_is_as_before_when_a_second_serve_replaces_the_first(runtime_dir: Path) -> None:
+    socket, data = runtime_dir / "host.sock", b"weights" * 5000
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(serving(runtime_dir))]
+        start = stack.enter_context(processes())
+        engine = start(socket, "a cohort")
+        assert engine.ask("plan", "kv", "a") is None
+        engine.ask("provide", "plan", [4 * PAGE])
+        assert (engine.ask("hold", 5.0), engine.ask("elect", "primary", 1.0)) == (1, 1)
+        writer, reader = (stack.enter_context(connect(socket_path=socket)) for _ in range(2))
+        publish(writer, data).release()
+        lease = reader.acquire("weights", "ro", MODEL, timeout_s=5)
+        assert read_all(reader, lease, len(data)) == data
+        before, pid = _facts(reader), reader.status().pid
+        for _ in range(2):
+            servers.append(stack.enter_context(serving(runtime_dir, "--replace")))
+            assert servers[-2].wait(20) == 0
+            assert _facts(reader) == before
+            assert reader.status().pid != pid
+            pid = reader.status().pid
+        lease.unmap()
+        lease.remap()
+        assert reader.driver.read(lease.arena.base, len(data)) == data
+        late = writer.acquire("weights", "ro", MODEL, timeout_s=5)
+        assert read_all(writer, late, len(data)) == data
+        late.release()
+        lease.release()
+        assert engine.ask("beat") is None
+        other = start(socket, "another cohort")
+        assert other.ask("plan", "kv", "a") == ["plan", 4 * PAGE, 1]
+        engine.kill()
+        assert (other.ask("hold", 20.0), other.ask("elect", "primary", 20.0)) == (2, 2)
+        servers[-1].send_signal(signal.SIGTERM)
+        assert servers[-1].wait(20) == 0
+    assert not socket.exists()
+
+
+def test_memory_is_given_up_when_the_serve_that_has_replaced_another_is_told_to_stop(runtime_dir: Path) -> None:
+    with serving(runtime_dir), connect(socket_path=runtime_dir / "host.sock") as session:
+        lease = publish(session, b"bytes")
+        with serving(runtime_dir, "--replace") as second:
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(20) == 0
+        with pytest.raises(ConnectionLost):
+            session.status()
+        lease.release()
+    assert [path.name for path in runtime_dir.iterdir()] == ["host.lock"]
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_memory_is_given_up_when_serve_is_told_to_stop_while_its_device_server_is(runtime_dir: Path, how: str) -> None:
+    with serving(runtime_dir) as process:
+        process.send_signal(signal.SIGSTOP)  # so that it does not start the device server again
+        os.kill(owner(runtime_dir / "host.sock"), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 0
+        assert keepers(runtime_dir) == []
+
+
+def test_serve_replaces_nobody_and_serves_when_nothing_runs(runtime_dir: Path) -> None:
+    with serving(runtime_dir, "--replace"), connect(socket_path=runtime_dir / "host.sock") as session:
+        publish(session, b"bytes").release()
+
+
+def test_serve_goes_on_with_what_a_killed_one_has_left_when_it_comes_in_time(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as first, connect(socket_path=runtime_dir / "host.sock") as session:
+        lease = publish(session, b"bytes")
+        before = _facts(session)
+        _kill(first, runtime_dir)
+        with serving(runtime_dir, "--replace"):
+            assert _facts(session) == before
+            assert session.driver.read(lease.arena.base, 5) == b"bytes"
+            lease.release()
+
+
+@pytest.mark.parametrize("victims", ["gms serve", "gms serve and the device server"])
+def test_memory_is_given_up_and_nothing_is_left_when_no_server_comes_back_in_time(runtime_dir: Path, victims: str) -> None:
+    with serving(runtime_dir, "--keep", "0.5") as process, connect(socket_path=runtime_dir / "host.sock") as session:
+        lease, driver = publish(session, b"bytes"), session.driver
+        assert keepers(runtime_dir)
+        device_server = os.pidfd_open(owner(runtime_dir / "host.sock"))
+        began = time.monotonic()
+        if victims == "gms serve":
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait(20) == -signal.SIGKILL
+        else:
+            _kill(process, runtime_dir)
+        with pytest.raises(ConnectionLost):  # as soon as there is nothing to come back to
+            session.status()
+        assert 0.4 < time.monotonic() - began < 10
+        assert select.select([device_server], [], [], 20)[0]
+        os.close(device_server)
+        assert driver.read(lease.arena.base, 5) == b"bytes", "what is mapped stays"
+        lease.release()
+        deadline = time.monotonic() + 10
+        while keepers(runtime_dir):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not (runtime_dir / "host.keep").exists()
+    with serving(runtime_dir), connect(socket_path=runtime_dir / "host.sock") as session:
+        assert session.status().allocations == 0
+        lease = publish(session, b"bytes")
+        assert lease.layout.generation == 2, "numbers go on"
+        lease.release()
+
+
+def _kill(process: subprocess.Popen[str], directory: Path) -> None:
+    """Kill a `gms serve` and its device server, all at once as far as anybody can tell."""
+    device_server = owner(directory / "host.sock")
+    os.kill(device_server, signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(device_server, signal.SIGKILL)
+    assert process.wait(20) == -signal.SIGKILL
+
+
+def test_server_serves_when_nothing_is_to_be_kept_without_it(runtime_dir: Path) -> None:
+    with serving(runtime_dir, "--keep", "0"), connect(socket_path=runtime_dir / "host.sock") as session:
+        publish(session, b"bytes").release()
+
+
+def test_no_keeper_is_left_when_a_server_is_refused(runtime_dir: Path) -> None:
+    (runtime_dir / "host.journal").mkdir()
+    command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(runtime_dir)]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert refused.returncode != 0
+    assert "host.journal" in refused.stderr
+    deadline = time.monotonic() + 10
+    while keepers(runtime_dir):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_client_does_not_wait_for_a_server_whose_keeper_was_killed(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as process:
+        (keeper,) = keepers(runtime_dir)
+        device_server = owner(runtime_dir / "host.sock")
+        os.kill(device_server, signal.SIGSTOP)  # so that it does not start another one
+        os.kill(keeper, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(device_server, signal.SIGKILL)
+        process.wait(20)
+        began = time.monotonic()
+        with pytest.raises(ServerUnavailable):
+            connect(socket_path=runtime_dir / "host.sock")
+        assert time.monotonic() - began < 5
+        assert (runtime_dir / "host.keep").exists()
+
+
+@pytest.mark.parametrize("seconds", ["-1", "soon"])
+def test_serve_refuses_to_keep_memory_for_a_time_that_is_none(runtime_dir: Path, seconds: str) -> None:
+    result = CliRunner().invoke(gms, ["serve", "--device", "host", "--runtime-dir", str(runtime_dir), "--keep", seconds])
+    assert result.exit_code == ExitCode.USAGE
+    assert "--keep" in result.stderr
 
 
 def test_host_memory_is_bounded_when_serve_is_told_so(runtime_dir: Path) -> None:
@@ -209,6 +380,8 @@ def test_status_shows_the_socket_as_dead_when_its_server_was_killed(runtime_dir:
         result = CliRunner().invoke(gms, ["status", "--runtime-dir", str(runtime_dir), "-o", "json"])
         table = CliRunner().invoke(gms, ["status", "--runtime-dir", str(runtime_dir)])
         process.send_signal(signal.SIGCONT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"host ready at {runtime_dir}/host.sock\n"
     assert result.exit_code == table.exit_code == ExitCode.NO_SERVER
     (server,) = json.loads(result.stdout)["servers"]
     assert (server["state"], server["device"], server["error"]["code"]) == ("dead", "host", "server_unavailable")

@@ -20,7 +20,7 @@ from gms_core.errors import (
 )
 from gms_core.layout import Identity
 from gms_core.protocol.messages import Export
-from tests.conftest import SERVE, running_server
+from tests.conftest import SERVE, end_keeper, running_server
 from tests.unit.publishing import MODEL, PAGE, publish, read_all
 
 
@@ -280,11 +280,22 @@ def test_lease_ends_with_its_process_when_a_forked_child_lives_on(server):
         lease.release()
 
 
-def test_mapped_memory_stays_usable_when_the_server_dies(server):
+def test_session_and_its_lease_go_on_when_the_server_alone_dies(server):
     with server.connect() as session:
         lease = publish(session, b"weights")
-        os.kill(server.pid, signal.SIGKILL)
-        server.wait_until_ready()
+        before = session.status()
+        server.kill()
+        after = session.status()
+        assert after.pid != before.pid
+        assert (after.pools, after.allocated_bytes, after.allocations) == (before.pools, before.allocated_bytes, before.allocations)
+        assert session.driver.read(lease.arena.base, 7) == b"weights"
+        lease.release()
+
+
+def test_mapped_memory_stays_usable_when_the_server_dies_with_its_keeper(server):
+    with server.connect() as session:
+        lease = publish(session, b"weights")
+        server.lose_everything()
         assert session.driver.read(lease.arena.base, 7) == b"weights"
         with pytest.raises(ConnectionLost):
             session.status()
@@ -310,4 +321,6 @@ def test_device_server_ends_when_its_supervisor_is_killed(server):
 
     assert select.select([pidfd], [], [], 20)[0]
     os.close(pidfd)
+    assert server.keepers, "the next supervisor's server can go on"
+    end_keeper(server.socket)
     server.supervisor.returncode = 0

@@ -54,6 +54,21 @@ def cohort_of(report: StatusReport, engine: str) -> CohortStatus:
     return next(cohort for cohort in report.cohorts if cohort.engine == engine)
 
 
+def facts(report: StatusReport) -> list[tuple[object, ...]]:
+    """What a server that goes on must know of the engines, in their order."""
+    return sorted((cohort.name, cohort.engine, cohort.state, cohort.role, [member.pid for member in cohort.members]) for cohort in report.cohorts)
+
+
+def waits(report: StatusReport, engine: str) -> bool:
+    """Whether an engine waits for the server's lock."""
+    return f"cohort of {engine}" in (report.locks[0].waiting if report.locks else ())
+
+
+def undisturbed(engine: Told) -> bool:
+    """Whether an engine has noticed nothing of a server's end."""
+    return engine.quiet() and not any({"lost", "found", "error"} & said.keys() or said.get("role") == "fenced" for said in engine.heard)
+
+
 def instruct(server: RunningServer, engine: str, order: Any) -> None:
     with server.connect() as session:
         session.perform(Instruct(f"cohort of {engine}", order))
@@ -156,17 +171,81 @@ def test_next_shadow_takes_its_turn_when_a_promotion_fails(server: RunningServer
     assert [(end.engine, "orderly" in end.reason) for end in report.ends] == [("engine-1", True)]
 
 
-def test_shadow_ends_and_the_primary_goes_on_when_the_server_is_killed(server: RunningServer, start: Start) -> None:
+@pytest.mark.parametrize("kind", ["gms", "flock"])
+def test_shadow_stands_by_and_takes_over_later_when_the_server_alone_is_killed(
+    server: RunningServer, start: Start, tmp_path: Path, kind: str
+) -> None:
+    first = start("engine-1", lock_of(kind, tmp_path))
+    first.until(serves=True)
+    shadow = start("engine-2", lock_of(kind, tmp_path))
+    shadow.until(role="standby")
+    before = status_when(server, lambda report: waits(report, "engine-2") if kind == "gms" else roles(report).get("engine-2") == "standby")
+    for _ in range(2):
+        server.kill()
+        after = status_when(server, lambda report: waits(report, "engine-2") if kind == "gms" else len(report.cohorts) == 2)
+        assert (facts(after), after.locks) == (facts(before), before.locks)
+    for engine, role in ((first, "primary"), (shadow, "standby")):
+        engine.tell("status")
+        assert engine.until_key("status") == role
+        assert undisturbed(engine)
+    first.kill()
+    assert shadow.until(role="primary")["term"] == 2
+    shadow.until(serves=True)
+    status_when(server, lambda report: roles(report) == {"engine-2": "primary"})
+
+
+def test_shadow_takes_over_when_the_primary_dies_while_there_is_no_server(server: RunningServer, start: Start) -> None:
+    first = start("engine-1")
+    first.until(serves=True)
+    shadow = start("engine-2")
+    shadow.until(role="standby")
+    status_when(server, lambda report: waits(report, "engine-2"))
+    os.kill(server.pid, signal.SIGKILL)
+    first.kill()
+    server.wait_until_ready()
+    assert shadow.until(role="primary")["term"] == 2
+    shadow.until(serves=True)
+    report = status_when(server, lambda report: roles(report) == {"engine-2": "primary"})
+    assert [end.engine for end in report.ends] == ["engine-1"]
+
+
+def test_engine_that_hangs_is_ended_when_the_server_was_killed_before(server: RunningServer, start: Start) -> None:
+    first = start("engine-1", deadline_s=1.0)
+    first.until(serves=True)
+    second = start("engine-2")
+    second.until(role="standby")
+    server.kill()
+    status_when(server, lambda report: 0 <= cohort_of(report, "engine-1").silent_s < 0.3)  # it beats at the next server, too
+    first.tell("hang")
+    second.until(serves=True)
+    assert first.wait() == KILLED
+
+
+def test_order_counts_when_the_server_that_was_given_it_is_killed(server: RunningServer, start: Start) -> None:
+    first = start("engine-1")
+    first.until(serves=True)
+    others = {name: start(name) for name in ("engine-2", "engine-3")}
+    for name, engine in others.items():
+        engine.until(role="standby")
+        status_when(server, lambda report, name=name: waits(report, name))
+    instruct(server, "engine-3", "promote")
+    server.kill()
+    status_when(server, lambda report: all(waits(report, name) for name in others))
+    first.kill()
+    others["engine-3"].until(serves=True)
+    assert roles(status_when(server, lambda report: len(report.cohorts) == 2)) == {"engine-2": "standby", "engine-3": "primary"}
+
+
+def test_shadow_ends_and_the_primary_goes_on_when_the_server_and_its_keeper_are_killed(server: RunningServer, start: Start) -> None:
     first = start("engine-1")
     first.until(serves=True)
     shadow = start("engine-2")
     shadow.until(role="standby")
     status_when(server, lambda report: roles(report).get("engine-2") == "standby")
-    os.kill(server.pid, signal.SIGKILL)
+    server.lose_everything()
     assert "server lost" in shadow.until(role="fenced")["detail"]
     assert any("lost" in facts or "error" in facts for facts in shadow.rest())
     assert shadow.wait() == 0
-    server.wait_until_ready()
     first.until(found=True)
     report = status_when(server, lambda report: roles(report) == {"engine-1": "primary"} and report.locks)
     assert report.locks[0].owner == "cohort of engine-1"
@@ -178,15 +257,14 @@ def test_shadow_ends_and_the_primary_goes_on_when_the_server_is_killed(server: R
     status_when(server, lambda report: cohort_of(report, "engine-3").detail if "engine-3" in roles(report) else False)
     assert [facts for facts in late.heard if facts.get("role") == "promoting"] == []
     first.kill()
-    assert late.until(role="primary")["term"] == 2
+    assert late.until(role="primary")["term"] == 3, "terms go on: the second was given to the first engine when it joined again"
 
 
-def test_file_keeps_a_second_primary_away_when_the_restarted_server_has_elected_it(server: RunningServer, start: Start) -> None:
+def test_file_keeps_a_second_primary_away_when_a_server_that_knows_nothing_has_elected_it(server: RunningServer, start: Start) -> None:
     first = start("engine-1")
     first.until(serves=True)
     first.signal(signal.SIGSTOP)  # so that it cannot tell the new server that it is elected
-    os.kill(server.pid, signal.SIGKILL)
-    server.wait_until_ready()
+    server.lose_everything()
     second = start("engine-2")
     second.until(role="standby")
     report = status_when(server, lambda report: "lock-primary" in cohort_of(report, "engine-2").detail if report.cohorts else False)
@@ -318,24 +396,44 @@ def test_hanging_further_api_server_ends_the_engine_when_it_serves_and_not_befor
     assert [first.wait(), follower.wait()] == [KILLED, KILLED]
 
 
-def test_further_api_server_goes_on_when_the_server_is_killed_while_it_serves(server: RunningServer, start: Start) -> None:
+@pytest.mark.parametrize("loss", ["the server", "the server and its keeper"])
+def test_further_api_server_goes_on_when_something_is_killed_while_it_serves(server: RunningServer, start: Start, loss: str) -> None:
     follower, first = start("engine-1", process="api-server 1", follows=True), start("engine-1")
     first.until(serves=True)
     follower.until(serves=True)
-    os.kill(server.pid, signal.SIGKILL)
-    server.wait_until_ready()
-    first.until(found=True)
+    if loss == "the server":
+        server.kill()
+    else:
+        server.lose_everything()
+        first.until(found=True)
     status_when(server, lambda report: [len(cohort.members) for cohort in report.cohorts] == [2])
+    if loss == "the server":
+        assert undisturbed(first)
+        assert undisturbed(follower)
     first.tell("stop")
     follower.until(demoted=True)
     assert [first.wait(), follower.wait()] == [0, 0]
 
 
-def test_further_api_server_ends_when_the_server_is_killed_before_it_serves(server: RunningServer, start: Start) -> None:
+def test_further_api_server_serves_later_when_the_server_alone_is_killed_before(server: RunningServer, start: Start) -> None:
     follower = start("engine-1", process="api-server 1", follows=True)
     follower.until(role="standby")
-    os.kill(server.pid, signal.SIGKILL)
-    server.wait_until_ready()
+    server.kill()
+    first = start("engine-1")
+    first.until(serves=True)
+    server.kill()
+    assert follower.until(role="primary")["term"] == 1
+    follower.until(serves=True)
+    assert undisturbed(follower)
+    first.tell("stop")
+    follower.until(demoted=True)
+    assert [first.wait(), follower.wait()] == [0, 0]
+
+
+def test_further_api_server_ends_when_the_server_and_its_keeper_are_killed_before_it_serves(server: RunningServer, start: Start) -> None:
+    follower = start("engine-1", process="api-server 1", follows=True)
+    follower.until(role="standby")
+    server.lose_everything()
     assert "server lost" in follower.until(role="fenced")["detail"]
     assert follower.wait() == 0
 

@@ -83,7 +83,7 @@ def test_new_pool_of_a_name_lives_when_a_refused_waiter_wakes_up_later():
             await first.ask(Release("weights"))  # the waiter is refused, and the pool forgotten, before the waiter runs again
             assert isinstance(await first.ask(Acquire("weights", "rw", MODEL, 0)), WriteGranted)
             await asyncio.gather(waiting, return_exceptions=True)
-            assert service.pools["weights"].lease_of(first.session.id) == "write"
+            assert service.published.pools["weights"].lease_of(first.session.id) == "write"
 
     asyncio.run(scenario())
 
@@ -185,7 +185,7 @@ def test_new_pool_is_made_when_others_are_only_remembered():
                 await client.ask(Release(name))
                 await client.ask(Acquire(name, "rw", MODEL, 0, replace=1))
                 await client.ask(Release(name))
-            assert "c" in service.pools
+            assert "c" in service.published.pools
 
     asyncio.run(scenario())
 

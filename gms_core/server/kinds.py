@@ -1,0 +1,33 @@
+"""Which requests change what has to outlive the server, and which promise nothing."""
+
+from __future__ import annotations
+
+from gms_core.protocol.messages import (
+    Acquire,
+    Allocate,
+    AwaitRole,
+    Beat,
+    Commit,
+    Drop,
+    Elect,
+    Export,
+    Hold,
+    Instruct,
+    Join,
+    Plan,
+    Provide,
+    Report,
+    Request,
+    Status,
+    WillNotify,
+)
+
+GRANTING = (Acquire, Allocate, Commit, Join, Elect, Plan, Provide, Hold, Drop)
+"""Requests that change what has to outlive the server; they are refused when there is no room to write that down."""
+IDLE = (Status, Beat, Report, WillNotify, AwaitRole, Export, Instruct)
+"""Requests whose answers promise nothing that the next server has to keep: a journal that cannot be written is no reason to leave them unanswered."""
+
+
+def added_bytes(request: Request) -> int:
+    """Bytes that a request adds to what is written, beside some small change."""
+    return len(request.manifest) if isinstance(request, Commit) else len(request.plan) if isinstance(request, Provide) else 0

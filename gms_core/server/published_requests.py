@@ -1,0 +1,199 @@
+"""Carries out requests on published pools: leases, the memory of a draft, and its publication."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from gms_core.errors import InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded
+from gms_core.layout import Layout
+from gms_core.protocol.messages import Acquire, Allocate, Commit, Discard, Done, ReadGranted, WriteGranted
+from gms_core.server.effects import Free, SessionId
+from gms_core.server.exports import send_descriptors
+from gms_core.server.journal import Values
+from gms_core.server.limits import Limits, check_metadata, check_name
+from gms_core.server.memory import Memory
+from gms_core.server.published import Effect, GrantRead, GrantWrite, PublishedPool
+from gms_core.server.records import SessionRecord
+from gms_core.server.sessions import Session, check_wait
+from gms_core.server.state import pool_values
+
+log = logging.getLogger(__name__)
+
+
+class PublishedRequests:
+    """The published pools of one server.
+
+    Args:
+        sessions: All that are open.
+        memory: The device's allocations.
+        limits: Bounds on what clients may cost.
+        free: Gives allocations up that were part of a pool.
+        changed: Called when a pool may have changed, with the sessions whose leases on it may have.
+        others: Names of the pools of the other class.
+    """
+
+    def __init__(
+        self,
+        sessions: Mapping[SessionId, Session],
+        memory: Memory,
+        limits: Limits,
+        *,
+        free: Callable[[Sequence[int]], None],
+        changed: Callable[[str, Sequence[SessionId]], None],
+        others: Callable[[], Collection[str]],
+    ) -> None:
+        self.pools: dict[str, PublishedPool] = {}
+        self._sessions = sessions
+        self._memory = memory
+        self._limits = limits
+        self._free, self._changed, self._others = free, changed, others
+
+    async def acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
+        """Grant a lease."""
+        check_wait(request.timeout_s, self._limits.wait_s)
+        check_metadata(self._limits, request.identity)
+        pool = self._pool(request.pool, create=True)
+        granted = pool.granted(session.id) if session.repeats else None
+        if granted is None:
+            self._apply(pool, pool.acquire(session.id, request.mode, request.identity, request.replace))
+            try:
+                granted = await session.answer(
+                    pool.name, request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))
+                )
+            finally:
+                self._forget_if_idle(pool)
+        answer: GrantWrite | GrantRead = granted
+        match answer:
+            case GrantWrite():
+                log.info("pool %s: session %d (pid %d) writes generation %d", pool.name, session.id, session.peer.pid, answer.generation)
+                await session.send(WriteGranted(pool.name, answer.generation), ())
+            case GrantRead():
+                log.info("pool %s: session %d (pid %d) reads generation %d", pool.name, session.id, session.peer.pid, answer.layout.generation)
+                await session.send(ReadGranted(pool.name, answer.layout), ())
+
+    async def allocate(self, session: Session, request: Allocate, ended: asyncio.Event) -> None:
+        """Create memory in a draft."""
+        check_wait(request.timeout_s, self._limits.wait_s)
+        pool = self._pool(request.pool)
+        before = pool.added(session.id, request.batch) if request.batch else {}  # refuses who is not the writer, before any memory is made
+        if before:
+            await send_descriptors(self._memory, session, list(before.items()))
+            return
+        pool.check_writer(session.id)
+        made = await self._memory.create(request.sizes, request.timeout_s, ended)
+        try:
+            pool.add(session.id, [(identifier, owned.size) for identifier, owned in made], request.batch)
+        except LeaseConflict:
+            self._memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
+            raise
+        self._changed(pool.name, [])
+        await send_descriptors(self._memory, session, [(identifier, owned.size) for identifier, owned in made])
+
+    async def commit(self, session: Session, request: Commit) -> None:
+        """Publish a draft."""
+        check_metadata(self._limits, request.identity, request.manifest)
+        pool = self._pool(request.pool)
+        before = pool.granted(session.id) if session.repeats else None
+        if isinstance(before, GrantRead):
+            sealed = self._memory.seal(allocation.id for allocation in before.layout.allocations)
+            await session.send(ReadGranted(pool.name, _without_manifest(before.layout), sealed), ())
+            return
+        pool.check_commit(session.id, request.allocations)
+        granularity = self._memory.driver.granularity
+        if wrong := [allocation.id for allocation in request.allocations if allocation.offset % granularity]:
+            raise InvalidArgument(f"the offsets of allocations {wrong[:5]} are not multiples of {granularity} bytes: no reader could map them")
+        sealed = self._memory.seal(allocation.id for allocation in request.allocations)  # before any reader can map it
+        self._apply(pool, pool.commit(session.id, request.allocations, request.manifest, request.identity))
+        granted = session.answers.get_nowait()
+        if not isinstance(granted, GrantRead):
+            raise ProtocolError("a commit was not answered by a read lease")
+        layout = granted.layout
+        self._changed(pool.name, [session.id])
+        log.info("pool %s: session %d committed generation %d, %d bytes", pool.name, session.id, layout.generation, layout.size)
+        await session.send(ReadGranted(pool.name, _without_manifest(layout), sealed), ())
+
+    async def discard(self, session: Session, request: Discard) -> None:
+        """Take allocations out of a draft."""
+        pool = self._pool(request.pool)
+        left = pool.allocations_of(session.id) if session.repeats else {}
+        self._apply(pool, pool.discard(session.id, [one for one in request.ids if one in left] if session.repeats else request.ids))
+        await session.send(Done(), ())
+
+    def release(self, session: Session, name: str) -> None:
+        """A session gives up what it has of a pool.
+
+        Raises:
+            PoolNotFound: There is no such pool.
+        """
+        if name in self.pools or not session.repeats:
+            self._release(self._pool(name), session.id)
+
+    def closed(self, session: SessionId) -> None:
+        """A session's connection has ended."""
+        for pool in list(self.pools.values()):
+            self._release(pool, session)
+
+    def resume(self, pools: Mapping[str, PublishedPool], sessions: Mapping[SessionId, SessionRecord]) -> None:
+        """Take pools over from the server before, with the leases of the sessions that may come back."""
+        self.pools.update(pools)
+        for number, record in sessions.items():
+            for name in record.leases.keys() & self.pools.keys():
+                self.pools[name].resume_reader(number, record.leases[name])
+        for pool in list(self.pools.values()):
+            if pool.draft is not None and pool.draft.session not in sessions:
+                self._release(pool, pool.draft.session)
+            self._apply(pool, pool.drop_unread())
+
+    def allocations_of(self, session: SessionId, name: str) -> dict[int, int]:
+        """Bytes by id of the allocations that a session's lease covers, in arena order."""
+        return self._pool(name).allocations_of(session)
+
+    def leases_of(self, session: SessionId) -> dict[str, int]:
+        """Generation that a session reads, by pool."""
+        return {pool.name: pool.readers[session] for pool in self.pools.values() if session in pool.readers}
+
+    def values_of(self, name: str, written: Values) -> dict[str, bytes | None]:
+        """What the journal has to say of a pool, apart from what it says already."""
+        return pool_values(name, self.pools.get(name), written)
+
+    def _release(self, pool: PublishedPool, session: SessionId) -> None:
+        had = pool.lease_of(session)
+        self._apply(pool, pool.release(session))
+        self._changed(pool.name, [session])
+        self._forget_if_idle(pool)
+        if had:
+            log.info("pool %s: session %d gave up its %s lease", pool.name, session, had)
+
+    def _apply(self, pool: PublishedPool, effects: list[Effect]) -> None:
+        self._changed(pool.name, [effect.session for effect in effects if not isinstance(effect, Free)])
+        for effect in effects:
+            if isinstance(effect, Free):
+                self._free(effect.ids)
+            elif effect.session in self._sessions:
+                self._sessions[effect.session].answers.put_nowait(effect)
+
+    def _pool(self, name: str, *, create: bool = False) -> PublishedPool:
+        pool = self.pools.get(name)
+        if pool is None:
+            if not create:
+                raise PoolNotFound(f"this server has no pool {name!r}", hint=f"It has: {', '.join(sorted(self.pools)) or 'none'}.")
+            check_name(name, others=self._others())
+            if len(self.pools) >= self._limits.pools:
+                for known in [known for known, pool in self.pools.items() if pool.empty]:
+                    del self.pools[known]
+                    self._changed(known, [])
+            if len(self.pools) >= self._limits.pools:
+                raise QuotaExceeded(f"{self._limits.pools} pools exist already")
+            pool = self.pools[name] = PublishedPool(name)
+        return pool
+
+    def _forget_if_idle(self, pool: PublishedPool) -> None:
+        if pool.idle and self.pools.get(pool.name) is pool:  # another of its name may have been made since
+            del self.pools[pool.name]
+
+
+def _without_manifest(layout: Layout) -> Layout:
+    """The writer has just sent the manifest: it need not come back."""
+    return Layout(layout.generation, layout.identity, layout.allocations, b"", layout.digest)

@@ -1,0 +1,134 @@
+"""What a device server writes down of its state, for the one that comes after it. A field that is added needs a default: older files lack it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from gms_core.layout import Allocation, Identity
+from gms_core.protocol.messages import Order, Role
+from gms_core.server.effects import SessionId
+from gms_core.server.seat import Claim
+
+FORMAT = 1
+"""Of all of them together. A server reads the formats that it knows, and takes nothing over from another."""
+
+
+HolderState = Literal["alive", "mute", "gone"]
+"""See `gms_core.server.retained.RetainedPool`."""
+CohortState = Literal["alive", "departing", "fencing"]
+
+
+class About(msgspec.Struct, frozen=True):
+    """Whose journal it is.
+
+    Attributes:
+        label: Of the keeper that has the memory; see `gms_core.keeper`.
+        boot: Names this boot of the machine, and the namespace of its processes' numbers.
+        session: Number of the last session.
+        allocation: Number of the last allocation.
+    """
+
+    format: int
+    device: str
+    label: str
+    boot: str
+    session: int = 0
+    allocation: int = 0
+
+
+class DraftRecord(msgspec.Struct, frozen=True):
+    """A draft; see `gms_core.server.published.Draft`."""
+
+    session: SessionId
+    generation: int
+    sizes: dict[int, int]
+    batch: int = 0
+    batch_ids: tuple[int, ...] = ()
+
+
+class PublishedRecord(msgspec.Struct, frozen=True):
+    """A published pool. Its layouts have records of their own, and who reads which is said by the sessions.
+
+    Attributes:
+        generation: The last one that was committed.
+        committed: The one that new readers get; 0 if there is none.
+        retired: Those that are kept by readers.
+    """
+
+    generation: int
+    committed: int = 0
+    retired: tuple[int, ...] = ()
+    draft: DraftRecord | None = None
+
+
+SeatRecord = tuple[int, Claim | None, str]
+"""See `gms_core.server.seat.Seat.record`."""
+
+
+class RetainedRecord(msgspec.Struct, frozen=True):
+    """A retained pool; who uses it is said by the sessions."""
+
+    seat: SeatRecord
+    identity: Identity | None = None
+    plan: bytes = b""
+    allocations: tuple[Allocation, ...] = ()
+    spares: tuple[Allocation, ...] = ()
+    turn: int = 0
+    holder_state: HolderState = "alive"
+    unproven: Claim | None = None
+    planner: Claim | None = None
+    planned_identity: Identity | None = None
+
+
+class MemberRecord(msgspec.Struct, frozen=True):
+    """A member of a cohort.
+
+    Attributes:
+        started: When its process was started, in ticks of the kernel: with its number that names it for as long as the machine runs.
+    """
+
+    session: SessionId
+    pid: int
+    process: str
+    since: float
+    serves: bool = False
+    exited: bool = False
+    deadline_s: float = 0.0
+    started: int = 0
+
+
+class CohortRecord(msgspec.Struct, frozen=True):
+    """A cohort. Times are on the monotonic clock, which goes on while the machine does."""
+
+    engine: str
+    since: float
+    state: CohortState
+    role: Role
+    role_since: float
+    detail: str = ""
+    reason: str = ""
+    order: Order = ""
+    ends_by: float = 0.0
+    members: tuple[MemberRecord, ...] = ()
+
+
+class SessionRecord(msgspec.Struct, frozen=True):
+    """A session, which its client may resume.
+
+    Attributes:
+        started: As of `MemberRecord`.
+        leases: Generation that it reads, by pool.
+        uses: Retained pools whose plan it has.
+    """
+
+    token: str
+    pid: int
+    uid: int
+    gid: int
+    client: str
+    since: float
+    started: int = 0
+    leases: dict[str, int] = {}
+    uses: tuple[str, ...] = ()
