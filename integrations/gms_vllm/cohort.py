@@ -19,6 +19,7 @@ from gms_core.failover.parent_death import end_with_parent
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.resource_tracker import start_apart
 from gms_patches.on_import import when_imported
+from gms_vllm import block_supply
 
 log = logging.getLogger("vllm.gms")
 
@@ -147,6 +148,8 @@ def extend_engine_core() -> None:
     EngineCore.gms_join = _join
     EngineCore.gms_settle = _settle
     EngineCore.gms_unfinished = _unfinished
+    EngineCore.gms_withhold = block_supply.withhold
+    EngineCore.gms_give_all = block_supply.complete
     if EngineCoreProc.run_engine_core is not run_engine_core:
         _run_engine_core = EngineCoreProc.run_engine_core
         EngineCoreProc.run_engine_core = staticmethod(run_engine_core)

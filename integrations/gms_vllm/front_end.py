@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class ApiServer:
 
     async def _come_to_serve(self) -> None:
         await self._gate.reached()
-        try:
+        with self._ended_by_errors():
             if self._place.rank == 0 and self._failover.rehearse:  # before any of the engine's API servers can serve
                 await rehearse(self._app, self._inner, self._client, self._api_keys())
             if self._failover.huge_pages:
@@ -161,13 +162,19 @@ class ApiServer:
             await self._standing.become_primary()
             if self._failover.gate == "port":
                 self._gate.open()
+            self._standing.gate_opened()
+            await self._standing.become_whole()
+
+    @contextlib.contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        """Whatever fails in the context ends the engine."""
+        try:
+            yield
         except GmsError as error:
             self._end(error)
         except Exception as error:
             log.exception("%s cannot serve at %s", self._state.engine, self._gate.address)
             self._end(PromotionFailed(f"{self._state.engine} cannot serve at {self._gate.address}: {error}"))
-        else:
-            self._standing.gate_opened()
 
     async def _settle(self) -> None:
         """Let every process of the engine put its host memory into huge pages; this one, and from the first API server all others."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,13 +14,17 @@ from gms_core.client.session import SLAB_BYTES
 from gms_core.errors import InvalidArgument
 from gms_core.protocol.messages import Held
 from gms_core.vmm.driver import Address, Driver
+from gms_vllm.kv_front import Cut, Range, View, borders, cut, front_of, merged
 from gms_vllm.private_kv import clear
 
 
-def cut(size: int, slab: int) -> list[int]:
-    """Cut so many bytes into slabs, of which the last one may be shorter."""
-    whole, rest = divmod(size, slab)
-    return [slab] * whole + [rest] * (rest > 0)
+def tensors_of(caches: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """All tensors of a model runner's KV caches: layers with a state have several."""
+    for cache in caches:
+        if isinstance(cache, torch.Tensor):
+            yield cache
+        else:
+            yield from tensors_of(cache)
 
 
 class TakenOver(NamedTuple):
@@ -31,12 +35,14 @@ class TakenOver(NamedTuple):
         bytes: Mapped.
         hold_s: Seconds until the pool was granted.
         map_s: Seconds from then until the memory could be used.
+        whole: Whether all of it can be used; else the front alone, until `RetainedKv.complete`.
     """
 
     epoch: int
     bytes: int
     hold_s: float
     map_s: float
+    whole: bool = True
 
 
 class RetainedKv:
@@ -55,12 +61,15 @@ class RetainedKv:
         arena: The addresses.
         size: Bytes for the buffers.
         scratch_bytes: Memory that the scratch takes.
+        front: The part of the memory that the rank can begin with before it may have the rest; empty if there is none.
     """
 
     def __init__(self, driver: Driver, device: torch.device, buffers: Sequence[int], alias_bytes: int) -> None:
         self._driver, self._device = driver, device
         self._placed = 0
+        self._alias_bytes = alias_bytes
         self._held: Held | None = None
+        self.front: tuple[Range, ...] = ()
         self.size = sum(round_up(size, driver.granularity) for size in buffers)
         self.arena = RetainedArena(driver, self.size + driver.granularity)
         try:
@@ -83,21 +92,57 @@ class RetainedKv:
         self._placed = end
         return self.arena.base + offset
 
-    def slabs(self) -> list[int]:
-        """Sizes of the allocations that make up the memory; all but the last are alike."""
-        return cut(self.arena.size, round_up(SLAB_BYTES[self._driver.name], self._driver.granularity))
+    def cut(self, front: Sequence[Range]) -> Cut:
+        """How the memory is cut into allocations, some of which are the front that a pool is to have twice."""
+        return cut(self.arena.size, round_up(SLAB_BYTES[self._driver.name], self._driver.granularity), front)
 
-    def adopt(self, pool: RetainedPool) -> None:
+    def front_of(self, tensors: Iterable[torch.Tensor], num_blocks: int, blocks: int) -> list[Range]:
+        """Where the first blocks lie; empty if that is not certain.
+
+        Args:
+            tensors: All of the KV cache.
+            num_blocks: That each of them has.
+            blocks: How many of these.
+        """
+        views = [
+            View(
+                tensor.data_ptr() - self.arena.base,
+                tuple(tensor.shape),
+                tuple(stride * tensor.element_size() for stride in tensor.stride()),
+                tensor.element_size(),
+            )
+            for tensor in tensors
+        ]
+        granularity = self._driver.granularity
+        if front_of(views, num_blocks, num_blocks, granularity) != [Range(0, self.size)]:
+            return []  # there is memory of the cache that is in none of them, or a tensor that is elsewhere
+        return front_of(views, num_blocks, blocks, granularity)
+
+    def adopt(self, pool: RetainedPool, front: Sequence[Range] = ()) -> None:
         """Get the pool's memory, so that it only has to be mapped at the promotion.
+
+        Args:
+            pool: Whose memory.
+            front: Where the blocks lie that this rank would begin with. If the pool has that twice, scratch is cut at its borders; else there is no
+                front.
 
         Raises:
             InvalidArgument: Its memory is not of this size, or it has none.
+            OutOfMemory: There is no room for the scratch.
         """
         if pool.planned is None:
             raise InvalidArgument(f"pool {pool.name!r} has no plan yet")
         self.arena.adopt(pool.receive, pool.planned.allocations, pool.planned.spares)
+        twice = merged(Range(spare.offset, spare.offset + spare.size) for spare in pool.planned.spares)
+        if front and all(any(whole.start <= part.start and part.end <= whole.end for whole in twice) for part in front):
+            pieces = (Range(spare.offset, spare.offset + spare.size) for spare in pool.planned.spares)
+            self.scratch_bytes = self.arena.map_scratch(self._alias_bytes, borders(pieces))
+            clear(self.arena, self._device)
+            self.front = tuple(twice)
 
-    def take_over(self, pool: RetainedPool, mark: bytes, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> TakenOver:
+    def take_over(
+        self, pool: RetainedPool, mark: bytes, timeout_s: float, on_wait: Callable[[str], None] | None = None, *, bridge: bool = False
+    ) -> TakenOver:
         """Wait until the pool is granted, and map its memory in the place of the scratch. Nothing may use the addresses meanwhile.
 
         Memory that is new is made zero, as vLLM does with memory of its own. Otherwise it is left as the last holder left it: with finite numbers, as
@@ -108,19 +153,49 @@ class RetainedKv:
             mark: What is written behind the memory once it is zero: bytes that it cannot have by chance.
             timeout_s: Seconds to wait at most.
             on_wait: Called with the reason, each time that it changes, while it waits.
+            bridge: Whether the front alone is enough to begin with, if there is one.
 
         Raises:
             AcquireTimeout: The holder before has not ended in time. The call can be repeated, as after any other error.
             FenceFailed: It cannot be ended.
         """
         start = time.perf_counter()
-        self.arena.unmap()  # the scratch: the time for it passes while processes of the last holder are still ending
+        bridge = bridge and bool(self.front)
+        if not bridge:
+            self.arena.unmap()  # the scratch: the time for it passes while processes of the last holder are still ending
         if self._held is None:
-            self._held = pool.hold(timeout_s, on_wait)
+            self._held = pool.hold(timeout_s, on_wait, bridge=bridge)
         granted = time.perf_counter()
+        if self._held.whole:
+            self._map_all(mark, ())
+        else:
+            self.arena.map_front(self._held.turn)
+            self._clear(self.front)  # nobody may ever have made it zero
+        return TakenOver(self._held.epoch, self.size, granted - start, time.perf_counter() - granted, self._held.whole)
+
+    def complete(self, mark: bytes) -> None:
+        """Map all of the memory after the front: the server has said that it may be. Nothing may be computing meanwhile. Idempotent.
+
+        Args:
+            mark: As in `take_over`.
+
+        Raises:
+            InvalidArgument: The pool is not held.
+        """
+        if self._held is None:
+            raise InvalidArgument("this rank does not hold its pool")
+        self._map_all(mark, self.front)
+
+    def _map_all(self, mark: bytes, used: Sequence[Range]) -> None:
+        """Map the pool, and make it zero if it never was, but for ranges that are used already."""
+        assert self._held is not None
         self.arena.map_pool(self._held.turn)
         place = Address(self.arena.base + self.size)
         if self._driver.read(place, len(mark)) != mark:
-            clear(self.arena, self._device)
+            edges = [0, *(offset for one in used for offset in one), self.arena.size]
+            self._clear([Range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end])
             self._driver.write(place, mark)
-        return TakenOver(self._held.epoch, self.size, granted - start, time.perf_counter() - granted)
+
+    def _clear(self, ranges: Sequence[Range]) -> None:
+        for start, end in ranges:
+            clear(self.arena, self._device, start, end)

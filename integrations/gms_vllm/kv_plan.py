@@ -29,6 +29,7 @@ class KvPlan(msgspec.Struct, frozen=True):
         buffers: Bytes of each raw buffer, in the order in which they are made.
         layout: Digest of where layers and blocks lie in them.
         mark: Random text of this memory, which is in it once it was made zero.
+        bridge_blocks: Blocks, from the first one on, that lie in the part which exists twice; 0 if there is none.
     """
 
     budgets: tuple[int, ...]
@@ -36,11 +37,12 @@ class KvPlan(msgspec.Struct, frozen=True):
     buffers: tuple[int, ...]
     layout: str
     mark: str
+    bridge_blocks: int = 0
 
     @classmethod
-    def of(cls, config: Any, budgets: tuple[int, ...]) -> Self:
+    def of(cls, config: Any, budgets: tuple[int, ...], bridge_blocks: int = 0) -> Self:
         """The plan that a ``KVCacheConfig`` comes from, for memory that is made of it now."""
-        return cls(budgets, config.num_blocks, raw_buffers(config), _layout(config), secrets.token_hex(16))
+        return cls(budgets, config.num_blocks, raw_buffers(config), _layout(config), secrets.token_hex(16), bridge_blocks)
 
     @classmethod
     def decode(cls, data: bytes) -> Self:

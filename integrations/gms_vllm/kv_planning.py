@@ -67,13 +67,14 @@ class KvPlanning:
                 self.pool.release()
             raise
 
-    def check_or_provide(self, here: KvPlan, sizes: list[int], timeout_s: float) -> None:
+    def check_or_provide(self, here: KvPlan, sizes: list[int], timeout_s: float, front: list[int] | None = None) -> None:
         """Compare what the engine has become with the plan, or make it the plan, and the memory with it.
 
         Args:
             here: What the engine has become.
             sizes: Bytes of each allocation.
             timeout_s: Seconds to wait for memory that others are releasing.
+            front: Which of the allocations there are to be twice.
 
         Raises:
             IdentityMismatch: It is not what was planned.
@@ -82,7 +83,7 @@ class KvPlanning:
         if self.plan is not None:
             self.plan.check_adopted(here, self.pool.name)
             return
-        self.pool.provide(here.encode(), sizes, timeout_s)
+        self.pool.provide(here.encode(), sizes, timeout_s, front=front or ())
         self.plan = here
         log.info("pool %s is planned: %d blocks, %d bytes in %d allocations", self.pool.name, here.num_blocks, sum(sizes), len(sizes))
 

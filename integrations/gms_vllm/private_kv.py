@@ -10,7 +10,7 @@ import torch
 from gms_core.client import RetainedArena
 from gms_core.errors import OutOfMemory
 from gms_core.pytorch.tensors import bytes_on, storage_at
-from gms_core.vmm.driver import Driver
+from gms_core.vmm.driver import Address, Driver
 
 log = logging.getLogger("vllm.gms")
 
@@ -87,8 +87,16 @@ class PrivateKv:
             self._arenas.pop().close()
 
 
-def clear(arena: RetainedArena, device: torch.device) -> None:
-    """Make fresh memory zero, where the device does not; on ``host`` it is."""
+def clear(arena: RetainedArena, device: torch.device, start: int = 0, end: int | None = None) -> None:
+    """Make fresh memory zero, where the device does not; on ``host`` it is.
+
+    Args:
+        arena: Where it lies.
+        device: Of it.
+        start: Offset of the first byte, in granules.
+        end: Offset of the first byte behind, in granules; None for all.
+    """
     if device.type == "cuda":
-        bytes_on(storage_at(arena.base, arena.size, device)).view(torch.int64).zero_()
+        size = (arena.size if end is None else end) - start
+        bytes_on(storage_at(Address(arena.base + start), size, device)).view(torch.int64).zero_()
         torch.cuda.synchronize(device)

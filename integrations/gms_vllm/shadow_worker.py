@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +20,11 @@ from gms_core.vmm import open_driver
 from gms_vllm import cohort, kv_planning
 from gms_vllm.config import LOAD_FORMAT, loader_options
 from gms_vllm.holdings import amount
-from gms_vllm.kv import RetainedKv, TakenOver
+from gms_vllm.kv import RetainedKv, TakenOver, tensors_of
 from gms_vllm.kv_buffers import raw_buffers
+from gms_vllm.kv_front import blocks_of
 from gms_vllm.kv_plan import KvPlan
+from gms_vllm.kv_proof import Proof
 from gms_vllm.place import device_id, server_socket
 from gms_vllm.sleep import RetainedKvMemory
 from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_device
@@ -37,6 +40,7 @@ class GmsShadowMixin(GmsSleepMixin):
         kv: The KV memory; None before the cache is made.
     """
 
+    model_runner: Any
     planning: kv_planning.KvPlanning | None = None
     kv: RetainedKv | None = None
     _measured = 0
@@ -44,6 +48,7 @@ class GmsShadowMixin(GmsSleepMixin):
     _rehearses = False
     _refused = False
     _taken_over: TakenOver | None = None
+    _proof: Proof | None = None
     _mark: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,16 +118,35 @@ class GmsShadowMixin(GmsSleepMixin):
             assert self.kv is not None
             # Only here is it certain that no rank's measurement has failed: it would wait for that one.
             budgets = self.planning.budgets or self.planning.share(self._measured)
-            here = KvPlan.of(kv_cache_config, budgets)
-            self.planning.check_or_provide(here, self.kv.slabs(), self._options().memory_timeout_s)
-            self.kv.adopt(self.planning.pool)
+            blocks = self._bridge_blocks(kv_cache_config.num_blocks)
+            front = self.kv.front_of(tensors_of(self.model_runner.kv_caches), kv_cache_config.num_blocks, blocks) if blocks else []
+            here = KvPlan.of(kv_cache_config, budgets, blocks if front else 0)
+            cut = self.kv.cut(front)
+            self.planning.check_or_provide(here, cut.sizes, self._options().memory_timeout_s, cut.front)
+            self.kv.adopt(self.planning.pool, front)
         self._parked = True
         log.info(
-            "KV cache: %d blocks in %s of addresses, on %s of scratch memory",
+            "KV cache: %d blocks in %s of addresses, on %s of scratch memory; %s",
             here.num_blocks,
             amount(self.kv.size),
             amount(self.kv.scratch_bytes),
+            f"it begins with {self.gms_bridge()} of them" if self.gms_bridge() else "no bridge",
         )
+
+    def _bridge_blocks(self, num_blocks: int) -> int:
+        """With how many blocks a promotion may begin: as is planned, or as the user wants."""
+        failover = _failover(self.vllm_config)
+        assert failover is not None
+        assert self.planning is not None
+        assert self.kv is not None
+        if not failover.bridge_bytes:
+            return 0
+        return blocks_of(failover.bridge_bytes, self.kv.size, num_blocks) if self.planning.plan is None else self.planning.plan.bridge_blocks
+
+    def gms_bridge(self) -> int:
+        """With how many blocks, from the first one on, this rank may begin before it has all of its memory; 0 if it waits for that."""
+        planned = self.planning.plan if self.planning is not None else None
+        return planned.bridge_blocks if planned is not None and self.kv is not None and self.kv.front else 0
 
     def _kv_placing(self, kv_cache_config: Any) -> Callable[[int], int] | None:
         failover = _failover(self.vllm_config)
@@ -162,14 +186,15 @@ class GmsShadowMixin(GmsSleepMixin):
         socket = self._take_place()
         return {"rank": self.vllm_config.parallel_config.rank, "device": str(device_id()), "socket": str(socket)}
 
-    def gms_promote(self, timeout_s: float) -> dict[str, Any]:
+    def gms_promote(self, timeout_s: float, bridge: bool = False) -> dict[str, Any]:
         """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
 
         Args:
             timeout_s: Seconds to wait at most.
+            bridge: Whether the rank may begin with its first blocks, `gms_bridge`: nothing is computed that uses others.
 
         Returns:
-            ``rank``, ``epoch``, ``bytes``, and the seconds ``hold_s`` and ``map_s``.
+            ``rank``, ``epoch``, ``bytes``, the seconds ``hold_s`` and ``map_s``, and whether it is ``whole``; else see `gms_proven`.
 
         Raises:
             EngineUnsupported: This engine does not fail over.
@@ -193,20 +218,51 @@ class GmsShadowMixin(GmsSleepMixin):
             if current_platform.is_cuda():
                 torch.cuda.synchronize()  # whatever was computed on scratch memory has to be over before that goes
             self._taken_over = self.kv.take_over(
-                pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason)
+                pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason), bridge=bridge
             )
             self._parked = False
             taken = self._taken_over
+            self._proof = None if taken.whole else Proof(pool, timeout_s)
             log.info(
                 "rank %d holds pool %s, epoch %d: %s, granted after %.1f ms, mapped in %.1f ms",
                 rank,
                 pool.name,
                 taken.epoch,
-                amount(taken.bytes),
+                amount(taken.bytes) if taken.whole else f"the first {self.gms_bridge()} blocks",
                 taken.hold_s * 1e3,
                 taken.map_s * 1e3,
             )
         return {"rank": rank, **self._taken_over._asdict()}
+
+    def gms_proven(self) -> bool:
+        """Whether all of the memory may be mapped, since every process of the last holder has exited.
+
+        Raises:
+            AcquireTimeout: They have not in time.
+            FenceFailed: They cannot be ended.
+        """
+        return self._proof is None or self._proof.there()
+
+    def gms_complete(self) -> bool:
+        """Map all of the memory after a bridge; every rank has said `gms_proven`. Idempotent.
+
+        Returns:
+            Whether it is mapped: not while the engine sleeps.
+        """
+        if self._proof is None:
+            return True
+        if self._backend is not None and self._backend.asleep:
+            return False
+        assert self.planning is not None
+        assert self.planning.plan is not None
+        assert self.kv is not None
+        start = time.perf_counter()
+        if current_platform.is_cuda():
+            torch.cuda.synchronize()
+        self.kv.complete(self.planning.plan.mark.encode())
+        self._proof = None
+        log.info("all of the KV memory is mapped, in %.1f ms", (time.perf_counter() - start) * 1e3)
+        return True
 
     def gms_beat(self) -> bool:
         """Whether this rank makes progress: it answers, and its device has done what it was given before the last beat."""

@@ -48,6 +48,13 @@ class Standing(Protocol):
     def gate_opened(self) -> None:
         """Clients can connect."""
 
+    async def become_whole(self) -> None:
+        """Come back once the engine has all of its KV memory.
+
+        Raises:
+            GmsError: It never will.
+        """
+
     def depart(self, grace_s: float) -> None:
         """Tell the servers that the whole engine ends within so many seconds."""
 
@@ -55,6 +62,8 @@ class Standing(Protocol):
         """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
 
 
+PROVEN_AGAIN_S = 0.01
+"""Seconds between two questions to the ranks whether they may have the rest of their KV memory."""
 BEAT_AGAIN_S = 0.05
 """Seconds between two questions to a rank whose device is busy with one long piece of work."""
 
@@ -116,13 +125,17 @@ class Leader:
             timeout_s=failover.promotion_timeout_s,
         )
         self._page = StatusPage(state, failover.status_address) if failover.status_address else None
+        self._bridges = False
 
     def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
         """As `Standing.start`."""
         self._control.start(on_promote=self._promotion.go, on_demote=on_demote, on_lost=on_lost)
 
     async def become_primary(self) -> None:
-        """As `Standing.become_primary`."""
+        """As `Standing.become_primary`. With a bridge, the scheduler gives out its blocks alone from here on, until `become_whole`."""
+        if blocks := min(await self._client.collective_rpc("gms_bridge")):
+            await self._client.engine_core.call_utility_async("gms_withhold", blocks)
+            self._bridges = True
         self._state.ready()
         await self._promotion.run()
 
@@ -132,6 +145,13 @@ class Leader:
         timeline = self._clock.listening(told.engine, told.term, told.epochs)
         self._notifier.gate_opened()
         log.info("%s serves at %s, %.1f ms after its election [%s]", told.engine, told.address, timeline.listening_ms, timeline.line())
+
+    async def become_whole(self) -> None:
+        """As `Standing.become_whole`."""
+        if not self._bridges:
+            return
+        while not (all(await self._client.collective_rpc("gms_proven")) and await self._client.engine_core.call_utility_async("gms_give_all")):
+            await asyncio.sleep(PROVEN_AGAIN_S)
 
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`."""
@@ -145,7 +165,8 @@ class Leader:
 
     async def _promote(self) -> Promoted:
         asked = time.monotonic()
-        answers = await self._client.collective_rpc("gms_promote", args=(self._failover.promotion_timeout_s,))
+        # No rank may begin with its bridge if the scheduler gives out more than that.
+        answers = await self._client.collective_rpc("gms_promote", args=(self._failover.promotion_timeout_s, self._bridges))
         if self._failover.gate == "port":
             self._gate.check_alone()
         return self._clock.promoted(asked, answers)
@@ -184,6 +205,9 @@ class Sibling:
     def gate_opened(self) -> None:
         """As `Standing.gate_opened`."""
         log.info("%s of %s serves", self._process.name, self._process.engine)
+
+    async def become_whole(self) -> None:
+        """As `Standing.become_whole`: that is the first API server's business."""
 
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`: all API servers end at once, and whichever is the first to go must have said so."""

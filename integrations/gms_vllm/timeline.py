@@ -18,7 +18,8 @@ class Timeline(msgspec.Struct, frozen=True):
         event: Always ``promoted``.
         elected_at: Seconds since 1970 at which the engine had the lock. All times in milliseconds are since then.
         elected_clock_s: The same instant in seconds of this machine's monotonic clock, which all its processes share.
-        held_ms: When the last rank was granted the memory, which is when every process of the engine before had exited.
+        held_ms: When the last rank was granted the memory, which is when every process of the engine before had exited; or the bridge, which is
+            before that.
         mapped_ms: When the last rank had it mapped.
         promoted_ms: When the front end knew that.
         listening_ms: When clients could connect, or were let in.

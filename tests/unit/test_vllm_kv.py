@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gms_core.client import RetainedPool
 from gms_core.errors import ConfigurationError, EngineUnsupported, IdentityMismatch, InvalidArgument, OutOfMemory, ProtocolError
@@ -22,7 +20,7 @@ from gms_core.layout import Allocation
 from gms_core.protocol.messages import Planned
 from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
-from gms_vllm.kv import RetainedKv, cut
+from gms_vllm.kv import RetainedKv
 from gms_vllm.kv_buffers import RawBuffers, raw_buffers
 from gms_vllm.kv_plan import KvPlan, check_explicit
 from tests.conftest import RunningServer
@@ -138,16 +136,8 @@ def test_buffers_lie_side_by_side_at_the_granularity_when_they_are_placed(driver
 
 def test_one_granule_is_all_the_memory_when_there_is_no_kv_cache(driver: HostDriver) -> None:
     kv = RetainedKv(driver, CPU, [], alias_bytes=MIB)
-    assert kv.slabs() == [driver.granularity]
+    assert kv.cut(()).sizes == [driver.granularity]
     kv.arena.close()
-
-
-@given(size=st.integers(min_value=1, max_value=1000), slab=st.integers(min_value=1, max_value=100))
-def test_slabs_come_to_the_whole_memory_when_it_is_of_any_size(size: int, slab: int) -> None:
-    sizes = cut(size, slab)
-    assert sum(sizes) == size
-    assert set(sizes[:-1]) <= {slab}
-    assert 0 < sizes[-1] <= slab
 
 
 def test_no_addresses_are_left_when_there_is_no_room_for_scratch() -> None:
@@ -193,7 +183,7 @@ with placed(buffers.place, CPU):
 buffers.check_complete()
 plan = here = KvPlan((8,), 1, tuple(SIZES), "", f"the mark of {sys.argv[2]}")
 if planned is None:
-    pool.provide(here.encode(), kv.slabs(), 30.0)
+    pool.provide(here.encode(), kv.cut(()).sizes, 30.0)
 else:
     plan = KvPlan.decode(planned.plan)
     plan.check_adopted(here, "kv")

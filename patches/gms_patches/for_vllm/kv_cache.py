@@ -19,6 +19,8 @@ def _group(feature: str, module: str, names: dict[str, tuple[str, ...]], version
     return tuple(Symbol(f"{module}:{name}", feature, signatures, versions) for name, signatures in names.items())
 
 
+_BRIDGE = "beginning with the first blocks of the KV cache"
+
 KV_CACHE: tuple[Symbol, ...] = (
     *_group(
         _BUDGET,
@@ -69,4 +71,22 @@ KV_CACHE: tuple[Symbol, ...] = (
     Symbol("vllm.config.vllm:VllmConfig.use_v2_model_runner", _IDENTITY),
     *_group(_IDENTITY, "vllm.config.speculative", {"SpeculativeConfig.method": (), "SpeculativeConfig.num_speculative_tokens": ()}),
     Symbol("vllm.envs:VLLM_KV_CACHE_LAYOUT", _IDENTITY),
+    *_group(
+        _BRIDGE,
+        "vllm.v1.core.kv_cache_utils",
+        {
+            "FreeKVCacheBlockQueue.get_all_free_blocks": ("self",),
+            "FreeKVCacheBlockQueue.remove": ("self, block",),
+            "FreeKVCacheBlockQueue.append_n": ("self, blocks",),
+            "KVCacheBlock.block_id": (),
+        },
+    ),
+    *_group(_BRIDGE, "vllm.v1.core.block_pool", {"BlockPool.free_block_queue": (), "BlockPool.num_gpu_blocks": ()}),
+    *_group(_BRIDGE, "vllm.v1.core.kv_cache_manager", {"KVCacheManager.block_pool": (), "KVCacheManager.coordinator": ()}),
+    *_group(_BRIDGE, "vllm.v1.core.sched.scheduler", {"Scheduler.kv_cache_manager": ()}),
+    *_group(_BRIDGE, "vllm.v1.engine.core", {"EngineCore.collective_rpc": ("self, method, timeout=, args=, kwargs=",)}),
+    *(
+        Symbol(f"{runner}.kv_caches", _BRIDGE)
+        for runner in ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner")
+    ),
 )

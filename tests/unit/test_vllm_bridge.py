@@ -1,0 +1,283 @@
+"""A rank that begins with the first blocks of its KV memory while processes of the last engine may still write to theirs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gms_core.client.arena import Received, Take
+from gms_core.layout import Allocation
+from gms_core.protocol.framing import close_descriptors
+from gms_core.protocol.messages import Held, Planned
+from gms_core.vmm.host import HostDriver
+from gms_vllm import kv as kv_module
+from gms_vllm.kv import RetainedKv, tensors_of
+from gms_vllm.kv_front import Range
+from tests.conftest import RunningServer
+
+PAGE = 4096
+BLOCKS, BRIDGE = 256, 16
+PROCESS = f"""
+import json, os, sys, threading
+from pathlib import Path
+from gms_core.client import Membership, RetainedPool, connect
+from gms_core.errors import GmsError
+
+BLOCKS, BRIDGE, PAGE = {BLOCKS}, {BRIDGE}, {PAGE}
+session = connect(socket_path=Path(sys.argv[1]), client=sys.argv[2])
+membership = Membership.join(session, sys.argv[2], sys.argv[2], sys.argv[3], serves=sys.argv[3].startswith("api"))
+state = {{}}
+if not sys.argv[3].startswith("api"):
+    import torch
+    from gms_core.layout import Identity
+    from gms_core.pytorch import placed
+    from gms_vllm.kv import RetainedKv
+    from gms_vllm.kv_buffers import RawBuffers
+    from gms_vllm.kv_plan import KvPlan
+    from gms_vllm.kv_proof import Proof
+
+    CPU = torch.device("cpu")
+    pool = RetainedPool(session, "kv")
+    planned = pool.plan(Identity({{}}), 30.0)
+    sizes = [2 * BLOCKS * PAGE]
+    kv = RetainedKv(session.driver, CPU, sizes, 8 * PAGE)
+    buffers = RawBuffers(sizes, kv.place)
+    with placed(buffers.place, CPU):
+        cache = torch.zeros(sizes[0], dtype=torch.uint8).view(2, BLOCKS, PAGE)  # keys and values, each with all blocks
+    front = kv.front_of([cache], BLOCKS, BRIDGE)
+    if planned is None:
+        plan = KvPlan((8,), BLOCKS, tuple(sizes), "", "the mark", BRIDGE)
+        cut = kv.cut(front)
+        pool.provide(plan.encode(), cut.sizes, 30.0, front=cut.front)
+    else:
+        plan = KvPlan.decode(planned.plan)
+    kv.adopt(pool, front)
+
+def do(command, *values):
+    if command == "take over":
+        taken = kv.take_over(pool, b"the mark", values[0], bridge=values[1])
+        if not taken.whole:
+            state["proof"] = Proof(pool, 30.0)
+        return [taken.epoch, taken.whole]
+    elif command == "write":
+        cache[:, values[0]:values[1]].fill_(values[2])
+    elif command == "read":
+        return sorted(set(cache[:, values[0]:values[1]].flatten().tolist()))
+    elif command == "write for ever":
+        def scribble():
+            while True:
+                cache.fill_(values[0])
+        threading.Thread(target=scribble, daemon=True).start()
+    elif command == "fatten":
+        state["fat"] = bytearray(os.urandom(4096)) * (values[0] // 4096)
+    elif command == "proven":
+        return state["proof"].there()
+    elif command == "complete":
+        kv.complete(b"the mark")
+    elif command == "backing":
+        return kv.arena.backing
+
+print("joined", flush=True)
+for line in sys.stdin:
+    try:
+        print(json.dumps(do(*json.loads(line))), flush=True)
+    except GmsError as error:
+        print(json.dumps({{"code": error.code}}), flush=True)
+"""
+
+
+def until_waiting(server: RunningServer) -> None:
+    """Wait until somebody waits for the pool."""
+    with server.connect() as session:
+        while not session.status().retained[0].waiting:
+            time.sleep(0.01)
+
+
+class Process:
+    """A process of a made-up engine."""
+
+    def __init__(self, server: RunningServer, cohort: str, name: str) -> None:
+        command = [sys.executable, "-c", PROCESS, str(server.socket), cohort, name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "joined\n"
+
+    def tell(self, *command: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, *command: Any) -> Any:
+        self.tell(*command)
+        return self.answer()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def start(server: RunningServer) -> Iterator[Callable[..., Process]]:
+    processes: list[Process] = []
+
+    def begin(cohort: str, name: str = "rank 0") -> Process:
+        processes.append(Process(server, cohort, name))
+        return processes[-1]
+
+    yield begin
+    for one in processes:
+        one.kill()
+
+
+def test_first_blocks_are_the_new_engine_s_alone_while_the_last_one_may_still_write_to_its_own(
+    server: RunningServer, start: Callable[..., Process]
+) -> None:
+    last, front_end = start("one"), start("one", "api-server 0")
+    assert last.ask("take over", 30.0, True) == [1, True]
+    last.ask("write for ever", 1)
+    last.ask("fatten", 2**29)  # the kernel takes its time to end a process with much memory, as it does with an engine
+    following = start("two")
+    following.ask("write", 0, BLOCKS, 9)  # on scratch
+    following.tell("take over", 30.0, True)
+    until_waiting(server)
+    front_end.kill()
+    epoch, whole = following.answer()
+    assert epoch == 2
+    if not whole:  # else the last one has ended before its front end was known to have
+        assert following.ask("backing") == "front"
+        following.ask("write", 0, BRIDGE, 2)
+        while True:
+            proven = following.ask("proven")
+            assert following.ask("read", 0, BRIDGE) == [2], "the last engine has written to blocks of the next one"
+            if proven:
+                break
+        following.ask("complete")
+        assert following.ask("read", 0, BRIDGE) == [2], "blocks of the bridge were lost when the rest was mapped"
+        assert following.ask("read", BRIDGE + 1, BLOCKS // 2) == [1]
+    assert following.ask("backing") == "pool"
+    assert last.process.wait(20) == -signal.SIGKILL
+
+
+def test_bridges_take_turns_when_one_engine_follows_the_other(server: RunningServer, start: Callable[..., Process]) -> None:
+    front_end, _ = start("engine 0", "api-server 0"), start("engine 0").ask("take over", 30.0, True)
+    for number in range(1, 4):
+        rank, next_front_end = start(f"engine {number}"), start(f"engine {number}", "api-server 0")
+        rank.tell("take over", 30.0, True)
+        until_waiting(server)
+        front_end.kill()
+        epoch, whole = rank.answer()
+        assert epoch == 1 + number
+        rank.ask("write", 0, BRIDGE, number)
+        if not whole:
+            while not rank.ask("proven"):
+                pass
+            rank.ask("complete")
+        assert rank.ask("read", 0, BRIDGE) == [number]
+        rank.ask("write", BRIDGE, BLOCKS, 100 + number)
+        assert rank.ask("read", 0, BRIDGE) == [number]
+        front_end = next_front_end
+
+
+def test_engine_waits_for_the_whole_memory_when_it_does_not_want_a_bridge(server: RunningServer, start: Callable[..., Process]) -> None:
+    front_end, last = start("one", "api-server 0"), start("one")
+    assert last.ask("take over", 30.0, True) == [1, True]
+    last.ask("write", 0, BLOCKS, 7)
+    following = start("two")
+    following.tell("take over", 30.0, False)
+    until_waiting(server)
+    front_end.kill()
+    assert following.answer() == [2, True]
+    assert last.process.wait(20) == -signal.SIGKILL
+    assert following.ask("read", 0, BLOCKS) == [7]
+
+
+class Pool:
+    """A pool of this process, of which the front may be all that is held at first."""
+
+    name = "kv"
+
+    def __init__(self, driver: HostDriver, sizes: list[int], front: list[int]) -> None:
+        self.driver, self.whole = driver, False
+        offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+        allocations = [Allocation(number + 1, offsets[number], size) for number, size in enumerate(sizes)]
+        spares = [Allocation(100 + index, offsets[index], sizes[index]) for index in front]
+        self.planned = Planned("kv", b"", tuple(allocations), 0, tuple(spares))
+        self.handles = {one.id: driver.create(one.size) for one in (*allocations, *spares)}
+
+    def receive(self, take: Take) -> None:
+        for one in (*self.planned.allocations, *self.planned.spares):
+            item = Received(one.id, one.size, self.driver.export(self.handles[one.id]))
+            take([item])
+            close_descriptors([item.descriptor])
+
+    def hold(self, timeout_s: float, on_wait: object = None, *, bridge: bool = False) -> Held:
+        return Held("kv", 5, 1, self.whole or not bridge)
+
+
+@pytest.fixture
+def cleared(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
+    """What was made zero, in pages."""
+    found: list[Range] = []
+
+    def clear(arena: Any, _: torch.device, start: int = 0, end: int | None = None) -> None:
+        found.append(Range(start // PAGE, (arena.size if end is None else end) // PAGE))
+
+    monkeypatch.setattr(kv_module, "clear", clear)
+    return found
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_memory_is_made_zero_once_and_never_beneath_blocks_in_use(cleared: list[Range], marked: bool) -> None:
+    driver = HostDriver(capacity=2**26)
+    kv = RetainedKv(driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
+    front = [Range(0, 10 * PAGE), Range(50 * PAGE, 60 * PAGE)]
+    cut = kv.cut(front)
+    pool = Pool(driver, cut.sizes, cut.front)
+    kv.adopt(pool, front)  # type: ignore[arg-type]
+    if marked:
+        other = RetainedKv(driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
+        pool.whole = True
+        other.adopt(pool)  # type: ignore[arg-type]
+        other.take_over(pool, b"mark", 1.0)  # type: ignore[arg-type]
+        other.arena.close()
+        pool.whole = False
+    cleared.clear()
+    assert not kv.take_over(pool, b"mark", 1.0, bridge=True).whole  # type: ignore[arg-type]
+    assert cleared == [Range(0, 10), Range(50, 60)]
+    cleared.clear()
+    kv.complete(b"mark")
+    assert cleared == ([] if marked else [Range(10, 50), Range(60, 101)])
+    cleared.clear()
+    kv.complete(b"mark")
+    assert cleared == []
+    kv.arena.close()
+    for handle in pool.handles.values():
+        driver.release(handle)
+    driver.close()
+
+
+def test_there_is_no_front_when_a_part_of_the_cache_is_in_no_tensor() -> None:
+    driver = HostDriver(capacity=2**26)
+    kv = RetainedKv(driver, torch.device("cpu"), [64 * PAGE], 4 * PAGE)
+    elsewhere = torch.zeros(8, PAGE, dtype=torch.uint8)
+    assert kv.front_of([elsewhere], 8, 2) == []
+    assert kv.front_of([], 8, 2) == []
+    kv.arena.close()
+    driver.close()
+
+
+def test_tensors_of_layers_with_several_states_are_found() -> None:
+    one, two, three = (torch.zeros(number) for number in (1, 2, 3))
+    assert [len(tensor) for tensor in tensors_of([one, [two, (three,)]])] == [1, 2, 3]
