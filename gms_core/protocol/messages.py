@@ -33,6 +33,7 @@ from gms_core.protocol.engines import (
     Report,
     WillNotify,
 )
+from gms_core.protocol.observation import Durations, Event, EventBatch, Events, Observation, RequestCount
 from gms_core.protocol.status import (
     CohortStatus,
     EndStatus,
@@ -250,6 +251,7 @@ Request = (
     | Drop
     | HandOver
     | Status
+    | Events
 )
 Reply = (
     Welcome
@@ -264,6 +266,7 @@ Reply = (
     | Planned
     | Held
     | StatusReport
+    | EventBatch
     | Done
     | Failure
 )
@@ -282,9 +285,13 @@ __all__ = [
     "Discard",
     "Done",
     "Drop",
+    "Durations",
     "Elect",
     "Elected",
     "EndStatus",
+    "Event",
+    "EventBatch",
+    "Events",
     "Export",
     "Failure",
     "HandOver",
@@ -298,6 +305,7 @@ __all__ = [
     "MemberStatus",
     "Message",
     "Mode",
+    "Observation",
     "Order",
     "Orders",
     "Plan",
@@ -310,6 +318,7 @@ __all__ = [
     "Reply",
     "Report",
     "Request",
+    "RequestCount",
     "RetainedStatus",
     "Role",
     "SessionStatus",

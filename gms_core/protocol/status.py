@@ -5,10 +5,17 @@ from __future__ import annotations
 import msgspec
 
 from gms_core.protocol.base import Message, Order, Role
+from gms_core.protocol.observation import Observation
 
 
 class Status(Message, frozen=True, tag="status"):
-    """Ask for `StatusReport`."""
+    """Ask for `StatusReport`.
+
+    Attributes:
+        brief: Whether the sessions may be left out, of which there can be very many.
+    """
+
+    brief: bool = False
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
@@ -145,7 +152,11 @@ class SessionStatus(msgspec.Struct, frozen=True):
 
 
 class StatusReport(Message, frozen=True, tag="status_report"):
-    """The server's state at one instant; ``ends`` are the last cohorts that are gone."""
+    """The server's state at one instant; ``ends`` are the last cohorts that are gone.
+
+    Attributes:
+        observation: What it has counted; None from a version that counts nothing, and has no events.
+    """
 
     server: str
     pid: int
@@ -163,3 +174,4 @@ class StatusReport(Message, frozen=True, tag="status_report"):
     cohorts: tuple[CohortStatus, ...] = ()
     locks: tuple[LockStatus, ...] = ()
     ends: tuple[EndStatus, ...] = ()
+    observation: Observation | None = None

@@ -78,10 +78,6 @@ def take_over(socket_path: Path, device: str, patience_s: float) -> Estate:
         keeper.close()
         raise
     allocations = {identifier: (Descriptor(kept[identifier][1]), size) for identifier, size in state.allocations.items()}
-    if state.with_memory:
-        log.info(
-            "taken over from the server before: %d allocations, %d sessions, %d engines", len(allocations), len(state.sessions), len(state.cohorts)
-        )
     return Estate(Keeping(keeper, lambda: Keeper(path, patience_s), label), journal, state, allocations)
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
+from gms_core.events import Kind
 from gms_core.protocol.messages import (
     AwaitRole,
     Beat,
@@ -29,6 +30,7 @@ from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, M
 from gms_core.server.effects import SessionId
 from gms_core.server.fencing import Fencer
 from gms_core.server.limits import Limits
+from gms_core.server.observer import Observer
 from gms_core.server.records import CohortRecord, SeatRecord
 from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
 from gms_core.server.sessions import Session, check_wait
@@ -48,6 +50,7 @@ class CohortRequests:
         gone: Called with a cohort once every process of it has exited.
         failed: Called with a cohort and the error when it could not be ended, and whether that is final: it is not while its processes are only late.
         changed: Called when cohorts or locks may have changed.
+        observer: Is told of what happens.
     """
 
     def __init__(
@@ -60,16 +63,21 @@ class CohortRequests:
         gone: Callable[[str], None],
         failed: Callable[[str, GmsError, bool], None],
         changed: Callable[[], None] = lambda: None,
+        observer: Observer,
     ) -> None:
         self.cohorts = Cohorts()
         self.locks: dict[str, Seat] = {}
         self.ends: deque[EndStatus] = deque(maxlen=ENDS)
-        self._noticed: dict[str, tuple[str, str, float]] = {}
+        self._noticed: dict[str, tuple[str, str, float, bool]] = {}
+        self._terms: dict[str, int] = {}
+        self._observer = observer
         self._sessions = sessions
         self._limits = limits
         self._changed = changed
         self._ending_elsewhere, self._mute, self._gone, self._failed_elsewhere = ending, mute, gone, failed
-        self._fencer = Fencer(self.cohorts, limits, apply=self._apply, ending=self._ending, exited=self._exited, failed=self._failed)
+        self._fencer = Fencer(
+            self.cohorts, limits, apply=self._apply, ending=self._ending, exited=self._exited, failed=self._failed, tell=observer.tell
+        )
 
     def resume(self, cohorts: Mapping[str, CohortRecord], ended: Sequence[str], locks: Mapping[str, SeatRecord]) -> None:
         """Take cohorts and locks over from the server before; see `watch`."""
@@ -77,9 +85,10 @@ class CohortRequests:
         now = time.monotonic()
         for cohort in self.cohorts.by_name.values():
             if cohort.state == "departing":
-                self._noticed[cohort.name] = (cohort.engine, f"{cohort.engine} is ending in an orderly way", now)
+                self._noticed[cohort.name] = (cohort.engine, f"{cohort.engine} is ending in an orderly way", now, False)
         for name, (number, holder, ending) in locks.items():
             self._lock(name).resume(number, holder, ending)
+            self._terms[name] = number
 
     def watch(self) -> None:
         """Watch the processes of the cohorts that were taken over; those that have exited meanwhile are noticed now."""
@@ -139,8 +148,13 @@ class CohortRequests:
         """Note an engine's role, and give it its orders."""
         self._fencer.beat(session.id)
         detail = request.detail[: self._limits.name_bytes]
+        cohort = self.cohorts.joined(session.id)
+        before = cohort.role if cohort is not None else request.role
         order, effects = self.cohorts.report(session.id, request.role, detail, time.monotonic())
         self._changed()
+        if cohort is not None and before != request.role:
+            facts = {"cohort": cohort.name, "before": before, "role": request.role, "detail": detail}
+            self._observer.tell(Kind.ENGINE_ROLE_CHANGED, cohort.engine, **facts)
         self._fencer.apply(effects)
         await session.send(Orders(order), ())
 
@@ -187,6 +201,7 @@ class CohortRequests:
             raise PoolNotFound(f"no engine here has the cohort {request.cohort!r}", hint="`gms failover status` lists those that there are.")
         cohort.order = request.order
         self._changed()
+        self._observer.tell(Kind.ENGINE_ORDERED, cohort.engine, cohort=cohort.name, order=request.order)
         if request.order == "promote":
             for seat in self.locks.values():
                 seat.prefer(cohort.name)
@@ -214,13 +229,22 @@ class CohortRequests:
         for effect in effects:
             if effect.session in self._sessions:
                 self._sessions[effect.session].answers.put_nowait(effect)
+        for name, seat in self.locks.items():
+            if seat.holder is not None and seat.number != self._terms.get(name, 0):
+                self._terms[name] = seat.number
+                owner = seat.holder
+                self._observer.tell(Kind.LOCK_GRANTED, name, engine=owner.label, cohort=owner.cohort, term=seat.number)
 
     def _apply(self, effects: list[CohortEffect]) -> None:
         self._changed()
         for effect in effects:
             if isinstance(effect, Gone):
-                engine, reason, noticed_s = self._noticed.pop(effect.cohort, ("", "", 0.0))
-                self.ends.append(EndStatus(effect.cohort, engine, reason, noticed_s, time.monotonic()))
+                now = time.monotonic()
+                engine, reason, noticed_s, fenced = self._noticed.pop(effect.cohort, ("", "", now, False))
+                self.ends.append(EndStatus(effect.cohort, engine, reason, noticed_s, now))
+                self._observer.tell(Kind.ENGINE_GONE, engine, cohort=effect.cohort, seconds=round(now - noticed_s, 6), fenced=fenced)
+                if fenced:
+                    self._observer.fenced(now - noticed_s)
                 self._gone(effect.cohort)
             elif isinstance(effect, Mute):
                 self._mute(effect.cohort)
@@ -229,7 +253,8 @@ class CohortRequests:
 
     def _ending(self, cohort: str, engine: str, reason: str) -> None:
         self._changed()
-        self._noticed[cohort] = (engine, reason, time.monotonic())
+        known = self.cohorts.by_name.get(cohort)  # none, if its last process has exited
+        self._noticed[cohort] = (engine, reason, time.monotonic(), known is None or known.state == "fencing")
         for seat in self.locks.values():
             self._post(seat.cohort_ends(cohort, reason))
         self._ending_elsewhere(cohort, reason)

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 
 from gms_core import death_notice
 from gms_core.errors import FenceFailed, GmsError, PermissionRefused, QuotaExceeded
+from gms_core.events import Kind
 from gms_core.protocol.messages import Join
 from gms_core.protocol.peer import open_process
 from gms_core.server.cohorts import CohortEffect, Cohorts, Gone, Kill, Member
 from gms_core.server.effects import SessionId
 from gms_core.server.limits import Limits
+from gms_core.server.observer import Tell
 from gms_core.server.sessions import Session
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class Fencer:
         ending: Called with a cohort, its engine and the reason as soon as it is being ended.
         exited: Called with a session as soon as its process has exited.
         failed: Called with a cohort and the error when it could not be ended, and whether that is final: it is not while its processes are only late.
+        tell: Is told of what happens.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Fencer:
         ending: Callable[[str, str, str], None],
         exited: Callable[[SessionId], None],
         failed: Callable[[str, GmsError, bool], None],
+        tell: Tell,
     ) -> None:
         self._cohorts = cohorts
         self._limits = limits
@@ -85,6 +89,7 @@ class Fencer:
         self._ending = ending
         self._exited = exited
         self._failed = failed
+        self._tell = tell
         self._watched: dict[SessionId, Watched] = {}
         self._clocks: dict[str, asyncio.TimerHandle] = {}
 
@@ -121,7 +126,7 @@ class Fencer:
             undo.pop_all()
         self._watched[session.id] = Watched(request.cohort, pidfd, page, request.deadline_s, time.monotonic())
         self._wind(session.id)
-        log.info("cohort %s: %s (pid %d) of %s has joined", request.cohort, request.process, session.peer.pid, request.engine)
+        self._tell(Kind.ENGINE_JOINED, request.engine, cohort=request.cohort, process=request.process, pid=session.peer.pid)
         return page
 
     def resume(self) -> None:
@@ -148,7 +153,7 @@ class Fencer:
                 living = tuple(member.session for member in cohort.members.values() if member.session in self._watched)
                 self._kill(Kill(cohort.name, cohort.engine, living, cohort.reason))
         for name, member in exited:
-            log.info("cohort %s: %s (pid %d) has exited while there was no server", name, member.process, member.pid)
+            self._tell_exit(name, member)
             effects = self._cohorts.exited(name, member.session)
             self._exited(member.session)
             self.apply(effects)
@@ -205,6 +210,7 @@ class Fencer:
             return  # said before
         cohort = self._cohorts.depart(session)
         cohort.ends_by = time.monotonic() + grace_s
+        self._tell(Kind.ENGINE_DEPARTING, cohort.engine, cohort=cohort.name, seconds=grace_s)
         self._ending(cohort.name, cohort.engine, f"{cohort.engine} is ending in an orderly way")
         self._await_departure(cohort.name, grace_s)
 
@@ -221,7 +227,6 @@ class Fencer:
             if isinstance(effect, Kill):
                 self._kill(effect)
             elif isinstance(effect, Gone):
-                log.info("cohort %s: every process has exited", effect.cohort)
                 if (clock := self._clocks.pop(effect.cohort, None)) is not None:
                     clock.cancel()
                 self._apply_rest([effect])
@@ -229,7 +234,7 @@ class Fencer:
                 self._apply_rest([effect])
 
     def _kill(self, kill: Kill) -> None:
-        log.warning("cohort %s is ended: %s", kill.cohort, kill.reason)
+        self._tell(Kind.ENGINE_FENCED, kill.engine, cohort=kill.cohort, reason=kill.reason)
         refused = []
         for session in kill.members:
             if session not in self._watched:
@@ -257,7 +262,7 @@ class Fencer:
 
     def _fail(self, cohort: str, message: str, *, final: bool) -> None:
         error = FenceFailed(message, hint="The memory is granted once they have exited. A process that waits for a driver may need a reboot.")
-        log.error("cohort %s: %s", cohort, error)
+        self._tell(Kind.ENGINE_FENCE_FAILED, self._cohorts.by_name[cohort].engine, cohort=cohort, reason=message)
         self._failed(cohort, error, final)
 
     def _process(self, cohort: str, session: SessionId) -> str:
@@ -267,10 +272,13 @@ class Fencer:
     def _has_exited(self, session: SessionId) -> None:
         watched = self._watched.pop(session)
         watched.close()
-        log.info("cohort %s: %s has exited", watched.cohort, self._process(watched.cohort, session))
+        self._tell_exit(watched.cohort, self._cohorts.by_name[watched.cohort].members[session])
         effects = self._cohorts.exited(watched.cohort, session)
         self._exited(session)
         self.apply(effects)
+
+    def _tell_exit(self, cohort: str, member: Member) -> None:
+        self._tell(Kind.ENGINE_PROCESS_EXITED, self._cohorts.by_name[cohort].engine, cohort=cohort, process=member.process, pid=member.pid)
 
     def _after(self, cohort: str, seconds: float, then: Callable[[], None]) -> None:
         if (clock := self._clocks.pop(cohort, None)) is not None:

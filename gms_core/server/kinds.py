@@ -10,6 +10,7 @@ from gms_core.protocol.messages import (
     Commit,
     Drop,
     Elect,
+    Events,
     Export,
     Hold,
     Instruct,
@@ -24,7 +25,7 @@ from gms_core.protocol.messages import (
 
 GRANTING = (Acquire, Allocate, Commit, Join, Elect, Plan, Provide, Hold, Drop)
 """Requests that change what has to outlive the server; they are refused when there is no room to write that down."""
-IDLE = (Status, Beat, Report, WillNotify, AwaitRole, Export, Instruct)
+IDLE = (Status, Events, Beat, Report, WillNotify, AwaitRole, Export, Instruct)
 """Requests whose answers promise nothing that the next server has to keep: a journal that cannot be written is no reason to leave them unanswered."""
 
 

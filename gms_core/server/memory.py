@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, KeeperLost, OutOfMemory, QuotaExceeded
+from gms_core.events import Kind
 from gms_core.keeper.keeping import Keeping
 from gms_core.server.limits import Limits
+from gms_core.server.observer import Tell, tell_nobody
 from gms_core.vmm.driver import Descriptor, Handle, MemoryInfo, PhysicalDriver
 from gms_core.vmm.undo import UndoStack
 
@@ -55,6 +57,7 @@ class Memory:
             keeping: Who keeps the memory beyond this process; None for nobody. It is ended or closed by its owner, after this.
         """
         self.driver = driver
+        self.tell: Tell = tell_nobody
         self.waiting = 0
         self.last = 0
         self._keeping = keeping
@@ -95,13 +98,14 @@ class Memory:
         """Free and total bytes of the device."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.driver.memory_info)
 
-    async def create(self, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event) -> list[tuple[int, Owned]]:
+    async def create(self, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event, pool: str = "") -> list[tuple[int, Owned]]:
         """Create all of these allocations or none, waiting for memory that others release.
 
         Args:
             sizes: Bytes of each.
             timeout_s: Seconds to wait while the device is full.
             ended: Set when nobody wants them any more: the wait is over then.
+            pool: What they are for.
 
         Raises:
             InvalidArgument: A size is not a positive multiple of the granularity.
@@ -117,22 +121,39 @@ class Memory:
         wanted, total = sum(sizes), (await self.info()).total
         if wanted > total:
             raise AllocationTooLarge(f"{wanted} bytes can never fit: the device has {total}")
-        deadline = time.monotonic() + timeout_s
+        try:
+            return await self._try(sizes)
+        except AllocationTooLarge:
+            raise
+        except OutOfMemory:
+            if not timeout_s or ended.is_set():
+                raise
+        self.tell(Kind.POOL_MEMORY_WAIT_BEGUN, pool, bytes=wanted)
+        began, outcome = time.monotonic(), "there was no room in time"
         self.waiting += 1
         try:
-            while True:
-                self._freed.clear()
-                try:
-                    return await asyncio.get_running_loop().run_in_executor(self._thread, self._create_all, sizes)
-                except AllocationTooLarge:
-                    raise
-                except OutOfMemory:
-                    if time.monotonic() >= deadline or ended.is_set():
-                        raise
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._freed.wait(), RETRY_S)
+            made = await self._retry(sizes, began + timeout_s, ended)
+            outcome = "there is room"
         finally:
             self.waiting -= 1
+            self.tell(Kind.POOL_MEMORY_WAIT_ENDED, pool, bytes=wanted, seconds=round(time.monotonic() - began, 3), outcome=outcome)
+        return made
+
+    async def _try(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
+        self._freed.clear()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._create_all, sizes)
+
+    async def _retry(self, sizes: Sequence[int], deadline: float, ended: asyncio.Event) -> list[tuple[int, Owned]]:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), RETRY_S)
+            try:
+                return await self._try(sizes)
+            except AllocationTooLarge:
+                raise
+            except OutOfMemory:
+                if time.monotonic() >= deadline or ended.is_set():
+                    raise
 
     def _create_all(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
         if len(self._owned) + len(sizes) > self._limits.allocations:

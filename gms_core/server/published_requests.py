@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from gms_core.errors import InvalidArgument, LeaseConflict, PoolNotFound, ProtocolError, QuotaExceeded
+from gms_core.events import Kind
 from gms_core.layout import Layout
 from gms_core.protocol.messages import Acquire, Allocate, Commit, Discard, Done, ReadGranted, WriteGranted
 from gms_core.server.effects import Free, SessionId
@@ -14,12 +14,12 @@ from gms_core.server.exports import send_descriptors
 from gms_core.server.journal import Values
 from gms_core.server.limits import Limits, check_metadata, check_name
 from gms_core.server.memory import Memory
+from gms_core.server.observer import Tell, tell_nobody
+from gms_core.server.pool_changes import PublishedView, look_published, published_changes
 from gms_core.server.published import Effect, GrantRead, GrantWrite, PublishedPool
 from gms_core.server.records import SessionRecord
 from gms_core.server.sessions import Session, check_wait
 from gms_core.server.state import pool_values
-
-log = logging.getLogger(__name__)
 
 
 class PublishedRequests:
@@ -32,6 +32,7 @@ class PublishedRequests:
         free: Gives allocations up that were part of a pool.
         changed: Called when a pool may have changed, with the sessions whose leases on it may have.
         others: Names of the pools of the other class.
+        tell: Is told of what happens.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class PublishedRequests:
         free: Callable[[Sequence[int]], None],
         changed: Callable[[str, Sequence[SessionId]], None],
         others: Callable[[], Collection[str]],
+        tell: Tell = tell_nobody,
     ) -> None:
         self.pools: dict[str, PublishedPool] = {}
         self._sessions = sessions
         self._memory = memory
         self._limits = limits
-        self._free, self._changed, self._others = free, changed, others
+        self._free, self._changed, self._others, self._tell = free, changed, others, tell
+        self._seen: dict[str, PublishedView] = {}
 
     async def acquire(self, session: Session, request: Acquire, ended: asyncio.Event) -> None:
         """Grant a lease."""
@@ -67,10 +70,9 @@ class PublishedRequests:
         answer: GrantWrite | GrantRead = granted
         match answer:
             case GrantWrite():
-                log.info("pool %s: session %d (pid %d) writes generation %d", pool.name, session.id, session.peer.pid, answer.generation)
                 await session.send(WriteGranted(pool.name, answer.generation), ())
             case GrantRead():
-                log.info("pool %s: session %d (pid %d) reads generation %d", pool.name, session.id, session.peer.pid, answer.layout.generation)
+                self._tell(Kind.POOL_LEASE_GRANTED, pool.name, session=session.id, pid=session.peer.pid, generation=answer.layout.generation)
                 await session.send(ReadGranted(pool.name, answer.layout), ())
 
     async def allocate(self, session: Session, request: Allocate, ended: asyncio.Event) -> None:
@@ -82,7 +84,7 @@ class PublishedRequests:
             await send_descriptors(self._memory, session, list(before.items()))
             return
         pool.check_writer(session.id)
-        made = await self._memory.create(request.sizes, request.timeout_s, ended)
+        made = await self._memory.create(request.sizes, request.timeout_s, ended, pool.name)
         try:
             pool.add(session.id, [(identifier, owned.size) for identifier, owned in made], request.batch)
         except LeaseConflict:
@@ -109,10 +111,8 @@ class PublishedRequests:
         granted = session.answers.get_nowait()
         if not isinstance(granted, GrantRead):
             raise ProtocolError("a commit was not answered by a read lease")
-        layout = granted.layout
         self._changed(pool.name, [session.id])
-        log.info("pool %s: session %d committed generation %d, %d bytes", pool.name, session.id, layout.generation, layout.size)
-        await session.send(ReadGranted(pool.name, _without_manifest(layout), sealed), ())
+        await session.send(ReadGranted(pool.name, _without_manifest(granted.layout), sealed), ())
 
     async def discard(self, session: Session, request: Discard) -> None:
         """Take allocations out of a draft."""
@@ -138,6 +138,7 @@ class PublishedRequests:
     def resume(self, pools: Mapping[str, PublishedPool], sessions: Mapping[SessionId, SessionRecord]) -> None:
         """Take pools over from the server before, with the leases of the sessions that may come back."""
         self.pools.update(pools)
+        self._seen.update({name: look_published(pool) for name, pool in pools.items()})
         for number, record in sessions.items():
             for name in record.leases.keys() & self.pools.keys():
                 self.pools[name].resume_reader(number, record.leases[name])
@@ -163,11 +164,16 @@ class PublishedRequests:
         self._apply(pool, pool.release(session))
         self._changed(pool.name, [session])
         self._forget_if_idle(pool)
-        if had:
-            log.info("pool %s: session %d gave up its %s lease", pool.name, session, had)
+        if had == "read":
+            self._tell(Kind.POOL_LEASE_RELEASED, pool.name, session=session)
 
     def _apply(self, pool: PublishedPool, effects: list[Effect]) -> None:
         self._changed(pool.name, [effect.session for effect in effects if not isinstance(effect, Free)])
+        before = self._seen.get(pool.name, PublishedView())
+        seen = self._seen[pool.name] = look_published(pool)
+        for kind, facts in published_changes(before, seen):
+            writer = self._sessions.get(SessionId(int(facts["session"]))) if "session" in facts else None
+            self._tell(kind, pool.name, **facts, **({"pid": writer.peer.pid} if writer is not None else {}))
         for effect in effects:
             if isinstance(effect, Free):
                 self._free(effect.ids)
@@ -182,7 +188,7 @@ class PublishedRequests:
             check_name(name, others=self._others())
             if len(self.pools) >= self._limits.pools:
                 for known in [known for known, pool in self.pools.items() if pool.empty]:
-                    del self.pools[known]
+                    self._forget(known)
                     self._changed(known, [])
             if len(self.pools) >= self._limits.pools:
                 raise QuotaExceeded(f"{self._limits.pools} pools exist already")
@@ -191,7 +197,11 @@ class PublishedRequests:
 
     def _forget_if_idle(self, pool: PublishedPool) -> None:
         if pool.idle and self.pools.get(pool.name) is pool:  # another of its name may have been made since
-            del self.pools[pool.name]
+            self._forget(pool.name)
+
+    def _forget(self, name: str) -> None:
+        del self.pools[name]
+        self._seen.pop(name, None)
 
 
 def _without_manifest(layout: Layout) -> Layout:

@@ -28,6 +28,7 @@ class About(msgspec.Struct, frozen=True):
         boot: Names this boot of the machine, and the namespace of its processes' numbers.
         session: Number of the last session.
         allocation: Number of the last allocation.
+        restarts: See `gms_core.protocol.observation.Observation`.
     """
 
     format: int
@@ -36,6 +37,7 @@ class About(msgspec.Struct, frozen=True):
     boot: str
     session: int = 0
     allocation: int = 0
+    restarts: dict[str, int] = {}
 
 
 class DraftRecord(msgspec.Struct, frozen=True):

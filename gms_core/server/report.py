@@ -1,15 +1,23 @@
-"""What `Status` tells of pools and sessions."""
+"""What `Status` tells of a server, its pools and its sessions."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from gms_core.protocol.messages import PoolStatus, SessionStatus
+from gms_core import __version__
+from gms_core.events import Kind
+from gms_core.protocol.messages import PoolStatus, SessionStatus, StatusReport
 from gms_core.protocol.peer import PeerCredentials
 from gms_core.server.effects import SessionId
+from gms_core.server.observer import Observer
 from gms_core.server.published import PublishedPool
+from gms_core.server.state import State
+
+if TYPE_CHECKING:
+    from gms_core.server.service import Service
 
 
 class Reported(Protocol):
@@ -71,3 +79,49 @@ def session_status(session: Reported, pools: Iterable[PublishedPool]) -> Session
         waiting_for=session.waiting_for,
         away=session.detached,
     )
+
+
+async def status_report(service: Service, *, brief: bool) -> StatusReport:
+    """A server's state at one instant.
+
+    Args:
+        service: The server's.
+        brief: Whether to leave out the sessions.
+    """
+    info = await service.memory.info()
+    published = service.published.pools
+    sessions = [] if brief else sorted(service.sessions.items())
+    return StatusReport(
+        server=__version__,
+        pid=os.getpid(),
+        device=service.device,
+        driver=service.memory.driver.name,
+        uptime_s=time.monotonic() - service.started,
+        memory_free=info.free,
+        memory_total=info.total,
+        allocated_bytes=service.memory.bytes,
+        allocations=len(service.memory),
+        waiting_for_memory=service.memory.waiting,
+        pools=tuple(pool_status(pool) for _, pool in sorted(published.items())),
+        sessions=tuple(session_status(session, published.values()) for _, session in sessions),
+        retained=service.retained.status(),
+        cohorts=service.engines.status(),
+        locks=service.engines.lock_status(),
+        ends=tuple(service.engines.ends),
+        observation=service.observer.observation(len(service.sessions)),
+    )
+
+
+def tell_of_start(observer: Observer, device: str, state: State) -> None:
+    """Tell with what a server begins, and count it if one before it has not given up what it had."""
+    about, version, pid = state.about, __version__, os.getpid()
+    if about is None:
+        observer.tell(Kind.SERVER_STARTED, device, version=version, pid=pid)
+        return
+    how = "adopted" if state.with_memory else "lost"
+    observer.restarts = {**about.restarts, how: about.restarts.get(how, 0) + 1}
+    if state.with_memory:
+        allocations, sessions, engines = len(state.allocations), len(state.sessions), len(state.cohorts)
+        observer.tell(Kind.SERVER_ADOPTED, device, version=version, pid=pid, allocations=allocations, sessions=sessions, engines=engines)
+    else:
+        observer.tell(Kind.SERVER_BEGAN_ANEW, device, version=version, pid=pid)

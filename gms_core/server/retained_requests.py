@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
@@ -12,12 +11,12 @@ from gms_core.protocol.messages import AwaitWhole, Done, Drop, Held, Hold, Plan,
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
+from gms_core.server.observer import Tell, tell_nobody
+from gms_core.server.pool_changes import RetainedView, look_retained, retained_changes
 from gms_core.server.records import RetainedRecord
 from gms_core.server.retained import GrantHold, MakePlan, RetainedEffect, RetainedPool
 from gms_core.server.seat import Claim
 from gms_core.server.sessions import Session, check_wait
-
-log = logging.getLogger(__name__)
 
 
 class RetainedRequests:
@@ -29,6 +28,7 @@ class RetainedRequests:
         limits: Bounds on what clients may cost.
         free: Gives allocations up that were part of a pool.
         changed: Called when pools may have changed, with the sessions whose use of them may have.
+        tell: Is told of what happens.
     """
 
     def __init__(
@@ -39,17 +39,20 @@ class RetainedRequests:
         *,
         free: Callable[[Sequence[int]], None],
         changed: Callable[[Sequence[SessionId]], None] = lambda _: None,
+        tell: Tell = tell_nobody,
     ) -> None:
         self.pools: dict[str, RetainedPool] = {}
         self._sessions = sessions
         self._memory = memory
         self._limits = limits
-        self._free, self._changed = free, changed
+        self._free, self._changed, self._tell = free, changed, tell
+        self._seen: dict[str, RetainedView] = {}
 
     def resume(self, records: Mapping[str, RetainedRecord], *, with_memory: bool) -> None:
         """Take pools over from the server before."""
         for name, record in records.items():
-            self.pools[name] = RetainedPool.of(name, record, with_memory=with_memory)
+            pool = self.pools[name] = RetainedPool.of(name, record, with_memory=with_memory)
+            self._seen[name] = look_retained(pool)
 
     def resume_user(self, name: str, claim: Claim) -> None:
         """A session that may come back uses a pool."""
@@ -77,14 +80,13 @@ class RetainedRequests:
             await session.send(PlanDue(pool.name), ())
             return
         try:
-            self._apply(pool.ask_plan(claim, request.identity))
+            self._apply(pool, pool.ask_plan(claim, request.identity))
             answer = await session.answer(
-                f"plan of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
+                f"plan of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))
             )
         finally:
             self._forget_if_idle(pool)
         if isinstance(answer, MakePlan):
-            log.info("pool %s: %s plans it", pool.name, claim.label)
             await session.send(PlanDue(pool.name), ())
         else:
             await self._send_plan(session, pool)
@@ -102,7 +104,7 @@ class RetainedRequests:
         if any(not 0 <= index < len(request.sizes) for index in request.front) or len(set(request.front)) != len(request.front):
             raise InvalidArgument(f"the front {list(request.front)[:5]} does not name allocations of the plan, each once")
         sizes = (*request.sizes, *(request.sizes[index] for index in request.front))
-        made = await self._memory.create(sizes, request.timeout_s, ended)
+        made = await self._memory.create(sizes, request.timeout_s, ended, pool.name)
         try:
             allocations, offset = [], 0
             for identifier, owned in made[: len(request.sizes)]:
@@ -116,8 +118,7 @@ class RetainedRequests:
         except BaseException:
             self._memory.free(identifier for identifier, _ in made)  # such as when the engine began to end meanwhile: it plans nothing any more
             raise
-        log.info("pool %s: %s has planned %d bytes", pool.name, pool.users[session.id].label, offset)
-        self._apply(effects)
+        self._apply(pool, effects)
         session.answers.get_nowait()  # its own: it is answered here
         await self._send_plan(session, pool)
 
@@ -128,21 +129,19 @@ class RetainedRequests:
         if session.repeats and pool.seat.holder is not None and pool.seat.holder.session == session.id:
             await session.send(Held(pool.name, pool.seat.number, pool.turn, pool.unproven is None), ())
             return
-        self._apply(pool.hold(session.id, first=first, bridge=request.bridge))
+        self._apply(pool, pool.hold(session.id, first=first, bridge=request.bridge))
         granted: GrantHold = await session.answer(
-            f"pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
+            f"pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))
         )
-        label = pool.users[session.id].label
-        log.info("pool %s: %s holds %s, epoch %d", pool.name, label, "it" if granted.whole else "the bridge", granted.epoch)
         await session.send(Held(pool.name, granted.epoch, granted.turn, granted.whole), ())
 
     async def await_whole(self, session: Session, request: AwaitWhole, ended: asyncio.Event) -> None:
         """Answer once the holder of a bridge may map the rest."""
         check_wait(request.timeout_s, self._limits.wait_s)
         pool = self._pool(request.pool)
-        self._apply(pool.await_whole(session.id))
+        self._apply(pool, pool.await_whole(session.id))
         await session.answer(
-            f"the rest of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool.withdraw(session.id, request.timeout_s))
+            f"the rest of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))
         )
         await session.send(Done(), ())
 
@@ -150,44 +149,44 @@ class RetainedRequests:
         """Free memory that nobody uses."""
         pool = self._pool(request.pool)
         if not (session.repeats and pool.identity is None):
-            self._apply(pool.drop())
+            self._apply(pool, pool.drop())
         await session.send(Done(), ())
 
     def prefer(self, cohort: str) -> None:
         """An operator wants this engine to be the next one."""
         for pool in self.pools.values():
-            self._apply(pool.prefer(cohort))
+            self._apply(pool, pool.prefer(cohort))
 
     def release(self, session: Session, pool: RetainedPool) -> None:
         """A living session gives up its use of a pool."""
         self._changed([session.id])
-        self._apply(pool.release(session.id))
+        self._apply(pool, pool.release(session.id))
 
     def closed(self, session: SessionId) -> None:
         """A session's connection has ended."""
         for pool in list(self.pools.values()):
-            self._apply(pool.session_ended(session))
+            self._apply(pool, pool.session_ended(session))
             self._forget_if_idle(pool)
 
     def cohort_ends(self, cohort: str, reason: str) -> None:
         """A cohort is being ended, or ends by itself."""
         for pool in self.pools.values():
-            self._apply(pool.cohort_ends(cohort, reason))
+            self._apply(pool, pool.cohort_ends(cohort, reason))
 
     def cohort_mute(self, cohort: str) -> None:
         """A cohort that is ending can answer nobody any more."""
         for pool in self.pools.values():
-            self._apply(pool.cohort_mute(cohort))
+            self._apply(pool, pool.cohort_mute(cohort))
 
     def cohort_gone(self, cohort: str) -> None:
         """Every process of a cohort has exited."""
         for pool in self.pools.values():
-            self._apply(pool.cohort_gone(cohort))
+            self._apply(pool, pool.cohort_gone(cohort))
 
     def fence_failed(self, cohort: str, error: GmsError, final: bool) -> None:
         """A cohort has not been ended, and cannot be if that is final."""
         for pool in self.pools.values():
-            self._apply(pool.fence_failed(cohort, error, final=final))
+            self._apply(pool, pool.fence_failed(cohort, error, final=final))
 
     async def _send_plan(self, session: Session, pool: RetainedPool) -> None:
         await session.send(Planned(pool.name, pool.plan, pool.allocations, pool.seat.number, pool.spares), ())
@@ -200,9 +199,14 @@ class RetainedRequests:
     def _forget_if_idle(self, pool: RetainedPool) -> None:
         if pool.idle and self.pools.get(pool.name) is pool:
             del self.pools[pool.name]
+            self._seen.pop(pool.name, None)
 
-    def _apply(self, effects: list[RetainedEffect]) -> None:
+    def _apply(self, pool: RetainedPool, effects: list[RetainedEffect]) -> None:
         self._changed([effect.session for effect in effects if not isinstance(effect, Free)])
+        before = self._seen.get(pool.name, RetainedView())
+        seen = self._seen[pool.name] = look_retained(pool)
+        for kind, facts in retained_changes(before, seen):
+            self._tell(kind, pool.name, **facts)
         for effect in effects:
             if isinstance(effect, Free):
                 self._free(effect.ids)

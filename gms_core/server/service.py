@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from gms_core.errors import (
     VersionMismatch,
     WrongDevice,
 )
+from gms_core.events import Kind
 from gms_core.protocol.messages import (
     PROTOCOL_VERSIONS,
     Acquire,
@@ -32,6 +32,7 @@ from gms_core.protocol.messages import (
     Done,
     Drop,
     Elect,
+    Events,
     Export,
     Failure,
     HandOver,
@@ -61,9 +62,10 @@ from gms_core.server.journal import Journal
 from gms_core.server.kinds import GRANTING, IDLE, added_bytes
 from gms_core.server.limits import Limits, check_metadata, check_name
 from gms_core.server.memory import Memory
+from gms_core.server.observer import Observer
 from gms_core.server.published_requests import PublishedRequests
 from gms_core.server.records import FORMAT, About
-from gms_core.server.report import pool_status, session_status
+from gms_core.server.report import status_report, tell_of_start
 from gms_core.server.retained_requests import RetainedRequests
 from gms_core.server.seat import Claim
 from gms_core.server.sessions import Send, Session, detached
@@ -91,6 +93,8 @@ class Service:
         self.memory = memory
         self.limits = limits
         self.sessions: dict[SessionId, Session] = {}
+        self.observer = Observer()
+        memory.tell = tell = self.observer.tell
         self.published: PublishedRequests
         self.retained: RetainedRequests
         self.engines: CohortRequests
@@ -117,6 +121,7 @@ class Service:
             free=self._free,
             changed=lambda pool, changed: self.durable.touch("about/", f"pool/{pool}", *(f"session/{number}" for number in changed)),
             others=lambda: self.retained.pools,
+            tell=tell,
         )
         self.retained = RetainedRequests(
             self.sessions,
@@ -124,6 +129,7 @@ class Service:
             limits,
             free=self._free,
             changed=lambda changed: self.durable.touch("about/", "retained", *(f"session/{number}" for number in changed)),
+            tell=tell,
         )
         self.engines = CohortRequests(
             self.sessions,
@@ -133,10 +139,11 @@ class Service:
             mute=self.retained.cohort_mute,
             gone=self.retained.cohort_gone,
             failed=self.retained.fence_failed,
+            observer=self.observer,
         )
         self._last_session, self._in_grace = 0, False
         self._stopping = False
-        self._started = time.monotonic()
+        self.started = time.monotonic()
 
     async def open(self, hello: Hello, peer: PeerCredentials, send: Send, open_pidfd: Callable[[], int]) -> Session:
         """Answer a `Hello` and make the session.
@@ -202,6 +209,7 @@ class Service:
             raise
         if hello.resume:
             self.engines.came_back(session)
+            self.observer.tell(Kind.SESSION_RESUMED, str(session.id), **session.who)
         log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, hello.client)
         return session
 
@@ -232,6 +240,7 @@ class Service:
             label: Of the keeper that has the memory from now on.
         """
         self._label = label
+        tell_of_start(self.observer, self.device, state)
         self._last_session = state.about.session if state.about else 0
         for number, record in state.sessions.items():
             self.sessions[number] = detached(number, record)
@@ -259,7 +268,7 @@ class Service:
         away = [session for session in self.sessions.values() if session.detached]
         for session in away:
             if self.engines.cohorts.joined(session.id) is None or process_started(session.peer.pid) != session.started:
-                log.info("session %d (pid %d, %s) has not come back within %g s", session.id, session.peer.pid, session.client, self.limits.grace_s)
+                self.observer.tell(Kind.SESSION_LOST, str(session.id), **session.who, seconds=self.limits.grace_s)
                 self.close(session)
         if any(session.detached for session in away):
             asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
@@ -275,7 +284,7 @@ class Service:
                 self.close(stale)
 
     def _about(self) -> About:
-        return About(FORMAT, self.device, self._label, boot_id(), self._last_session, self.memory.last)
+        return About(FORMAT, self.device, self._label, boot_id(), self._last_session, self.memory.last, self.observer.restarts)
 
     def _session_value(self, number: SessionId) -> bytes | None:
         session = self.sessions.get(number)
@@ -296,12 +305,15 @@ class Service:
             GmsError: The request is refused; the caller tells the client.
         """
         session.promises = not isinstance(request, IDLE)
-        try:
-            if isinstance(request, GRANTING) and not session.repeats:  # one that was carried out needs no room, and must not be refused
-                self.durable.reserve(added_bytes(request) + self.durable.size("retained") + self.durable.size(f"pool/{getattr(request, 'pool', '')}"))
-            await self._handle(session, request, ended)
-        finally:
-            session.repeats, session.promises = False, True
+        with self.observer.counting(request):
+            try:
+                if isinstance(request, GRANTING) and not session.repeats:  # one that was carried out needs no room, and must not be refused
+                    self.durable.reserve(
+                        added_bytes(request) + self.durable.size("retained") + self.durable.size(f"pool/{getattr(request, 'pool', '')}")
+                    )
+                await self._handle(session, request, ended)
+            finally:
+                session.repeats, session.promises = False, True
 
     async def _handle(self, session: Session, request: Request, ended: asyncio.Event) -> None:
         match request:
@@ -357,9 +369,11 @@ class Service:
             case Drop():
                 await self.retained.drop(session, request)
             case Status():
-                await session.send(await self.report(), ())
+                await session.send(await self.report(brief=request.brief), ())
+            case Events():
+                await self.observer.events(session, request, ended, self.limits.wait_s)
             case HandOver():
-                log.info("pid %d takes over", session.peer.pid)
+                self.observer.tell(Kind.SERVER_HANDED_OVER, self.device, pid=session.peer.pid)
                 await session.send(Done(), ())
                 self._on_hand_over()
             case Hello():
@@ -376,24 +390,6 @@ class Service:
         """Free memory once it is written down that nothing refers to it: the next server must not look for what is not there."""
         self.durable.after(lambda: self.memory.free(ids))
 
-    async def report(self) -> StatusReport:
+    async def report(self, *, brief: bool = False) -> StatusReport:
         """The state at one instant."""
-        info = await self.memory.info()
-        return StatusReport(
-            server=__version__,
-            pid=os.getpid(),
-            device=self.device,
-            driver=self.memory.driver.name,
-            uptime_s=time.monotonic() - self._started,
-            memory_free=info.free,
-            memory_total=info.total,
-            allocated_bytes=self.memory.bytes,
-            allocations=len(self.memory),
-            waiting_for_memory=self.memory.waiting,
-            pools=tuple(pool_status(pool) for _, pool in sorted(self.published.pools.items())),
-            sessions=tuple(session_status(session, self.published.pools.values()) for _, session in sorted(self.sessions.items())),
-            retained=self.retained.status(),
-            cohorts=self.engines.status(),
-            locks=self.engines.lock_status(),
-            ends=tuple(self.engines.ends),
-        )
+        return await status_report(self, brief=brief)

@@ -17,6 +17,8 @@ from gms_core.server.records import SessionRecord
 
 Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
 """Sends a message with descriptors to the client."""
+NAME = 256
+"""Characters of a client's name that events have."""
 
 
 @dataclass
@@ -57,6 +59,11 @@ class Session:
     def is_of(self, other: Session) -> bool:
         """Whether both are of the same process."""
         return bool(self.started) and (self.peer.pid, self.started) == (other.peer.pid, other.started)
+
+    @property
+    def who(self) -> dict[str, str | int]:
+        """Its process, and what that calls itself, for events."""
+        return {"pid": self.peer.pid, "client": self.client[:NAME]}
 
     def record(self, leases: dict[str, int], uses: tuple[str, ...]) -> SessionRecord:
         """What the next server has to know.
