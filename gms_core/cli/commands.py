@@ -13,6 +13,8 @@ COMMANDS = {
     "serve": "gms_core.cli.serve:serve",
     "run": "gms_core.cli.run:run",
     "status": "gms_core.cli.status:status",
+    "events": "gms_core.cli.events:events",
+    "metrics": "gms_core.cli.metrics:metrics",
     "failover": "gms_core.cli.failover:failover",
     "doctor": "gms_core.cli.doctor:doctor",
     "patches": "gms_core.cli.patches:patches",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gms_core.cli.metrics import HostPort, serving_metrics
 from gms_core.cli.options import Size, runtime_dir_option
 from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument, ServerUnavailable, VersionMismatch
 
@@ -47,7 +48,8 @@ HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device
     help="How long a device's memory is kept while it has no server, because that was killed.",
 )
 @click.option("--replace", is_flag=True, help="Take over the devices of servers that run there already, such as those of an older version.")
-def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, keep_s: float, replace: bool) -> None:
+@click.option("--metrics", type=HostPort(), metavar="HOST:PORT", help="Where Prometheus finds metrics, at /metrics.  [default: nowhere]")
+def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, keep_s: float, replace: bool, metrics: tuple[str, int] | None) -> None:
     """Run one device server per device, until SIGTERM or SIGINT.
 
     Prints a line on standard output for each device once engines can connect to it. A server that is killed is started again and goes on with
@@ -66,7 +68,9 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, ke
         for check in (True, False):  # none is asked to leave before all are known to be able to
             for device in devices:
                 take_over(device, runtime_dir, only_check=check)
-    raise click.exceptions.Exit(supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s))
+    with serving_metrics(metrics, devices, runtime_dir):
+        code = supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s)
+    raise click.exceptions.Exit(code)
 
 
 def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> None:

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gms_core.cli.servers import ServerState
+    from gms_core.fleet.event_reader import Cursor
     from gms_core.protocol.messages import SessionStatus, StatusReport
 
 SCHEMA = "gms-status/1"
 CLIENT = "gms status"
+SETTLE_S = 0.1
+"""Seconds between an event and the next picture."""
 
 
 @click.command(short_help="Show servers, pools, sessions and engines.")
@@ -35,7 +38,7 @@ CLIENT = "gms status"
     is_flag=False,
     flag_value=2.0,
     metavar="[SECONDS]",
-    help="Show it again and again, every 2 seconds if not told otherwise; with JSON, one line each time.",
+    help="Show it again whenever something happens, and every 2 seconds if not told otherwise; with JSON, one line each time.",
 )
 def status(devices: tuple[str, ...], runtime_dir: Path, output: str, watch: float | None) -> None:
     """Show the servers of the runtime directory, their pools, locks and sessions, and the engines that fail over."""
@@ -75,22 +78,38 @@ def _watch(devices: tuple[str, ...], runtime_dir: Path, output: str, seconds: fl
 
     from gms_core.cli.console import standard_output
     from gms_core.cli.servers import ask
+    from gms_core.fleet.event_reader import EventReader
     from gms_core.runtime_dir import sockets
 
     console = standard_output()
+    states = [ask(path, CLIENT) for path in sockets(runtime_dir, devices)]
     try:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal and output != "json", transient=True) as live:
+        with (
+            EventReader(runtime_dir, devices, CLIENT, _read_already(states)) as reader,
+            Live(console=console, auto_refresh=False, screen=console.is_terminal and output != "json", transient=True) as live,
+        ):
             while True:
-                states = [ask(path, CLIENT) for path in sockets(runtime_dir, devices)]
                 if output == "json":
                     click.echo(json.dumps(document(states, runtime_dir)))
                 elif console.is_terminal:
-                    live.update(Group(table(states), f"{time.strftime('%X')}, every {seconds:g} s; Ctrl-C ends"), refresh=True)
+                    shown = f"{time.strftime('%X')}, at each event and every {seconds:g} s; Ctrl-C ends"
+                    live.update(Group(table(states), shown), refresh=True)
                 else:
                     console.print(table(states))
-                time.sleep(seconds)
+                if reader.next(seconds) is not None:
+                    time.sleep(min(SETTLE_S, seconds))  # what comes together is shown together
+                    reader.drain()
+                states = [ask(path, CLIENT) for path in sockets(runtime_dir, devices)]
     except KeyboardInterrupt:
         return
+
+
+def _read_already(states: list[ServerState]) -> dict[Path, Cursor]:
+    """How far the events need not be read, since their effects are in these states."""
+    from gms_core.fleet.event_reader import Cursor
+
+    seen = {state.socket: state.report.observation for state in states if state.report is not None}
+    return {path: Cursor(observation.log, observation.last) for path, observation in seen.items() if observation is not None}
 
 
 def table(states: list[ServerState]) -> RenderableType:

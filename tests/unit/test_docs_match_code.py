@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +20,8 @@ from gms_core import config, errors
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode, for_type
 from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.events import Kind
+from gms_core.metrics.table import METRICS
 from gms_core.plugins import hookspecs
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +105,22 @@ def test_exit_codes_table_is_complete_when_exit_codes_change() -> None:
         kinds = sorted(name for name, kind in errors.error_types().items() if code and for_type(kind) is code)
         expected.append([str(int(code)), f"`{code.name}`", code.meaning, ", ".join(f"`{name}`" for name in kinds)])
     assert _rows(_sections("cli.md")["Exit codes"]) == expected
+
+
+def test_events_table_is_complete_when_kinds_change() -> None:
+    expected = [[f"`{kind}`", logging.getLevelName(kind.level), re.sub(r":\.?[0-9]*[fg]}", "}", kind.words)] for kind in Kind]
+    assert _rows(_sections("events.md")[""]) == expected
+
+
+def test_metrics_table_is_complete_and_alerts_name_what_there_is_when_metrics_change() -> None:
+    sections = _sections("metrics.md")
+    expected = [[f"`{name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels) or "-", one.help] for name, one in METRICS.items()]
+    assert _rows(sections[""]) == expected
+    known = {name for name, one in METRICS.items() if one.kind != "histogram"}
+    known |= {f"{name}_{part}" for name, one in METRICS.items() if one.kind == "histogram" for part in ("bucket", "sum", "count")}
+    named = set(re.findall(r"\bgms_[a-z_]+", sections["Alerts"]))
+    assert named
+    assert named <= known
 
 
 def test_environment_table_is_complete_when_variables_change() -> None:
