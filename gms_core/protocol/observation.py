@@ -21,7 +21,7 @@ class Events(Message, frozen=True, tag="events"):
     timeout_s: float = 0.0
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """A change of state.
 
     Attributes:

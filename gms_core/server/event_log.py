@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from itertools import takewhile
 
-from gms_core.events import Facts, Kind
+from gms_core.events import Kind
 from gms_core.protocol.observation import Event
 
 RARE = 4096
@@ -44,11 +44,11 @@ class EventLog:
         self._kept: tuple[deque[Event], deque[Event]] = (deque(maxlen=rare), deque(maxlen=frequent))
         self._wall, self._monotonic = wall, monotonic
 
-    def add(self, kind: Kind, subject: str, facts: Facts) -> Event:
-        """Note an event."""
+    def add(self, kind: Kind, subject: str, facts: dict[str, str | int | float | bool]) -> Event:
+        """Note an event. The facts are the event's from now on."""
         self.last += 1
         self.counts[kind] += 1
-        event = Event(self.last, self._wall(), self._monotonic(), kind.value, subject, dict(facts))
+        event = Event(self.last, self._wall(), self._monotonic(), kind, subject, facts)
         self._kept[kind.frequent].append(event)
         return event
 

@@ -29,6 +29,10 @@ class PublishedView:
     layouts: Mapping[int, Layout] = field(default_factory=dict)
 
 
+NEW = PublishedView()
+"""A pool that nothing has happened to."""
+
+
 @dataclass(frozen=True, slots=True)
 class RetainedView:
     """A retained pool at one instant."""
@@ -39,6 +43,12 @@ class RetainedView:
     epoch: int = 0
     holder: Claim | None = None
     whole: bool = True
+
+
+def same_published(pool: PublishedPool, view: PublishedView) -> bool:
+    """Whether nothing of it has changed but who reads, which is what happens most: no other look is needed then."""
+    kept = len(view.layouts) - (view.committed is not None)
+    return pool.draft is view.draft and pool.committed is view.committed and len(pool.retired) == kept
 
 
 def look_published(pool: PublishedPool) -> PublishedView:

@@ -15,7 +15,7 @@ from gms_core.server.journal import Values
 from gms_core.server.limits import Limits, check_metadata, check_name
 from gms_core.server.memory import Memory
 from gms_core.server.observer import Tell, tell_nobody
-from gms_core.server.pool_changes import PublishedView, look_published, published_changes
+from gms_core.server.pool_changes import NEW, PublishedView, look_published, published_changes, same_published
 from gms_core.server.published import Effect, GrantRead, GrantWrite, PublishedPool
 from gms_core.server.records import SessionRecord
 from gms_core.server.sessions import Session, check_wait
@@ -169,16 +169,20 @@ class PublishedRequests:
 
     def _apply(self, pool: PublishedPool, effects: list[Effect]) -> None:
         self._changed(pool.name, [effect.session for effect in effects if not isinstance(effect, Free)])
-        before = self._seen.get(pool.name, PublishedView())
-        seen = self._seen[pool.name] = look_published(pool)
-        for kind, facts in published_changes(before, seen):
-            writer = self._sessions.get(SessionId(int(facts["session"]))) if "session" in facts else None
-            self._tell(kind, pool.name, **facts, **({"pid": writer.peer.pid} if writer is not None else {}))
+        before = self._seen.get(pool.name, NEW)
+        if not same_published(pool, before) and self.pools.get(pool.name) is pool:  # one that is forgotten may still refuse somebody
+            self._tell_changes(pool, before)
         for effect in effects:
             if isinstance(effect, Free):
                 self._free(effect.ids)
             elif effect.session in self._sessions:
                 self._sessions[effect.session].answers.put_nowait(effect)
+
+    def _tell_changes(self, pool: PublishedPool, before: PublishedView) -> None:
+        seen = self._seen[pool.name] = look_published(pool)
+        for kind, facts in published_changes(before, seen):
+            writer = self._sessions.get(SessionId(int(facts["session"]))) if "session" in facts else None
+            self._tell(kind, pool.name, **facts, **({"pid": writer.peer.pid} if writer is not None else {}))
 
     def _pool(self, name: str, *, create: bool = False) -> PublishedPool:
         pool = self.pools.get(name)

@@ -203,10 +203,11 @@ class RetainedRequests:
 
     def _apply(self, pool: RetainedPool, effects: list[RetainedEffect]) -> None:
         self._changed([effect.session for effect in effects if not isinstance(effect, Free)])
-        before = self._seen.get(pool.name, RetainedView())
-        seen = self._seen[pool.name] = look_retained(pool)
-        for kind, facts in retained_changes(before, seen):
-            self._tell(kind, pool.name, **facts)
+        if self.pools.get(pool.name) is pool:  # one that is forgotten may still refuse somebody
+            before, seen = self._seen.get(pool.name, RetainedView()), look_retained(pool)
+            self._seen[pool.name] = seen
+            for kind, facts in retained_changes(before, seen):
+                self._tell(kind, pool.name, **facts)
         for effect in effects:
             if isinstance(effect, Free):
                 self._free(effect.ids)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from gms_core.cli import gms
 from gms_core.cli.events import Moment
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import connect
+from gms_core.config import child_environment
 from tests.conftest import RunningServer, running_server
 from tests.unit.publishing import publish
 
@@ -181,6 +185,36 @@ def test_watched_status_is_shown_at_once_when_something_happens(server: RunningS
             pass
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 0
+
+
+def test_watched_status_is_drawn_in_place_on_a_terminal_and_ctrl_c_ends_it(server: RunningServer) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        command = [*GMS, "status", "--runtime-dir", str(server.directory), "--watch", "3600"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=child_environment(TERM="xterm", COLUMNS="160")) as process:
+            try:
+                drawn = _drawn_until(ours, b"Ctrl-C ends")
+                with server.connect() as session:
+                    lease = publish(session, b"bytes")
+                    drawn += _drawn_until(ours, b"committed")
+                    lease.release()
+                process.send_signal(signal.SIGINT)
+                drawn += _drawn_until(ours, b"\x1b[?1049l")
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+        assert b"\x1b[?1049h" in drawn, "on a screen of its own"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def _drawn_until(terminal: int, wanted: bytes) -> bytes:
+    drawn = b""
+    while wanted not in drawn:
+        assert select.select([terminal], [], [], 30)[0], drawn
+        drawn += os.read(terminal, 65536)
+    return drawn
 
 
 def test_watched_status_tells_of_a_restart_at_once_when_its_server_is_killed(server: RunningServer) -> None:

@@ -14,7 +14,7 @@ from gms_core.events import Kind, sentence, text
 from gms_core.layout import Allocation, Identity
 from gms_core.server.effects import SessionId
 from gms_core.server.event_log import EventLog
-from gms_core.server.pool_changes import PublishedView, RetainedView, look_published, look_retained, published_changes, retained_changes
+from gms_core.server.pool_changes import NEW, RetainedView, look_published, look_retained, published_changes, retained_changes, same_published
 from gms_core.server.published import PublishedPool
 from gms_core.server.retained import RetainedPool
 from gms_core.server.seat import Claim
@@ -56,12 +56,10 @@ def test_readers_of_weights_displace_no_commit_when_there_are_very_many():
     assert (last, lost) == (101, 98)
 
 
-def test_event_has_both_clocks_and_facts_of_its_own_when_it_is_added():
+def test_event_has_both_clocks_and_its_facts_when_it_is_added():
     wall, monotonic = count(1000.0), count(5.0)
     log = EventLog(wall=lambda: next(wall), monotonic=lambda: next(monotonic))
-    facts = {"generation": 1}
-    event = log.add(RARE, "weights", facts)
-    facts["generation"] = 2
+    event = log.add(RARE, "weights", {"generation": 1})
     assert (event.number, event.time_s, event.monotonic_s, event.kind, event.subject, event.facts) == (
         1,
         1000.0,
@@ -113,7 +111,7 @@ class Replayed:
 
 @given(st.lists(st.tuples(st.sampled_from(["rw", "ro", "auto", "replace", "add", "commit", "release"]), st.integers(1, 4))))
 def test_events_alone_tell_who_writes_and_which_generations_there_are(steps):
-    pool, told, seen, numbers = PublishedPool("weights"), Replayed(), PublishedView(), count(1)
+    pool, told, seen, numbers = PublishedPool("weights"), Replayed(), NEW, count(1)
     for step, number in steps:
         session = SessionId(number)
         try:
@@ -129,12 +127,14 @@ def test_events_alone_tell_who_writes_and_which_generations_there_are(steps):
         except GmsError:
             continue
         now = look_published(pool)
+        assert same_published(pool, seen) == (list(published_changes(seen, now)) == [])
         for kind, facts in published_changes(seen, now):
             told.hear(kind, facts)
         seen = now
         assert told.writer == ((pool.draft.session, pool.draft.generation) if pool.draft else None)
         layouts = [pool.committed, *pool.retired.values()] if pool.committed else [*pool.retired.values()]
         assert told.generations == {layout.generation: layout.size for layout in layouts}
+        assert same_published(pool, now)
         assert list(published_changes(now, look_published(pool))) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -15,11 +16,13 @@ from gms_core.client import connect
 from gms_core.errors import InvalidArgument, OutOfMemory, VersionMismatch
 from gms_core.fleet import event_reader
 from gms_core.fleet.event_reader import Cursor, EventReader, read_past
-from gms_core.protocol.messages import EventBatch, Events, Hold, Plan, Provide, Status, StatusReport
+from gms_core.protocol.framing import decode_reply, decode_request
+from gms_core.protocol.messages import Acquire, EventBatch, Events, Hold, Plan, Provide, Release, Status, StatusReport
 from gms_core.server.observer import REQUESTS, Observer
 from tests.conftest import running_server
 from tests.unit.engine_processes import processes
 from tests.unit.publishing import MODEL, PAGE, publish
+from tests.unit.test_server_requests import Client, service_in_this_process, turns_of_the_loop
 
 
 def events_of(server):
@@ -255,3 +258,28 @@ def test_session_that_comes_back_is_told_and_so_is_one_that_does_not(server):
         server.kill()
         session.status()
         assert ("session_resumed", "comes back") in [(kind, facts.get("client")) for kind, _, facts in events_of(server)]
+
+
+def test_messages_are_understood_when_the_other_side_does_not_know_of_events(server):
+    assert decode_request(msgspec.msgpack.encode({"type": "status"})) == Status()
+    assert decode_request(msgspec.msgpack.encode({"type": "status", "unheard_of": 1})) == Status()
+    with server.connect() as session:
+        report = msgspec.to_builtins(session.status())
+    del report["observation"]
+    assert decode_reply(msgspec.msgpack.encode(report)).observation is None
+
+
+def test_forgotten_pool_tells_nothing_of_the_next_one_of_its_name():
+    async def scenario():
+        with service_in_this_process() as service:
+            one, two = await Client(service).open(), await Client(service).open()
+            for _ in range(3):
+                await one.ask(Acquire("weights", "rw", MODEL, 0))
+                waiting = asyncio.create_task(two.ask(Acquire("weights", "rw", MODEL, 60, replace=5)))
+                await turns_of_the_loop(10)
+                await one.ask(Release("weights"))
+                await asyncio.gather(waiting, return_exceptions=True)
+            assert service.published.pools == {}
+            assert service.observer.log.counts == {"pool_draft_begun": 3, "pool_draft_dropped": 3}
+
+    asyncio.run(scenario())
