@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from gms_core.devices import DeviceId
+    from gms_core.metrics.endpoint import Endpoint
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 2.0
+"""Seconds that a `gms serve` which was replaced may take to leave its address."""
 
 
 class HostPort(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click only
@@ -54,25 +61,47 @@ def metrics(devices: tuple[str, ...], runtime_dir: Path) -> None:
     click.echo(exposition.as_text(lambda: scrape(paths)), nl=False)
 
 
-@contextlib.contextmanager
-def serving_metrics(address: tuple[str, int] | None, devices: Sequence[DeviceId], runtime_dir: Path) -> Iterator[None]:
-    """Answer Prometheus at an address, if there is one, and say so; until the context ends.
+def endpoint_of(address: tuple[str, int] | None, devices: Sequence[DeviceId], runtime_dir: Path) -> Endpoint | None:
+    """Where the metrics of these devices are to be served, if anywhere. Nothing listens yet.
 
     Raises:
-        ConfigurationError: prometheus_client is missing, or the address cannot be had.
+        ConfigurationError: prometheus_client is missing.
         InvalidArgument: The host is unknown.
     """
     if address is None:
-        yield
-        return
-    from gms_core.metrics.endpoint import metrics_endpoint
+        return None
+    exposition = _exposition("--metrics")
+    from gms_core.metrics.endpoint import Endpoint
     from gms_core.metrics.scrape import scrape
     from gms_core.runtime_dir import socket_path
 
     paths = [socket_path(device, runtime_dir) for device in devices]
-    with metrics_endpoint(*address, _exposition("--metrics").as_application(lambda: scrape(paths))) as url:
-        with contextlib.suppress(OSError):  # as for the devices' lines
-            click.echo(f"metrics at {url}")
+    return Endpoint(*address, exposition.as_application(lambda: scrape(paths)))
+
+
+@contextlib.contextmanager
+def serving_metrics(endpoint: Endpoint | None, *, replaced: bool) -> Iterator[None]:
+    """Answer Prometheus, if that is wanted, and say where; until the context ends.
+
+    Args:
+        endpoint: Where.
+        replaced: Whether devices were taken over. Whoever had them may be about to leave that address; if it does not, there are no metrics, but
+            servers all the same, since their clients wait for them.
+
+    Raises:
+        ConfigurationError: The address cannot be had.
+    """
+    with contextlib.ExitStack() as stack:
+        if endpoint is not None:
+            try:
+                url = stack.enter_context(endpoint.listening(PATIENCE_S if replaced else 0.0))
+            except ConfigurationError as error:
+                if not replaced:
+                    raise
+                log.error("%s", error)
+            else:
+                with contextlib.suppress(OSError):  # as for the devices' lines
+                    click.echo(f"metrics at {url}")
         yield
 
 

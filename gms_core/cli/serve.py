@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gms_core.cli.metrics import HostPort, serving_metrics
+from gms_core.cli.metrics import HostPort, endpoint_of, serving_metrics
 from gms_core.cli.options import Size, runtime_dir_option
 from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument, ServerUnavailable, VersionMismatch
 
@@ -64,22 +64,27 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, ke
     logging.getLogger("gms_core").setLevel(min(logging.INFO, logging.getLogger().level))
     if not math.isfinite(keep_s):
         raise InvalidArgument(f"--keep {keep_s} is no finite number of seconds")
+    endpoint = endpoint_of(metrics, devices, runtime_dir)
+    replaced = False
     if replace:
         for check in (True, False):  # none is asked to leave before all are known to be able to
             for device in devices:
-                take_over(device, runtime_dir, only_check=check)
-    with serving_metrics(metrics, devices, runtime_dir):
+                replaced |= take_over(device, runtime_dir, only_check=check)
+    with serving_metrics(endpoint, replaced=replaced):
         code = supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s)
     raise click.exceptions.Exit(code)
 
 
-def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> None:
+def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> bool:
     """Have the server that a device has, if it has one, leave everything to the next, and wait until it has gone.
 
     Args:
         device: Whose server.
         runtime_dir: Where it has its socket.
         only_check: Whether to see only that it could do so.
+
+    Returns:
+        Whether there is, or was, one.
 
     Raises:
         GmsError: It does not want to, or does not go.
@@ -90,7 +95,7 @@ def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> None:
 
     path = socket_path(device, runtime_dir)
     if not _is_locked(lock_path(path)):
-        return
+        return False
     try:
         with connect(device, socket_path=path, client="gms serve --replace") as session:
             if session.welcome.version < 2:
@@ -98,15 +103,16 @@ def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> None:
                     f"the server at {path} (gms {session.welcome.server}) is too old to hand anything over", hint="Stop it, and the engines with it."
                 )
             if only_check:
-                return
+                return True
             session.perform(HandOver())
     except ServerUnavailable:
-        return  # there is none, or it has just ended
+        return False  # there is none, or it has just ended
     deadline = time.monotonic() + TAKE_OVER_S
     while _is_locked(lock_path(path)):
         if time.monotonic() > deadline:
             raise ServerUnavailable(f"the server at {path} was asked to leave, and is still there after {TAKE_OVER_S:g} s")
         time.sleep(0.01)
+    return True
 
 
 def _is_locked(path: Path) -> bool:

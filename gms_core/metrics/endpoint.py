@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -17,8 +19,8 @@ log = logging.getLogger(__name__)
 
 CLIENT_S = 5.0
 """Seconds that a client may say nothing, or read nothing."""
-LOOK_S = 0.2
-"""Seconds between two looks at whether it is over."""
+AGAIN_S = 0.02
+"""Seconds between two tries to listen where somebody is about to leave."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -30,8 +32,6 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(WSGIServer):
-    timeout = LOOK_S
-
     def server_bind(self) -> None:
         """Bind; the base class would ask the network for this machine's name, which can take long and is of no use."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,9 +45,8 @@ class _Server(WSGIServer):
         log.debug("a request for metrics by %s was not answered", client_address, exc_info=True)
 
 
-@contextlib.contextmanager
-def metrics_endpoint(host: str, port: int, application: Any) -> Iterator[str]:
-    """Answer requests for metrics in a thread, until the context ends; gives the URL.
+class Endpoint:
+    """An address at which metrics are served.
 
     Args:
         host: Name or address at which to listen.
@@ -56,34 +55,56 @@ def metrics_endpoint(host: str, port: int, application: Any) -> Iterator[str]:
 
     Raises:
         InvalidArgument: The host is unknown.
-        ConfigurationError: It cannot be listened there.
     """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError) as error:
-        raise InvalidArgument(f"metrics cannot be served at {host!r}: {error}") from error
 
-    class Server(_Server):
-        address_family = family
+    def __init__(self, host: str, port: int, application: Any) -> None:
+        self._shown = f"{host} port {port}"
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        except (OSError, UnicodeError) as error:
+            raise InvalidArgument(f"metrics cannot be served at {host!r}: {error}") from error
+        self._family, self._address, self._application = family, (str(address[0]), int(address[1])), application
 
-    try:
-        server = Server((str(address[0]), int(address[1])), _Handler)
-    except OSError as error:
-        message = f"metrics cannot be served at {host} port {port}: {error.strerror}"
-        raise ConfigurationError(message, hint="Name another address, or end what listens there.") from error
-    server.set_app(application)
-    over = threading.Event()
+    @contextlib.contextmanager
+    def listening(self, patience_s: float = 0.0) -> Iterator[str]:
+        """Answer requests in a thread, until the context ends; gives the URL.
 
-    def answer() -> None:
-        while not over.is_set():
-            server.handle_request()
+        Args:
+            patience_s: Seconds for which somebody else who listens there may take to leave.
 
-    thread = threading.Thread(target=answer, name="gms-metrics", daemon=True)
-    thread.start()
-    try:
-        shown = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-        yield f"http://{shown}:{server.server_port}/metrics"
-    finally:
-        over.set()
-        thread.join(ANSWER_S)  # no longer: a client that is slow to read must not keep servers from ending
-        server.server_close()
+        Raises:
+            ConfigurationError: It cannot be listened there.
+        """
+        server, over = self._bound(time.monotonic() + patience_s), threading.Event()
+
+        def answer() -> None:
+            while not over.is_set():
+                server.handle_request()
+
+        thread = threading.Thread(target=answer, name="gms-metrics", daemon=True)
+        thread.start()
+        try:
+            shown = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
+            yield f"http://{shown}:{server.server_port}/metrics"
+        finally:
+            over.set()
+            with contextlib.suppress(OSError):
+                server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, and makes room for who listens here next
+            thread.join(ANSWER_S)  # no longer: a client that is slow to read must not keep servers from ending
+            server.server_close()
+
+    def _bound(self, deadline: float) -> WSGIServer:
+        class Server(_Server):
+            address_family = self._family
+
+        while True:
+            try:
+                server = Server(self._address, _Handler)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                    time.sleep(AGAIN_S)
+                    continue
+                message = f"metrics cannot be served at {self._shown}: {error.strerror}"
+                raise ConfigurationError(message, hint="Name another address, or end what listens there.") from error
+            server.set_app(self._application)
+            return server

@@ -262,7 +262,7 @@ class Fencer:
 
     def _fail(self, cohort: str, message: str, *, final: bool) -> None:
         error = FenceFailed(message, hint="The memory is granted once they have exited. A process that waits for a driver may need a reboot.")
-        self._tell(Kind.ENGINE_FENCE_FAILED, self._cohorts.by_name[cohort].engine, cohort=cohort, reason=message)
+        self._tell(Kind.ENGINE_FENCE_FAILED, self._cohorts.by_name[cohort].engine, cohort=cohort, reason=message[:LONGEST_REASON])
         self._failed(cohort, error, final)
 
     def _process(self, cohort: str, session: SessionId) -> str:
@@ -333,5 +333,7 @@ def _open(session: Session) -> int:
     return pidfd
 
 
+LONGEST_REASON = 1024
+"""Characters of an event that says why a cohort could not be ended: it names its processes, of which there can be many."""
 _SAME_PIDS = "Server and engines have to share a PID namespace, and the server has to run as the engines' user or as root."
 _MORE_FILES = "Raise the server's limit of open files (ulimit -n)."

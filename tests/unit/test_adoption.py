@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gms_core.errors import ConnectionLost, GmsError, JournalUnavailable, LeaseConflict
@@ -44,8 +45,9 @@ from gms_core.server import journal as journal_module
 from gms_core.server.journal import Journal
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
+from gms_core.server.records import About
 from gms_core.server.service import Service
-from gms_core.server.state import read
+from gms_core.server.state import decode, encode, read
 from gms_core.vmm.host import HostDriver
 
 PAGE = 4096
@@ -358,3 +360,16 @@ def test_processes_that_have_died_together_are_buried_together(run: Any) -> None
         assert service.engines.locks["primary"].holder is None
 
     run(work)
+
+
+def test_restarts_are_counted_from_server_to_server_and_from_a_journal_of_a_version_that_did_not_count(run: Any) -> None:
+    async def work(host: Host) -> None:
+        assert host.next().observer.restarts == {}
+        service = host.next()
+        assert service.observer.restarts == {"adopted": 1}
+        assert host.next().observer.restarts == {"adopted": 2}
+        assert [event.kind for event in host.next().observer.log.after(0, 1)[0]] == ["server_adopted"]
+
+    run(work)
+    older = {name: value for name, value in msgspec.to_builtins(About(1, "host", "label", "boot")).items() if name != "restarts"}
+    assert decode(encode(older), About).restarts == {}

@@ -27,7 +27,7 @@ from gms_core.client import connect
 from gms_core.client.question import ask_once
 from gms_core.errors import ConfigurationError, ConnectionLost, GmsError, IdentityMismatch, InvalidArgument, ServerUnavailable
 from gms_core.layout import Identity
-from gms_core.metrics.endpoint import metrics_endpoint
+from gms_core.metrics.endpoint import Endpoint
 from gms_core.metrics.exposition import as_text
 from gms_core.metrics.samples import samples
 from gms_core.metrics.scrape import scrape
@@ -57,9 +57,9 @@ def scraped(server: RunningServer) -> Values:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(directory: Path, *arguments: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A ``gms serve --metrics``, and the URL that it has."""
-    command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(directory), "--metrics", "127.0.0.1:0", *arguments]
+    command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(directory), "--metrics", f"127.0.0.1:{port}", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     with process:
         try:
@@ -185,6 +185,29 @@ def test_scrape_says_down_in_a_short_time_and_up_again_later_when_a_device_serve
             assert time.monotonic() < deadline
 
 
+def test_address_goes_over_to_the_next_serve_when_it_replaces_the_first(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as (first, url):
+        port = int(url.split(":")[2].partition("/")[0])
+        with serving(runtime_dir, "--replace", port=port) as (_, again):
+            assert first.wait(20) == 0
+            assert again == url
+            assert values_of(fetch(url))["gms_server_restarts_total"] == {("adopted",): 1, ("lost",): 0}
+
+
+def test_devices_are_served_without_metrics_when_the_address_is_another_programs_after_a_replacement(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as (first, _), socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [*GMS, "serve", "--device", "host", "--runtime-dir", str(runtime_dir), "--replace", "--metrics", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
+            try:
+                assert second.stdout is not None
+                assert second.stdout.readline() == f"host ready at {runtime_dir}/host.sock\n"
+            finally:
+                second.send_signal(signal.SIGTERM)
+            assert "Address already in use" in second.communicate(timeout=20)[1]
+        assert (first.wait(20), second.returncode) == (0, 0)
+
+
 def test_clients_that_say_nothing_or_nonsense_or_leave_cost_no_other_its_answer(runtime_dir: Path) -> None:
     with serving(runtime_dir) as (_, url):
         host, port = url.split("/")[2].split(":")
@@ -211,9 +234,9 @@ def test_serve_refuses_with_a_sentence_and_starts_nothing_when_the_address_is_ta
         result = CliRunner().invoke(gms, [*serve, wrong])
         assert (result.exit_code, "is not HOST:PORT" in result.stderr) == (ExitCode.USAGE, True), wrong
     assert not (runtime_dir / "x").exists()
-    with pytest.raises(InvalidArgument), metrics_endpoint("no.such.host.invalid", 1, None):
-        pass
-    with pytest.raises(ConfigurationError), metrics_endpoint("192.0.2.1", 1, None):
+    with pytest.raises(InvalidArgument):
+        Endpoint("no.such.host.invalid", 1, None)
+    with pytest.raises(ConfigurationError), Endpoint("192.0.2.1", 1, None).listening():
         pass
 
 
@@ -223,10 +246,10 @@ def test_endpoint_has_an_ipv6_address_when_it_is_named(runtime_dir: Path) -> Non
         return [b"hello"]
 
     if not socket.has_ipv6 or not Path("/proc/net/if_inet6").read_text():
-        with pytest.raises(GmsError), metrics_endpoint("::1", 0, application):
+        with pytest.raises(GmsError), Endpoint("::1", 0, application).listening():
             pass
         return
-    with metrics_endpoint("::1", 0, application) as url:
+    with Endpoint("::1", 0, application).listening() as url:
         assert url.startswith("http://[::1]:")
         assert fetch(url) == "hello"
 
