@@ -22,6 +22,8 @@ POLL_S = 600.0
 """Seconds that one request waits for an event. It costs the server nothing."""
 AGAIN_S = 0.2
 """Seconds between two tries to reach a server that has gone."""
+OLD_S = 10.0
+"""Seconds between two looks at whether a server of an older version has been replaced."""
 LOOK_S = 1.0
 """Seconds between two looks for servers that are new."""
 
@@ -159,6 +161,8 @@ class _Thread(threading.Thread):
         while not self._stopping.is_set():
             try:
                 self._follow()
+            except VersionMismatch:
+                self._stopping.wait(OLD_S)
             except GmsError:
                 self._stopping.wait(AGAIN_S)
 

@@ -129,13 +129,13 @@ class Memory:
             if not timeout_s or ended.is_set():
                 raise
         self.tell(Kind.POOL_MEMORY_WAIT_BEGUN, pool, bytes=wanted)
-        began, outcome = time.monotonic(), "there was no room in time"
+        began, made = time.monotonic(), None
         self.waiting += 1
         try:
             made = await self._retry(sizes, began + timeout_s, ended)
-            outcome = "there is room"
         finally:
             self.waiting -= 1
+            outcome = "there is room" if made is not None else "nobody wants them any more" if ended.is_set() else "there was no room in time"
             self.tell(Kind.POOL_MEMORY_WAIT_ENDED, pool, bytes=wanted, seconds=round(time.monotonic() - began, 3), outcome=outcome)
         return made
 

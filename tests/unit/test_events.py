@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 
 from gms_core.client import connect
-from gms_core.errors import InvalidArgument, OutOfMemory, VersionMismatch
+from gms_core.errors import GmsError, InvalidArgument, OutOfMemory, VersionMismatch
 from gms_core.fleet import event_reader
 from gms_core.fleet.event_reader import Cursor, EventReader, read_past
 from gms_core.protocol.framing import decode_reply, decode_request
@@ -153,6 +154,27 @@ def test_wait_for_memory_is_told_when_it_begins_and_how_it_ends(runtime_dir):
         waiting.arena.allocate(PAGE)
         assert kinds_of(server).count("pool_memory_wait_begun") == 1
         waiting.release()
+
+
+def test_wait_for_memory_is_told_to_have_ended_when_its_client_has_gone(runtime_dir):
+    with running_server(runtime_dir, host_memory=PAGE) as server, server.connect() as first, EventReader(runtime_dir, (), "test", {}) as reader:
+        holder = first.acquire("a", "rw", MODEL, timeout_s=5, slab_bytes=PAGE)
+        holder.arena.allocate(PAGE)
+        second = server.connect()
+        waiting = second.acquire("b", "rw", MODEL, timeout_s=5, slab_bytes=PAGE, memory_timeout_s=60.0)
+
+        def ask_for_memory():
+            with contextlib.suppress(GmsError):
+                waiting.arena.allocate(PAGE)
+
+        asking = threading.Thread(target=ask_for_memory)
+        asking.start()
+        next_of(reader, "pool_memory_wait_begun")
+        assert first.status().waiting_for_memory == 1
+        second.close()
+        asking.join(30)
+        assert next_of(reader, "pool_memory_wait_ended").event.facts["outcome"] == "nobody wants them any more"
+        holder.release()
 
 
 def test_reader_goes_on_in_the_log_of_the_next_server_when_one_is_killed(server):
