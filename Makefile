@@ -8,12 +8,13 @@ VLLM_VERSIONS := 0.26.0 0.30.0 0.33.0
 PYTEST_ARGS ?=
 SEED ?=
 KILLS ?= 100
+FRAMES ?= 1000000
 
 # Run with another Python whose environment has gms, an engine and the tools already: make test-gpu RUN=python3
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts bench wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts fuzz bench wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -43,6 +44,9 @@ chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engine
 
 restarts: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill a device server again and again under its clients: make restarts SEED=7 KILLS=200
 	PYTHONPATH=.:tests $(RUN) -m chaos.restarts $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
+
+fuzz: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Hostile frames against a live server, and inputs for the codec: make fuzz SEED=7 FRAMES=1000000; writes build/fuzz.json.
+	PYTHONPATH=. $(RUN) -m tests.fuzz $(if $(SEED),--seed $(SEED)) --frames $(FRAMES)
 
 bench: ## How long a new process needs to attach, and what a server with many clients needs, beside their limits.
 	$(RUN) -m gms_core.cli bench attach

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gms_core.errors import ConfigurationError
+from gms_core.errors import ConfigurationError, InvalidArgument
 
 ENVIRONMENT = {
     "GMS_RUNTIME_DIR": "Directory of the servers' sockets.",
+    "GMS_SERVER_USER": "A user, besides this one and root, whose servers are trusted; by name or number.",
     "GMS_PLUGINS": "Names of the installed plugins that may be loaded, separated by commas; empty for none. Unset: all.",
     "GMS_TRACE_PLUGINS": "Log every hook call and its result.",
     "GMS_ALLOW_UNTESTED_ENGINE": "Apply patches to an engine version that they were not tested with.",
@@ -38,6 +39,7 @@ class Settings:
         failover: The failover block as JSON; empty if unset.
         engine: What people call this engine; empty if unset.
         cohort: The cohort of this process; empty outside of engines that fail over.
+        server_user: Number of a user, besides this one and root, whose servers are trusted; None for nobody else.
     """
 
     runtime_dir: Path
@@ -48,6 +50,7 @@ class Settings:
     failover: str = ""
     engine: str = ""
     cohort: str = ""
+    server_user: int | None = None
 
 
 def settings() -> Settings:
@@ -66,6 +69,7 @@ def settings() -> Settings:
         failover=environment.get("GMS_FAILOVER", ""),
         engine=environment.get("GMS_ENGINE", ""),
         cohort=environment.get("GMS_COHORT", ""),
+        server_user=_user(environment, "GMS_SERVER_USER"),
     )
 
 
@@ -99,6 +103,18 @@ def _directory(environment: Mapping[str, str], name: str) -> Path | None:
     if not value.startswith("/") or "\0" in value:
         raise ConfigurationError(f"{name}={value!r} is not an absolute path", hint="Processes with different working directories must agree on it.")
     return Path(value)
+
+
+def _user(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name, "")
+    if not value:
+        return None
+    from gms_core.allowed import user_number
+
+    try:
+        return user_number(value)
+    except InvalidArgument as error:
+        raise ConfigurationError(f"{name}={value!r}: {error.message}", hint=error.hint) from error
 
 
 def _names(environment: Mapping[str, str], name: str) -> tuple[str, ...] | None:

@@ -102,7 +102,7 @@ def run(
     from gms_core.failover.locks import check_lock
     from gms_core.fleet.restarts import Policy
     from gms_core.fleet.supervisor import Wanted, supervise
-    from gms_core.runtime_dir import prepare
+    from gms_core.runtime_dir import ANY_GROUP, prepare
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
         raise InvalidArgument(f"{name!r} cannot be the name of engines", hint="Use 1 to 64 letters, digits, '_', '.' or '-': logs are called by it.")
@@ -111,7 +111,7 @@ def run(
     _check_addresses(failover, status_address, command, several=shadows > 0)
     check_lock(failover.lock)
     prepared = _command(command)
-    directory = prepare(runtime_dir)
+    directory = prepare(runtime_dir, ANY_GROUP)
     devices, serve = _servers(names, directory, no_serve=no_serve)
     wanted = Wanted(
         command=lambda number: [_numbered(word, number) for word in prepared],

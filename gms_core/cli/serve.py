@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from gms_core.cli.metrics import HostPort, endpoint_of, serving_metrics
-from gms_core.cli.options import Size, runtime_dir_option
-from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument, ServerUnavailable, VersionMismatch
+from gms_core.cli.options import Size, parse_size, runtime_dir_option
+from gms_core.errors import DeviceNotFound, DriverUnavailable, InvalidArgument, PermissionRefused, ServerUnavailable, VersionMismatch
 
 if TYPE_CHECKING:
     from gms_core.devices import DeviceId
@@ -47,15 +48,40 @@ HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device
     metavar="SECONDS",
     help="How long a device's memory is kept while it has no server, because that was killed.",
 )
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="USER|:GROUP",
+    help="Who may use the servers besides this user and root, by name or number. Can be given several times; one group at most.",
+)
+@click.option(
+    "--quota",
+    "quotas",
+    multiple=True,
+    metavar="user=UID,bytes=SIZE,...",
+    help="What a user or a pool may have on each device: user=NAME or pool=NAME (* for each), then bytes, allocations, metadata or sessions. "
+    "Can be given several times.",
+)
 @click.option("--replace", is_flag=True, help="Take over the devices of servers that run there already, such as those of an older version.")
 @click.option("--metrics", type=HostPort(), metavar="HOST:PORT", help="Where Prometheus finds metrics, at /metrics.  [default: nowhere]")
-def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, keep_s: float, replace: bool, metrics: tuple[str, int] | None) -> None:
+def serve(
+    names: tuple[str, ...],
+    runtime_dir: Path,
+    host_memory: int | None,
+    keep_s: float,
+    allow: tuple[str, ...],
+    quotas: tuple[str, ...],
+    replace: bool,
+    metrics: tuple[str, int] | None,
+) -> None:
     """Run one device server per device, until SIGTERM or SIGINT.
 
     Prints a line on standard output for each device once engines can connect to it. A server that is killed is started again and goes on with
     all that there was: memory, what is published, who reads and who holds what. To end by SIGTERM or SIGINT gives the memory up.
     """
+    from gms_core.allowed import allowed
     from gms_core.devices import HOST
+    from gms_core.quotas import parse_quotas
     from gms_core.server.supervisor import serve as supervise
 
     if host_memory is not None and HOST not in names:
@@ -64,6 +90,8 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, ke
     logging.getLogger("gms_core").setLevel(min(logging.INFO, logging.getLogger().level))
     if not math.isfinite(keep_s):
         raise InvalidArgument(f"--keep {keep_s} is no finite number of seconds")
+    # Whatever is wrong with the options is told before anybody is asked to leave.
+    admitted, limited = allowed(allow), parse_quotas(quotas, parse_size)
     endpoint = endpoint_of(metrics, devices, runtime_dir)
     replaced = False
     if replace:
@@ -71,7 +99,7 @@ def serve(names: tuple[str, ...], runtime_dir: Path, host_memory: int | None, ke
             for device in devices:
                 replaced |= take_over(device, runtime_dir, only_check=check)
     with serving_metrics(endpoint, replaced=replaced):
-        code = supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s)
+        code = supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s, allow=admitted.words, quotas=limited)
     raise click.exceptions.Exit(code)
 
 
@@ -117,12 +145,17 @@ def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> bool:
 
 def _is_locked(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise PermissionRefused(f"the lock {path} cannot be looked at: {error.strerror}", hint="Remove it if no server runs.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    finally:
+        os.close(file)
     return False
 
 

@@ -134,8 +134,10 @@ def table(states: list[ServerState]) -> RenderableType:
         line = f"  {report.driver}, pid {report.pid}, up {age(report.uptime_s)}, gms {report.server}; {used}; {free}"
         parts.append(Text.assemble((report.device, "bold"), "  ", ("up", "green"), line))
         if report.waiting_for_memory:
-            parts.append(Text(f"  waiting for memory: {count(report.waiting_for_memory, 'request')}", style="yellow"))
+            first = "".join(f", the first for {format_size(one.bytes)}, {age(one.waited_s)} ago" for one in report.memory_queue[:1])
+            parts.append(Text(f"  waiting for memory: {count(report.waiting_for_memory, 'request')}{first}", style="yellow"))
         parts += [_pools(report)] if report.pools else []
+        parts += [_quotas(report)] if report.quotas else []
         parts += [part for part in (retained_table([report], found), lock_table([report], found)) if part is not None]
         # The session that asks for the status is not news.
         sessions = [session for session in report.sessions if session.leases or session.client != CLIENT]
@@ -146,6 +148,8 @@ def table(states: list[ServerState]) -> RenderableType:
 
 def _pools(report: StatusReport) -> RenderableType:
     from rich.table import Table
+
+    from gms_core.cli.console import plain
 
     pools = Table("pool", "state", "generation", "size", "allocations", "model", "readers", "writer", "waiting", box=None, pad_edge=True)
     for pool in report.pools:
@@ -158,7 +162,7 @@ def _pools(report: StatusReport) -> RenderableType:
             str(pool.generation or "-"),
             size,
             str(pool.allocations),
-            pool.identity.get("model", "-"),
+            plain(pool.identity.get("model", "-")),
             str(len(pool.readers)),
             str(pool.writer or "-"),
             str(len(pool.waiting)),
@@ -166,11 +170,23 @@ def _pools(report: StatusReport) -> RenderableType:
     return pools
 
 
+def _quotas(report: StatusReport) -> RenderableType:
+    from rich.table import Table
+
+    quotas = Table("quota", "of", "used", "limit", box=None, pad_edge=True)
+    for quota in report.quotas:
+        shown = [format_size(value) if quota.resource in ("bytes", "metadata") else str(value) for value in (quota.used, quota.limit)]
+        quotas.add_row(quota.resource, f"{quota.scope} {quota.who}", *shown, style="yellow" if quota.used >= quota.limit else "")
+    return quotas
+
+
 def _sessions(found: list[SessionStatus]) -> RenderableType:
     from rich.table import Table
+
+    from gms_core.cli.console import plain
 
     sessions = Table("session", "pid", "client", "age", "leases", "waits for", box=None, pad_edge=True)
     for session in found:
         leases = ", ".join(f"{lease} {pool}" for pool, lease in sorted(session.leases.items())) or "-"
-        sessions.add_row(str(session.id), str(session.pid), session.client, age(session.age_s), leases, session.waiting_for or "-")
+        sessions.add_row(str(session.id), str(session.pid), plain(session.client), age(session.age_s), leases, plain(session.waiting_for) or "-")
     return sessions

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import msgspec
 
+from gms_core.allowed import trusted_servers
+from gms_core.config import settings
 from gms_core.errors import ConnectionLost, PermissionRefused, ProtocolError, ServerUnavailable, SessionClosed, rebuild
 from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import close_descriptors
 from gms_core.protocol.messages import Failure, Hello, Message, Waiting, Welcome
 from gms_core.protocol.peer import connect, peer_credentials
-from gms_core.runtime_dir import check_socket, keeper_path, start_hint
+from gms_core.runtime_dir import check_socket, keeper_path, start_hint, untrusted
 
 AGAIN_S = 0.02
 """Seconds between two tries to reach the server that follows one which was killed."""
@@ -159,8 +161,8 @@ def _dial(connection: socket.socket, path: Path, timeout_s: float) -> None:
     except OSError as error:
         raise ServerUnavailable(f"nothing listens at {path}: {error.strerror or error}", hint=start_hint(path)) from error
     owner = peer_credentials(connection).uid
-    if owner not in (os.getuid(), 0):
-        raise PermissionRefused(f"the server behind {path} runs as user {owner}, which is neither this user nor root")
+    if owner not in trusted_servers(settings().server_user):
+        raise untrusted(f"the server behind {path} runs as user {owner}")
 
 
 def final(channel: Channel, timeout_s: float | None, on_wait: Callable[[str], None] | None) -> Answer:

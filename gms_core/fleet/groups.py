@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
 import select
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -176,7 +178,11 @@ def _without_secrets(heading: str) -> str:
 
 
 def _for_the_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)  # in a directory of others a name may be a trap
+    if stat.S_ISFIFO(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is a pipe")
+    return file
 
 
 def _descriptor_of(process: subprocess.Popen[bytes]) -> int:

@@ -157,13 +157,14 @@ def runtime_directory(chosen: Settings) -> Iterable[Finding]:
         if os.access(parent, os.W_OK | os.X_OK):
             return [Finding(Status.OK, str(directory), f"not there yet; gms serve makes it in {parent}")]
         return [Finding(Status.FAIL, str(directory), f"not there, and {parent} is not writable", "Choose another with GMS_RUNTIME_DIR.")]
-    from gms_core.runtime_dir import prepare
+    from gms_core.runtime_dir import ANY_GROUP, prepare
 
     try:
-        prepare(directory)
+        prepare(directory, ANY_GROUP)
     except (PermissionRefused, ConfigurationError) as error:
         return [Finding(Status.FAIL, str(directory), error.message, error.hint or "Choose another with GMS_RUNTIME_DIR.")]
-    return [Finding(Status.OK, str(directory), "a directory of this user, closed to others")]
+    who = "which only its group may enter besides" if directory.stat().st_mode & 0o070 else "closed to others"
+    return [Finding(Status.OK, str(directory), f"a directory of this user, {who}")]
 
 
 def servers(chosen: Settings) -> Iterator[Finding]:

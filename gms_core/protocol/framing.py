@@ -95,6 +95,11 @@ class FrameDecoder:
         """Whether a frame has begun and not ended."""
         return bool(self._buffer)
 
+    @property
+    def buffered(self) -> int:
+        """Bytes of the frame that has begun."""
+        return len(self._buffer)
+
     def feed(self, data: bytes, descriptors: Iterable[int] = ()) -> list[Frame]:
         """Take what one ``recvmsg`` returned.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import select
@@ -17,6 +18,9 @@ from gms_core.protocol.framing import MAX_DESCRIPTORS, close_descriptors
 _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
 _SO_PEERPIDFD = 77
+_SO_PEERGROUPS = 59
+_MOST_GROUPS = 256
+"""As many as fit the 1024 bytes that Python's ``getsockopt`` takes."""
 RECEIVE_BYTES = 256 * 1024
 FULL_S = 0.005
 """Seconds between two tries to get into a queue that is full."""
@@ -57,6 +61,14 @@ class PeerCredentials(NamedTuple):
 def peer_credentials(connection: socket.socket) -> PeerCredentials:
     """The credentials that the kernel recorded; the peer cannot choose them."""
     return PeerCredentials(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+
+
+def peer_groups(connection: socket.socket) -> frozenset[int]:
+    """All groups that the peer was in when it connected, as the kernel recorded them; of one that has very many only the first."""
+    numbers = array.array("I")
+    with contextlib.suppress(OSError):  # ERANGE: more than fit
+        numbers.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * numbers.itemsize))
+    return frozenset({peer_credentials(connection).gid, *numbers})
 
 
 def process_started(pid: int) -> int:

@@ -151,6 +151,38 @@ class SessionStatus(msgspec.Struct, frozen=True):
     away: bool = False
 
 
+class MemoryWait(msgspec.Struct, frozen=True):
+    """A request that waits for memory.
+
+    Attributes:
+        bytes: That it asks for.
+        waited_s: Seconds since it came.
+        passed: Later requests that were served before it since its last turn.
+        alone: Whether nobody may pass it now.
+    """
+
+    bytes: int
+    waited_s: float
+    passed: int
+    alone: bool
+
+
+class QuotaStatus(msgspec.Struct, frozen=True):
+    """One quota, for one user or pool that it holds for.
+
+    Attributes:
+        scope: ``user`` or ``pool``.
+        who: The user's number, or the pool's name.
+        resource: ``bytes``, ``allocations``, ``metadata`` or ``sessions``.
+    """
+
+    scope: str
+    who: str
+    resource: str
+    used: int
+    limit: int
+
+
 class StatusReport(Message, frozen=True, tag="status_report"):
     """The server's state at one instant; ``ends`` are the last cohorts that are gone.
 
@@ -175,3 +207,5 @@ class StatusReport(Message, frozen=True, tag="status_report"):
     locks: tuple[LockStatus, ...] = ()
     ends: tuple[EndStatus, ...] = ()
     observation: Observation | None = None
+    memory_queue: tuple[MemoryWait, ...] = ()
+    quotas: tuple[QuotaStatus, ...] = ()

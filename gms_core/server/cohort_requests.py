@@ -29,7 +29,7 @@ from gms_core.protocol.messages import (
 from gms_core.server.cohorts import Cohort, CohortEffect, Cohorts, Gone, Kill, Mute, RoleReached
 from gms_core.server.effects import SessionId
 from gms_core.server.fencing import Fencer
-from gms_core.server.limits import Limits
+from gms_core.server.limits import Limits, check_label, printable
 from gms_core.server.observer import Observer
 from gms_core.server.records import CohortRecord, SeatRecord
 from gms_core.server.seat import Claim, Seat, Seated, SeatEffect
@@ -124,9 +124,8 @@ class CohortRequests:
 
     async def join(self, session: Session, request: Join) -> None:
         """Add the session's process to a cohort."""
-        for name in (request.cohort, request.engine, request.process):
-            if not name or len(name.encode()) > self._limits.name_bytes:
-                raise InvalidArgument(f"a name of a cohort, an engine or a process has 1 to {self._limits.name_bytes} bytes")
+        for what, name in (("a cohort", request.cohort), ("an engine", request.engine), ("a process", request.process)):
+            check_label(name, what, self._limits)
         if not 0 <= request.deadline_s <= self._limits.wait_s:
             raise InvalidArgument(f"a deadline of {request.deadline_s} s is not between 0 and {self._limits.wait_s:g}")
         if request.cohort not in self.cohorts.by_name and len(self.cohorts.by_name) >= self._limits.cohorts:
@@ -147,7 +146,7 @@ class CohortRequests:
     async def report(self, session: Session, request: Report) -> None:
         """Note an engine's role, and give it its orders."""
         self._fencer.beat(session.id)
-        detail = request.detail[: self._limits.name_bytes]
+        detail = printable(request.detail, self._limits)
         cohort = self.cohorts.joined(session.id)
         before = cohort.role if cohort is not None else request.role
         order, effects = self.cohorts.report(session.id, request.role, detail, time.monotonic())
@@ -218,8 +217,7 @@ class CohortRequests:
         self._fencer.close()
 
     def _lock(self, name: str) -> Seat:
-        if not name or len(name.encode()) > self._limits.name_bytes:
-            raise InvalidArgument(f"a lock's name has 1 to {self._limits.name_bytes} bytes")
+        check_label(name, "a lock", self._limits)
         if name not in self.locks and len(self.locks) >= self._limits.pools:
             raise QuotaExceeded(f"{self._limits.pools} locks exist already")
         return self.locks.setdefault(name, Seat(f"lock {name!r}"))

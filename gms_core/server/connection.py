@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import deque
+from collections import Counter, deque
 
 from gms_core.errors import ProtocolError
 from gms_core.protocol.framing import MAX_PAYLOAD, Frame, FrameDecoder, decode_request, encode
 from gms_core.protocol.messages import Message, Request
-from gms_core.protocol.peer import PeerCredentials, open_peer_pidfd, peer_credentials, receive, send
+from gms_core.protocol.peer import PeerCredentials, open_peer_pidfd, peer_credentials, peer_groups, receive, send
 from gms_core.server.limits import Limits
 
 READ_AHEAD = 4
 """Requests taken from the socket before the first of them is answered; a peer that sends more waits in its own socket buffer."""
+FRAME_BYTES = 256
+"""What a request costs besides its own bytes while it waits to be looked at: many small ones may have arrived at once."""
 
 
 class Connection:
@@ -22,17 +24,28 @@ class Connection:
 
     Attributes:
         peer: Who connected.
+        groups: All groups of who connected.
         ended: Set once the peer has gone; a request that waits is withdrawn then.
     """
 
-    def __init__(self, connection: socket.socket, limits: Limits) -> None:
+    def __init__(self, connection: socket.socket, limits: Limits, received: Counter[int] | None = None) -> None:
+        """Begin to read.
+
+        Args:
+            connection: The socket.
+            limits: What the peer may cost.
+            received: Bytes that have arrived and were not asked for yet, by user, of all connections of the server.
+        """
         connection.setblocking(False)
         self.peer: PeerCredentials = peer_credentials(connection)
+        self.groups = peer_groups(connection)
         self.ended = asyncio.Event()
         self._socket = connection
         self._limits = limits
         self._decoder = FrameDecoder(limits.hello_bytes, max_descriptors=0)
         self._frames: deque[Frame] = deque()
+        self._received = Counter() if received is None else received
+        self._in_frames = self._counted = 0
         self._arrived = asyncio.Event()
         self._broken: ProtocolError | None = None
         self._slow: asyncio.TimerHandle | None = None
@@ -66,6 +79,8 @@ class Connection:
             self._arrived.clear()
             await self._arrived.wait()
         frame = self._frames.popleft()
+        self._in_frames -= len(frame.payload) + FRAME_BYTES
+        self._count()
         self._resume()
         return decode_request(frame.payload)
 
@@ -103,7 +118,10 @@ class Connection:
         try:
             data, descriptors = receive(self._socket)
             if data:
-                self._frames.extend(self._decoder.feed(data, descriptors))
+                frames = self._decoder.feed(data, descriptors)
+                self._frames.extend(frames)
+                self._in_frames += sum(len(frame.payload) + FRAME_BYTES for frame in frames)
+                self._count()
             else:
                 self._finish()
         except BlockingIOError:
@@ -117,6 +135,14 @@ class Connection:
             self._pause()
         self._watch_for_slowness()
         self._arrived.set()
+
+    def _count(self) -> None:
+        """Count what is held here among all that the user has sent and the server has not looked at yet: memory that costs a sender nothing."""
+        held, user, most = self._in_frames + self._decoder.buffered, self.peer.uid, self._limits.received_bytes
+        self._received[user] += held - self._counted
+        grown, self._counted = held > self._counted, held
+        if grown and self._received[user] > most:
+            raise ProtocolError(f"user {user} has sent more than {most} bytes of requests that are not answered yet")
 
     def _watch_for_slowness(self) -> None:
         if not self._decoder.incomplete:
@@ -146,6 +172,11 @@ class Connection:
         if self._socket.fileno() >= 0:
             self._finish()
             self._decoder.close()
+            self._frames.clear()
+            self._in_frames = 0
+            self._count()
+            if not self._received[self.peer.uid]:
+                del self._received[self.peer.uid]
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()

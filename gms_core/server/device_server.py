@@ -10,12 +10,14 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 
+from gms_core.allowed import allowed
 from gms_core.devices import DeviceId
 from gms_core.errors import GmsError
+from gms_core.quotas import Quota, decode_quotas
 from gms_core.runtime_dir import socket_path
 from gms_core.server.adoption import Estate, take_over
 from gms_core.server.exit_codes import HANDED_OVER
@@ -33,7 +35,17 @@ CHECK_KEEPER_S = 2.0
 _HANDED_OVER = "another server takes over"
 
 
-async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | None, keep_s: float, lifeline: int, ready: FileIO) -> int:
+async def serve_device(
+    device: DeviceId,
+    directory: Path,
+    *,
+    host_memory: int | None,
+    keep_s: float,
+    allow: Sequence[str],
+    quotas: Sequence[Quota],
+    lifeline: int,
+    ready: FileIO,
+) -> int:
     """Serve one device until SIGTERM or SIGINT, until the supervisor has gone, or until another server asks for everything.
 
     Args:
@@ -41,6 +53,8 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
         directory: The runtime directory, prepared.
         host_memory: Bytes that the ``host`` device offers; None for all that the machine has.
         keep_s: Seconds for which the memory is kept without a server.
+        allow: Who may use the server besides its own user and root; see `gms_core.allowed`.
+        quotas: What users and pools may have.
         lifeline: Descriptor of a pipe whose other end the supervisor holds: its end is the supervisor's end.
         ready: Pipe to which one line is written once clients can connect; closed then.
 
@@ -64,14 +78,15 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave, "")
     loop.add_reader(lifeline, supervisor_gone)
-    path = socket_path(device, directory)
+    path, admitted = socket_path(device, directory), allowed(allow)
     driver = open_physical_driver(device, host_memory)
-    with bound_socket(path) as listening, contextlib.ExitStack() as ends:  # the lock goes last: until then the keeper and the journal are this one's
-        estate, memory, service = _begin(device, path, driver, keep_s, lambda: leave(_HANDED_OVER))
+    # The lock goes last: until then the keeper and the journal are this one's.
+    with bound_socket(path, admitted.files) as listening, contextlib.ExitStack() as ends:
+        estate, memory, service = _begin(device, path, driver, keep_s, quotas, lambda: leave(_HANDED_OVER))
         ends.callback(estate.leave)
         ends.callback(memory.close)
         checking = asyncio.create_task(_check_keeper(memory))
-        listener = asyncio.create_task(Listener(listening, service, os.getuid()).run())
+        listener = asyncio.create_task(Listener(listening, service, os.getuid(), admitted).run())
         ready.write(b"ready\n")
         ready.close()
         log.info("serving %s at %s", device, path)
@@ -87,13 +102,15 @@ async def serve_device(device: DeviceId, directory: Path, *, host_memory: int | 
     return HANDED_OVER if why == _HANDED_OVER else 0
 
 
-def _begin(device: DeviceId, path: Path, driver: PhysicalDriver, keep_s: float, on_hand_over: Callable[[], None]) -> tuple[Estate, Memory, Service]:
+def _begin(
+    device: DeviceId, path: Path, driver: PhysicalDriver, keep_s: float, quotas: Sequence[Quota], on_hand_over: Callable[[], None]
+) -> tuple[Estate, Memory, Service]:
     """Go on with what the last server has left, or, if that is beyond this one, begin anew: a device without a server is worse."""
-    limits = Limits(keep_s=keep_s)
+    limits = Limits(keep_s=keep_s).within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     while True:
         estate = take_over(path, device, keep_s)
         memory = Memory(driver, limits, estate.keeping)
-        service = Service(device, memory, limits, estate.journal, on_hand_over)
+        service = Service(device, memory, limits, estate.journal, on_hand_over, quotas)
         try:
             memory.adopt(estate.allocations, estate.state.about.allocation if estate.state.about else 0)
             estate.keeping.everything = memory.kept
@@ -133,6 +150,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--host-memory", type=int)
     parser.add_argument("--keep", type=float, required=True)
+    parser.add_argument("--allow", action="append", default=[])
+    parser.add_argument("--quotas", type=decode_quotas, default=())
     parser.add_argument("--lifeline", type=int, required=True)
     parser.add_argument("--ready", type=int, required=True)
     options = parser.parse_args(arguments)
@@ -147,6 +166,8 @@ def run(arguments: list[str]) -> int:
                 options.runtime_dir,
                 host_memory=options.host_memory,
                 keep_s=options.keep,
+                allow=options.allow,
+                quotas=options.quotas,
                 lifeline=options.lifeline,
                 ready=ready,
             )

@@ -19,7 +19,8 @@ from typing import Self
 
 import msgspec
 
-from gms_core.errors import JournalDamaged, JournalUnavailable
+from gms_core.errors import JournalDamaged, JournalUnavailable, PermissionRefused
+from gms_core.private_files import open_private
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,12 @@ class Journal:
         self._behind = False
         self.values: Values = {}
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._file = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             self._rewrite()
             return
+        except PermissionRefused as error:
+            raise JournalUnavailable(f"the journal {path} cannot be used: {error.message}", hint=error.hint) from error
         except OSError as error:
             raise _unavailable(path, error) from error
         try:
@@ -160,7 +163,9 @@ class Journal:
         staging = self._path.with_suffix(".jnew")
         file = -1
         try:
-            file = os.open(staging, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staging)  # of a server that was killed meanwhile
+            file = open_private(staging, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             content = b"".join([MAGIC, *(_record({name: value}) for name, value in self.values.items())])
             os.posix_fallocate(file, 0, len(content) + 2 * ROOM)
             _write(file, content, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gms_core.errors import InvalidArgument, LeaseConflict, QuotaExceeded
 from gms_core.layout import Identity
@@ -15,12 +15,15 @@ class Limits:
 
     Attributes:
         handshake_s: Seconds from connecting to a complete first message.
+        handshakes: Connections of one user at a time that have not shaken hands.
         frame_s: Seconds from a request's first byte to its last.
         send_s: Seconds for which a peer may take no byte of a reply.
         hello_bytes: Bytes of the first message.
+        received_bytes: Of requests of one user that have arrived, on all its connections, and were not looked at yet.
         sessions: Connections at a time.
         pools: Names of pools.
         allocations: Allocations in all pools together.
+        memory_waiters: Requests that may wait for memory at a time.
         batch: Allocations of one request.
         metadata_bytes: Of an identity and a manifest together; less than a message may have, since readers get them in one.
         wait_s: Seconds that a request may ask to wait.
@@ -32,12 +35,15 @@ class Limits:
     """
 
     handshake_s: float = 5.0
+    handshakes: int = 4096
     frame_s: float = 30.0
     send_s: float = 30.0
     hello_bytes: int = 4096
+    received_bytes: int = 2**30
     sessions: int = 16384
     pools: int = 256
     allocations: int = 65536
+    memory_waiters: int = 256
     batch: int = 8192
     metadata_bytes: int = 48 * 2**20
     wait_s: float = 24 * 3600.0
@@ -46,6 +52,12 @@ class Limits:
     grace_s: float = 30.0
     keep_s: float = 120.0
     name_bytes: int = 256
+
+    def within(self, files: int) -> Limits:
+        """The same bounds for a process that may open so many files: connections leave room for memory, and for the processes that are watched."""
+        if files < 0:  # without a limit
+            return self
+        return replace(self, sessions=min(self.sessions, max(1, files // 4)), handshakes=min(self.handshakes, max(1, files // 8)))
 
 
 def check_name(name: str, *, others: Collection[str]) -> None:
@@ -58,6 +70,22 @@ def check_name(name: str, *, others: Collection[str]) -> None:
 
 def check_metadata(limits: Limits, identity: Identity, manifest: bytes = b"") -> None:
     """Refuse metadata that is too large."""
-    size = len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
+    size = metadata_bytes(identity, manifest)
     if size > limits.metadata_bytes:
         raise QuotaExceeded(f"{size} bytes of metadata are over the limit of {limits.metadata_bytes}")
+
+
+def check_label(name: str, what: str, limits: Limits) -> None:
+    """Refuse what cannot be a name that people read, in a line of a log and on a terminal."""
+    if not name or len(name.encode()) > limits.name_bytes or not name.isprintable():
+        raise InvalidArgument(f"the name of {what} has 1 to {limits.name_bytes} bytes, all of them printable")
+
+
+def printable(text: str, limits: Limits) -> str:
+    """A client's words, as long as a name at most, with nothing that would end the line of a log or that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[: limits.name_bytes])
+
+
+def metadata_bytes(identity: Identity, manifest: bytes = b"") -> int:
+    """Bytes of an identity and a manifest, or a plan, together."""
+    return len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())

@@ -1,4 +1,4 @@
-"""The socket of a device server: bound once, private to its user, and one task a connection."""
+"""The socket of a device server: bound once, private to its user and to who else is allowed, and one task a connection."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import errno
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from gms_core.errors import GmsError, PermissionRefused, ProtocolError, ServerUnavailable
+from gms_core.allowed import Allowed
+from gms_core.errors import GmsError, PermissionRefused, ProtocolError, QuotaExceeded, ServerUnavailable
 from gms_core.protocol.messages import Failure, Hello, Message
 from gms_core.server.connection import Connection
 from gms_core.server.ownership import owned
@@ -21,12 +23,14 @@ from gms_core.server.sessions import Session
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+COMPLAINTS, COMPLAINTS_S = 20, 10.0
+"""Refused connections that are logged in so many seconds."""
 NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
 
 @contextlib.contextmanager
-def bound_socket(path: Path) -> Iterator[socket.socket]:
-    """A listening socket at ``path`` with mode 0600, for as long as the context lasts.
+def bound_socket(path: Path, group: int | None = None) -> Iterator[socket.socket]:
+    """A listening socket at ``path`` with mode 0600, or 0660 for a group, for as long as the context lasts.
 
     A lock beside it tells whether another server lives; a socket that a dead server left is replaced. The socket appears under its name only
     when it listens, so that a client that finds it can connect.
@@ -47,6 +51,9 @@ def bound_socket(path: Path) -> Iterator[socket.socket]:
                 staging.unlink(missing_ok=True)
                 listening.bind(os.fspath(staging))
                 staging.chmod(0o600)
+                if group is not None:
+                    os.chown(staging, -1, group, follow_symlinks=False)
+                    staging.chmod(0o660)
                 listening.listen(BACKLOG)
                 listening.setblocking(False)
                 staging.rename(path)
@@ -70,10 +77,22 @@ def _refused_by_the_directory(path: Path) -> Iterator[None]:
 class Listener:
     """Accepts connections and runs one task for each. Whatever a client does wrong ends its own connection, and no other."""
 
-    def __init__(self, listening: socket.socket, service: Service, uid: int) -> None:
+    def __init__(self, listening: socket.socket, service: Service, uid: int, allowed: Allowed | None = None) -> None:
+        """Begin to listen.
+
+        Args:
+            listening: See `bound_socket`.
+            service: Carries requests out.
+            uid: Of this server.
+            allowed: Who may use it besides that user and root; None for nobody.
+        """
         self._listening = listening
         self._service = service
-        self._allowed = {uid, 0}
+        self._uid = uid
+        self._allowed = allowed or Allowed()
+        self._greeting: Counter[int] = Counter()
+        self._received: Counter[int] = Counter()
+        self._complaints, self._complained_since = 0, -COMPLAINTS_S
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -97,10 +116,11 @@ class Listener:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, accepted: socket.socket) -> None:
-        with contextlib.closing(Connection(accepted, self._service.limits)) as connection:
+        with contextlib.closing(Connection(accepted, self._service.limits, self._received)) as connection:
             session: Session | None = None
             try:
-                session = await self._shake_hands(connection)
+                with self._newcomer(connection.peer.uid):
+                    session = await self._shake_hands(connection)
                 while session is not None and (request := await connection.receive()) is not None:
                     try:
                         await self._service.handle(session, request, connection.ended)
@@ -109,7 +129,7 @@ class Listener:
                     except GmsError as error:
                         await connection.send(refusal(error))
             except GmsError as error:
-                log.warning("connection of pid %d refused: %s", connection.peer.pid, error)
+                self._complain("connection of pid %d refused: %s", connection.peer.pid, error)
                 with contextlib.suppress(ConnectionError, OSError):
                     await connection.send(refusal(error))
             except OSError as error:
@@ -120,6 +140,30 @@ class Listener:
                 if session is not None:
                     self._service.close(session)
 
+    def _complain(self, message: str, *facts: object) -> None:
+        """Log what a client did wrong, but no more than so often: a log is on a disk, and every refusal would be a line of it."""
+        now = asyncio.get_running_loop().time()
+        if now - self._complained_since >= COMPLAINTS_S:
+            if self._complaints > COMPLAINTS:
+                log.warning("%d more connections were refused", self._complaints - COMPLAINTS)
+            self._complained_since, self._complaints = now, 0
+        self._complaints += 1
+        log.log(logging.WARNING if self._complaints <= COMPLAINTS else logging.DEBUG, message, *facts)
+
+    @contextlib.contextmanager
+    def _newcomer(self, uid: int) -> Iterator[None]:
+        """Count a connection that has not shaken hands yet: were there no limit for each user, one could keep all others out."""
+        most = self._service.limits.handshakes
+        if self._greeting[uid] >= most:
+            raise QuotaExceeded(f"user {uid} has {most} connections already that have not shaken hands")
+        self._greeting[uid] += 1
+        try:
+            yield
+        finally:
+            self._greeting[uid] -= 1
+            if not self._greeting[uid]:
+                del self._greeting[uid]
+
     async def _shake_hands(self, connection: Connection) -> Session | None:
         limit = self._service.limits.handshake_s
         try:
@@ -129,8 +173,10 @@ class Listener:
             raise ProtocolError(f"no handshake within {limit:g} s") from None
         if hello is None:
             return None
-        if connection.peer.uid not in self._allowed:  # only now: a client that is still sending would not read why it is refused
-            raise PermissionRefused(f"user {connection.peer.uid} may not use this server")
+        if not self._allowed.admits(connection.peer.uid, connection.groups, self._uid):  # only now: while it sends, a client does not read why
+            raise PermissionRefused(
+                f"user {connection.peer.uid} may not use this server", hint="Who starts the server may allow it: gms serve --allow USER or :GROUP."
+            )
         if not isinstance(hello, Hello):
             raise ProtocolError("the first message is not a handshake")
         session = await self._service.open(hello, connection.peer, connection.send, connection.open_pidfd)

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, KeeperLost, OutOfMemory, QuotaExceeded
 from gms_core.events import Kind
 from gms_core.keeper.keeping import Keeping
+from gms_core.protocol.status import MemoryWait
 from gms_core.server.limits import Limits
+from gms_core.server.memory_queue import MemoryQueue
 from gms_core.server.observer import Tell, tell_nobody
 from gms_core.vmm.driver import Descriptor, Handle, MemoryInfo, PhysicalDriver
 from gms_core.vmm.undo import UndoStack
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 """Seconds between looks at a full device: memory that other processes release is announced by nobody."""
+SETTLE_S = 0.1
+"""Seconds for which a question about free memory waits for what the driver is doing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,31 @@ class Owned:
     handle: Handle
     descriptor: Descriptor
     size: int
+
+
+@dataclass
+class _Order:
+    """A request that waits for memory: what is to be made, until when, and for whom. It is told to wait once it could not be served at once."""
+
+    sizes: tuple[int, ...]
+    deadline: float
+    ended: asyncio.Event
+    pool: str
+    on_wait: Callable[[str], None]
+    made: asyncio.Future[list[tuple[int, Owned]]]
+    told: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """How a wait that is over has ended, in words."""
+        if self.made.done() and not self.made.cancelled() and self.made.exception() is None:
+            return "there is room"
+        return "nobody wants them any more" if self.ended.is_set() else "there was no room in time"
+
+    def fail(self, error: GmsError) -> None:
+        """Refuse it, unless nobody waits for it any more."""
+        if not self.made.done():
+            self.made.set_exception(error)
 
 
 def kept_name(identifier: int, size: int) -> str:
@@ -46,7 +74,7 @@ def of_kept_name(name: str) -> tuple[int, int]:
 
 
 class Memory:
-    """Creates, exports and frees allocations of one device. The driver's calls run in one thread of their own, so that none delays a session."""
+    """Creates, exports and frees allocations of one device. The driver's calls run in a thread of their own, so that none delays a session."""
 
     def __init__(self, driver: PhysicalDriver, limits: Limits, keeping: Keeping | None = None) -> None:
         """Begin with nothing.
@@ -58,13 +86,16 @@ class Memory:
         """
         self.driver = driver
         self.tell: Tell = tell_nobody
-        self.waiting = 0
         self.last = 0
         self._keeping = keeping
         self._limits = limits
         self._owned: dict[int, Owned] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gms-driver")
-        self._freed = asyncio.Event()
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="gms-memory-info")  # a long allocation delays no status
+        self._queue = MemoryQueue()
+        self._orders: dict[int, _Order] = {}
+        self._serving: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
 
     def adopt(self, allocations: Mapping[int, tuple[Descriptor, int]], last: int) -> None:
         """Take over what another process has created.
@@ -95,69 +126,132 @@ class Memory:
         return sum(owned.size for owned in list(self._owned.values()))  # a copy: the driver's thread adds to it
 
     async def info(self) -> MemoryInfo:
-        """Free and total bytes of the device."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.driver.memory_info)
+        """Free and total bytes of the device. What was given up before counts as free, unless the driver is busy for long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(self._thread.submit(int)), SETTLE_S)
+        return await self._ask()
 
-    async def create(self, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event, pool: str = "") -> list[tuple[int, Owned]]:
+    async def _ask(self) -> MemoryInfo:
+        return await asyncio.get_running_loop().run_in_executor(self._asking, self.driver.memory_info)
+
+    async def create(
+        self, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event, pool: str = "", on_wait: Callable[[str], None] = lambda _: None
+    ) -> list[tuple[int, Owned]]:
         """Create all of these allocations or none, waiting for memory that others release.
 
         Args:
             sizes: Bytes of each.
             timeout_s: Seconds to wait while the device is full.
             ended: Set when nobody wants them any more: the wait is over then.
-            pool: What they are for.
+            pool: What they are for; the beginning and the end of a wait are told of it.
+            on_wait: Called with what it waits for, when it does.
 
         Raises:
             InvalidArgument: A size is not a positive multiple of the granularity.
             QuotaExceeded: Too many allocations.
             AllocationTooLarge: They can never fit.
-            OutOfMemory: There was no room in time, or for as long as anybody wanted it.
+            OutOfMemory: There was no room in time, or for as long as anybody wanted it, or too many wait already.
         """
         granularity = self.driver.granularity
         if wrong := [size for size in sizes if size <= 0 or size % granularity]:
             raise InvalidArgument(f"sizes {wrong[:5]} are not positive multiples of {granularity} bytes")
         if len(sizes) > self._limits.batch:
             raise QuotaExceeded(f"{len(sizes)} allocations are over the limit of {self._limits.batch} at once", hint="Use larger slabs.")
-        wanted, total = sum(sizes), (await self.info()).total
+        self._check_number(len(sizes))
+        wanted, total = sum(sizes), (await self._ask()).total
         if wanted > total:
             raise AllocationTooLarge(f"{wanted} bytes can never fit: the device has {total}")
+        if len(self._queue) >= self._limits.memory_waiters:
+            raise OutOfMemory(f"no room for {wanted} bytes: {len(self._queue)} requests wait for memory already")
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        ticket = self._queue.join(wanted, began)
+        order = _Order(tuple(sizes), began + timeout_s, ended, pool, on_wait, loop.create_future())
+        self._orders[ticket] = order
+        self._wake.set()
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve())
+        gone = asyncio.ensure_future(ended.wait())
+        gone.add_done_callback(lambda _: self._wake.set())
         try:
-            return await self._try(sizes)
-        except AllocationTooLarge:
-            raise
-        except OutOfMemory:
-            if not timeout_s or ended.is_set():
-                raise
-        self.tell(Kind.POOL_MEMORY_WAIT_BEGUN, pool, bytes=wanted)
-        began, made = time.monotonic(), None
-        self.waiting += 1
-        try:
-            made = await self._retry(sizes, began + timeout_s, ended)
+            return await order.made
         finally:
-            self.waiting -= 1
-            outcome = "there is room" if made is not None else "nobody wants them any more" if ended.is_set() else "there was no room in time"
-            self.tell(Kind.POOL_MEMORY_WAIT_ENDED, pool, bytes=wanted, seconds=round(time.monotonic() - began, 3), outcome=outcome)
-        return made
+            gone.cancel()
+            self._orders.pop(ticket, None)
+            self._queue.leave(ticket)
+            self._wake.set()
+            if order.told:
+                self.tell(Kind.POOL_MEMORY_WAIT_ENDED, pool, bytes=wanted, seconds=round(loop.time() - began, 3), outcome=order.outcome)
 
-    async def _try(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
-        self._freed.clear()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._create_all, sizes)
+    async def _serve(self) -> None:
+        """Serve those who wait, one at a time, until nobody does."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._orders:
+                self._wake.clear()
+                free = (
+                    await loop.run_in_executor(self._thread, self.driver.memory_info)
+                ).free  # in the thread in which memory is given up: after that
+                considered, fits, served = set(self._orders), free, False
+                while not served and (ticket := self._queue.next(fits, loop.time())) is not None and (order := self._orders.get(ticket)) is not None:
+                    served = await self._fill(ticket, order)
+                    fits = sum(order.sizes) - 1  # what could not be made may fit on paper only: that must not keep smaller ones waiting
+                if served:
+                    continue
+                self._refuse_late(considered, free, loop.time())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), RETRY_S)
+        except Exception as error:
+            log.exception("memory cannot be made")
+            for order in self._orders.values():
+                if not order.made.done():
+                    order.made.set_exception(error)
 
-    async def _retry(self, sizes: Sequence[int], deadline: float, ended: asyncio.Event) -> list[tuple[int, Owned]]:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), RETRY_S)
-            try:
-                return await self._try(sizes)
-            except AllocationTooLarge:
-                raise
-            except OutOfMemory:
-                if time.monotonic() >= deadline or ended.is_set():
-                    raise
+    async def _fill(self, ticket: int, order: _Order) -> bool:
+        """Make the memory of one; returns whether it was answered."""
+        loop = asyncio.get_running_loop()
+        try:
+            made = await loop.run_in_executor(self._thread, self._create_all, order.sizes)
+        except OutOfMemory as error:
+            if not isinstance(error, AllocationTooLarge):
+                return False  # others on the same device were faster
+            order.fail(error)
+        except GmsError as error:
+            order.fail(error)
+        else:
+            self._queue.served(ticket)
+            if order.made.done():  # nobody waits for it any more
+                self.free(identifier for identifier, _ in made)
+            else:
+                order.made.set_result(made)
+        self._queue.leave(ticket)
+        self._orders.pop(ticket, None)
+        return True
+
+    def _refuse_late(self, considered: Collection[int], free: int, now: float) -> None:
+        for ticket, order in [(ticket, order) for ticket, order in self._orders.items() if ticket in considered]:
+            wanted, before = sum(order.sizes), self._queue.before(ticket)
+            reason = f"no room for {wanted} bytes: {free} are free" + (f", and {before} requests came before" if before else "")
+            if now >= order.deadline or order.ended.is_set():
+                order.fail(OutOfMemory(reason))
+                self._queue.leave(ticket)
+                del self._orders[ticket]
+            elif not order.told:
+                order.told = True
+                self.tell(Kind.POOL_MEMORY_WAIT_BEGUN, order.pool, bytes=wanted)
+                order.on_wait(reason)
+
+    def waits(self) -> tuple[MemoryWait, ...]:
+        """Those who wait for memory, in order of arrival; one that is being served is not among them."""
+        now = asyncio.get_running_loop().time()
+        return tuple(
+            MemoryWait(one.size, now - one.since, one.passed, one.turn_ends is not None)
+            for one in self._queue
+            if (order := self._orders.get(one.ticket)) is not None and order.told
+        )
 
     def _create_all(self, sizes: Sequence[int]) -> list[tuple[int, Owned]]:
-        if len(self._owned) + len(sizes) > self._limits.allocations:
-            raise QuotaExceeded(f"{len(sizes)} more allocations are over the limit ({self._limits.allocations} in all)", hint="Use larger slabs.")
+        self._check_number(len(sizes))
         # A try that must fail takes no memory, not even for a moment: engines on the same device may be allocating too.
         wanted, free = sum(sizes), self.driver.memory_info().free
         if wanted > free:
@@ -177,6 +271,10 @@ class Memory:
             undo.commit()
         return made
 
+    def _check_number(self, more: int) -> None:
+        if len(self._owned) + more > self._limits.allocations:
+            raise QuotaExceeded(f"{more} more allocations are over the limit ({self._limits.allocations} in all)", hint="Use larger slabs.")
+
     def descriptors(self, ids: Iterable[int]) -> list[Descriptor]:
         """The kept descriptors of allocations; they stay the server's, the kernel duplicates them on their way."""
         return [self._owned[identifier].descriptor for identifier in ids]
@@ -190,7 +288,7 @@ class Memory:
         """Give allocations up, in the driver's thread. The memory is free when the last process that maps them has gone."""
         owned = {identifier: self._owned.pop(identifier) for identifier in ids}
         loop = asyncio.get_running_loop()
-        self._thread.submit(self._give_up, owned).add_done_callback(lambda _: loop.call_soon_threadsafe(self._freed.set))
+        self._thread.submit(self._give_up, owned).add_done_callback(lambda _: loop.call_soon_threadsafe(self._wake.set))
 
     def _give_up(self, owned: Mapping[int, Owned]) -> None:
         if self._keeping is not None and owned:
@@ -207,6 +305,7 @@ class Memory:
 
     def give_up(self) -> None:
         """Close all allocations, but not the driver. What a keeper has lives on. Idempotent."""
+        self._asking.shutdown(wait=True)
         self._thread.shutdown(wait=True)  # what waits there gives memory up: it is not cancelled
         self._keeping = None
         self._give_up(self._owned)

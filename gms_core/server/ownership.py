@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gms_core.errors import GmsError, ServerUnavailable
 from gms_core.keeper.connection import end_at
+from gms_core.private_files import open_private
 from gms_core.runtime_dir import journal_path, keeper_path, lock_path
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,10 @@ def owned(path: Path) -> Iterator[int]:
 
     Raises:
         ServerUnavailable: Another server owns it.
+        PermissionRefused: What is there is not a file of this user's own.
         OSError: The lock file cannot be made.
     """
-    lock = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = open_private(lock_path(path), os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

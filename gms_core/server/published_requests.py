@@ -9,6 +9,7 @@ from gms_core.errors import InvalidArgument, LeaseConflict, PoolNotFound, Protoc
 from gms_core.events import Kind
 from gms_core.layout import Layout
 from gms_core.protocol.messages import Acquire, Allocate, Commit, Discard, Done, ReadGranted, WriteGranted
+from gms_core.server.accounts import Accounts
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.exports import send_descriptors
 from gms_core.server.journal import Values
@@ -29,6 +30,7 @@ class PublishedRequests:
         sessions: All that are open.
         memory: The device's allocations.
         limits: Bounds on what clients may cost.
+        accounts: Who has what, and may have more.
         free: Gives allocations up that were part of a pool.
         changed: Called when a pool may have changed, with the sessions whose leases on it may have.
         others: Names of the pools of the other class.
@@ -40,6 +42,7 @@ class PublishedRequests:
         sessions: Mapping[SessionId, Session],
         memory: Memory,
         limits: Limits,
+        accounts: Accounts,
         *,
         free: Callable[[Sequence[int]], None],
         changed: Callable[[str, Sequence[SessionId]], None],
@@ -50,6 +53,7 @@ class PublishedRequests:
         self._sessions = sessions
         self._memory = memory
         self._limits = limits
+        self._accounts = accounts
         self._free, self._changed, self._others, self._tell = free, changed, others, tell
         self._seen: dict[str, PublishedView] = {}
 
@@ -60,6 +64,11 @@ class PublishedRequests:
         pool = self._pool(request.pool, create=True)
         granted = pool.granted(session.id) if session.repeats else None
         if granted is None:
+            try:
+                self._accounts.check_joins(pool.name)
+            except QuotaExceeded:
+                self._forget_if_idle(pool)
+                raise
             self._apply(pool, pool.acquire(session.id, request.mode, request.identity, request.replace))
             try:
                 granted = await session.answer(
@@ -84,12 +93,13 @@ class PublishedRequests:
             await send_descriptors(self._memory, session, list(before.items()))
             return
         pool.check_writer(session.id)
-        made = await self._memory.create(request.sizes, request.timeout_s, ended, pool.name)
-        try:
-            pool.add(session.id, [(identifier, owned.size) for identifier, owned in made], request.batch)
-        except LeaseConflict:
-            self._memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
-            raise
+        with self._accounts.memory(session.peer.uid, pool.name, request.sizes):
+            made = await session.memory(self._memory, request.sizes, request.timeout_s, ended, pool.name)
+            try:
+                pool.add(session.id, [(identifier, owned.size) for identifier, owned in made], request.batch)
+            except LeaseConflict:
+                self._memory.free(identifier for identifier, _ in made)  # the session ended meanwhile
+                raise
         self._changed(pool.name, [])
         await send_descriptors(self._memory, session, [(identifier, owned.size) for identifier, owned in made])
 
@@ -103,6 +113,7 @@ class PublishedRequests:
             await session.send(ReadGranted(pool.name, _without_manifest(before.layout), sealed), ())
             return
         pool.check_commit(session.id, request.allocations)
+        self._accounts.check_layout(session.peer.uid, pool, request.identity, request.manifest)
         granularity = self._memory.driver.granularity
         if wrong := [allocation.id for allocation in request.allocations if allocation.offset % granularity]:
             raise InvalidArgument(f"the offsets of allocations {wrong[:5]} are not multiples of {granularity} bytes: no reader could map them")
@@ -111,6 +122,7 @@ class PublishedRequests:
         granted = session.answers.get_nowait()
         if not isinstance(granted, GrantRead):
             raise ProtocolError("a commit was not answered by a read lease")
+        self._accounts.committed(session.peer.uid, pool.name, granted.layout.generation)
         self._changed(pool.name, [session.id])
         await session.send(ReadGranted(pool.name, _without_manifest(granted.layout), sealed), ())
 

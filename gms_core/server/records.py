@@ -134,3 +134,15 @@ class SessionRecord(msgspec.Struct, frozen=True):
     started: int = 0
     leases: dict[str, int] = {}
     uses: tuple[str, ...] = ()
+
+
+class OwnersRecord(msgspec.Struct, frozen=True):
+    """Which user has made what.
+
+    Attributes:
+        layouts: Users by generation, by published pool.
+        plans: Users by retained pool.
+    """
+
+    layouts: dict[str, dict[int, int]] = {}
+    plans: dict[str, int] = {}

@@ -89,7 +89,7 @@ async def status_report(service: Service, *, brief: bool) -> StatusReport:
         brief: Whether to leave out the sessions.
     """
     info = await service.memory.info()
-    published = service.published.pools
+    published, waits = service.published.pools, service.memory.waits()
     sessions = [] if brief else sorted(service.sessions.items())
     return StatusReport(
         server=__version__,
@@ -101,7 +101,7 @@ async def status_report(service: Service, *, brief: bool) -> StatusReport:
         memory_total=info.total,
         allocated_bytes=service.memory.bytes,
         allocations=len(service.memory),
-        waiting_for_memory=service.memory.waiting,
+        waiting_for_memory=len(waits),
         pools=tuple(pool_status(pool) for _, pool in sorted(published.items())),
         sessions=tuple(session_status(session, published.values()) for _, session in sessions),
         retained=service.retained.status(),
@@ -109,6 +109,8 @@ async def status_report(service: Service, *, brief: bool) -> StatusReport:
         locks=service.engines.lock_status(),
         ends=tuple(service.engines.ends),
         observation=service.observer.observation(len(service.sessions)),
+        memory_queue=waits,
+        quotas=service.accounts.status(),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gms_core.errors import GmsError, InvalidArgument, PoolNotFound, QuotaExceeded
 from gms_core.layout import Allocation
 from gms_core.protocol.messages import AwaitWhole, Done, Drop, Held, Hold, Plan, PlanDue, Planned, Provide, RetainedStatus
+from gms_core.server.accounts import Accounts
 from gms_core.server.effects import Free, SessionId
 from gms_core.server.limits import Limits
 from gms_core.server.memory import Memory
@@ -26,6 +27,7 @@ class RetainedRequests:
         sessions: All that are open.
         memory: The device's allocations.
         limits: Bounds on what clients may cost.
+        accounts: Who has what, and may have more.
         free: Gives allocations up that were part of a pool.
         changed: Called when pools may have changed, with the sessions whose use of them may have.
         tell: Is told of what happens.
@@ -36,6 +38,7 @@ class RetainedRequests:
         sessions: Mapping[SessionId, Session],
         memory: Memory,
         limits: Limits,
+        accounts: Accounts,
         *,
         free: Callable[[Sequence[int]], None],
         changed: Callable[[Sequence[SessionId]], None] = lambda _: None,
@@ -45,6 +48,7 @@ class RetainedRequests:
         self._sessions = sessions
         self._memory = memory
         self._limits = limits
+        self._accounts = accounts
         self._free, self._changed, self._tell = free, changed, tell
         self._seen: dict[str, RetainedView] = {}
 
@@ -80,6 +84,7 @@ class RetainedRequests:
             await session.send(PlanDue(pool.name), ())
             return
         try:
+            self._accounts.check_joins(pool.name)
             self._apply(pool, pool.ask_plan(claim, request.identity))
             answer = await session.answer(
                 f"plan of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))
@@ -104,20 +109,23 @@ class RetainedRequests:
         if any(not 0 <= index < len(request.sizes) for index in request.front) or len(set(request.front)) != len(request.front):
             raise InvalidArgument(f"the front {list(request.front)[:5]} does not name allocations of the plan, each once")
         sizes = (*request.sizes, *(request.sizes[index] for index in request.front))
-        made = await self._memory.create(sizes, request.timeout_s, ended, pool.name)
-        try:
-            allocations, offset = [], 0
-            for identifier, owned in made[: len(request.sizes)]:
-                allocations.append(Allocation(identifier, offset, owned.size))
-                offset += owned.size
-            spares = [
-                Allocation(identifier, allocations[index].offset, owned.size)
-                for index, (identifier, owned) in zip(request.front, made[len(request.sizes) :], strict=True)
-            ]
-            effects = pool.provide(session.id, request.plan, allocations, spares)
-        except BaseException:
-            self._memory.free(identifier for identifier, _ in made)  # such as when the engine began to end meanwhile: it plans nothing any more
-            raise
+        self._accounts.check_plan(session.peer.uid, pool.name, request.plan)
+        with self._accounts.memory(session.peer.uid, pool.name, sizes):
+            made = await session.memory(self._memory, sizes, request.timeout_s, ended, pool.name)
+            try:
+                allocations, offset = [], 0
+                for identifier, owned in made[: len(request.sizes)]:
+                    allocations.append(Allocation(identifier, offset, owned.size))
+                    offset += owned.size
+                spares = [
+                    Allocation(identifier, allocations[index].offset, owned.size)
+                    for index, (identifier, owned) in zip(request.front, made[len(request.sizes) :], strict=True)
+                ]
+                effects = pool.provide(session.id, request.plan, allocations, spares)
+            except BaseException:
+                self._memory.free(identifier for identifier, _ in made)  # such as when the engine began to end meanwhile: it plans nothing any more
+                raise
+        self._accounts.planned(session.peer.uid, pool.name)
         self._apply(pool, effects)
         session.answers.get_nowait()  # its own: it is answered here
         await self._send_plan(session, pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,9 @@ from gms_core.errors import (
     LeaseConflict,
     ProtocolError,
     QuotaExceeded,
-    VersionMismatch,
-    WrongDevice,
 )
 from gms_core.events import Kind
 from gms_core.protocol.messages import (
-    PROTOCOL_VERSIONS,
     Acquire,
     Allocate,
     AwaitRole,
@@ -51,22 +49,25 @@ from gms_core.protocol.messages import (
     Waiting,
     Welcome,
     WillNotify,
-    common_version,
 )
 from gms_core.protocol.peer import PeerCredentials, process_started
+from gms_core.quotas import Quota
+from gms_core.server.accounts import Accounts
 from gms_core.server.cohort_requests import CohortRequests
 from gms_core.server.durable import Durable
 from gms_core.server.effects import SessionId
 from gms_core.server.exports import send_descriptors
+from gms_core.server.handshake import agreed_version
 from gms_core.server.journal import Journal
 from gms_core.server.kinds import GRANTING, IDLE, added_bytes
-from gms_core.server.limits import Limits, check_metadata, check_name
+from gms_core.server.limits import Limits, check_metadata, check_name, printable
 from gms_core.server.memory import Memory
 from gms_core.server.observer import Observer
 from gms_core.server.published_requests import PublishedRequests
 from gms_core.server.records import FORMAT, About
 from gms_core.server.report import status_report, tell_of_start
 from gms_core.server.retained_requests import RetainedRequests
+from gms_core.server.rights import check_rights
 from gms_core.server.seat import Claim
 from gms_core.server.sessions import Send, Session, detached
 from gms_core.server.state import State, boot_id, encode, encode_all
@@ -83,16 +84,24 @@ class Service:
         limits: Bounds on what clients may cost.
         journal: Where the state is written for the next server; None for a server that nothing outlives.
         on_hand_over: Called when another server is to take over; this one has to end without releasing anything.
+        quotas: What users and pools may have.
     """
 
     def __init__(
-        self, device: str, memory: Memory, limits: Limits, journal: Journal | None = None, on_hand_over: Callable[[], None] = lambda: None
+        self,
+        device: str,
+        memory: Memory,
+        limits: Limits,
+        journal: Journal | None = None,
+        on_hand_over: Callable[[], None] = lambda: None,
+        quotas: Sequence[Quota] = (),
     ) -> None:
         self.device = device
         self._on_hand_over = on_hand_over
         self.memory = memory
         self.limits = limits
         self.sessions: dict[SessionId, Session] = {}
+        self.accounts = Accounts(self.sessions, quotas, os.getuid())
         self.observer = Observer()
         memory.tell = tell = self.observer.tell
         self.published: PublishedRequests
@@ -112,14 +121,16 @@ class Service:
                 "lock": lambda: encode_all({name: seat.record for name, seat in self.engines.locks.items()}),
                 "retained": lambda: encode_all(self.retained.records()),
                 "ended": lambda: encode_all({"cohorts": self.engines.cohorts.ended}),
+                "owners": lambda: encode_all({"all": self.accounts.record()}),
             },
         )
         self.published = PublishedRequests(
             self.sessions,
             memory,
             limits,
+            self.accounts,
             free=self._free,
-            changed=lambda pool, changed: self.durable.touch("about/", f"pool/{pool}", *(f"session/{number}" for number in changed)),
+            changed=lambda pool, changed: self.durable.touch("about/", "owners", f"pool/{pool}", *(f"session/{number}" for number in changed)),
             others=lambda: self.retained.pools,
             tell=tell,
         )
@@ -127,8 +138,9 @@ class Service:
             self.sessions,
             memory,
             limits,
+            self.accounts,
             free=self._free,
-            changed=lambda changed: self.durable.touch("about/", "retained", *(f"session/{number}" for number in changed)),
+            changed=lambda changed: self.durable.touch("about/", "owners", "retained", *(f"session/{number}" for number in changed)),
             tell=tell,
         )
         self.engines = CohortRequests(
@@ -141,8 +153,8 @@ class Service:
             failed=self.retained.fence_failed,
             observer=self.observer,
         )
-        self._last_session, self._in_grace = 0, False
-        self._stopping = False
+        self.accounts.published, self.accounts.retained = self.published.pools, self.retained.pools
+        self._last_session, self._in_grace, self._stopping = 0, False, False
         self.started = time.monotonic()
 
     async def open(self, hello: Hello, peer: PeerCredentials, send: Send, open_pidfd: Callable[[], int]) -> Session:
@@ -157,23 +169,18 @@ class Service:
         Raises:
             VersionMismatch, WrongDevice, QuotaExceeded: As they say.
         """
-        version = common_version(hello.versions)
-        if not version:
-            raise VersionMismatch(
-                f"this server (gms {__version__}) speaks the protocol versions {list(PROTOCOL_VERSIONS)}, the client {list(hello.versions)}",
-                hint="Install the same version of gms in the engine's environment as the server runs.",
-            )
-        if hello.device and hello.device != self.device:
-            raise WrongDevice(f"this server owns the memory of {self.device}, not of {hello.device}")
+        version = agreed_version(hello, self.device)
         if hello.resume:
             session = self._resumed(hello, peer)
         else:
             if len(self.sessions) >= self.limits.sessions:
                 raise QuotaExceeded(f"{self.limits.sessions} sessions are open already")
             self.durable.reserve()
+            self.accounts.opened(peer.uid)
             token = secrets.token_hex(16) if self._resumable and version >= 2 else ""
             self._last_session += 1
-            session = Session(SessionId(self._last_session), peer, hello.client, send, open_pidfd, token=token, started=process_started(peer.pid))
+            client = printable(hello.client, self.limits)
+            session = Session(SessionId(self._last_session), peer, client, send, open_pidfd, token=token, started=process_started(peer.pid))
 
         async def send_when_written(message: Message, descriptors: tuple[int, ...]) -> None:
             if session.promises and not isinstance(message, Waiting | Failure):  # those promise nothing
@@ -185,16 +192,8 @@ class Service:
 
         session.send, session.open_pidfd, session.repeats = send_when_written, open_pidfd, hello.repeats
         driver = self.memory.driver
-        welcome = Welcome(
-            version,
-            __version__,
-            self.device,
-            driver.name,
-            driver.granularity,
-            session.id,
-            session.token,
-            self.limits.keep_s if session.token else 0.0,
-        )
+        grace_s = self.limits.keep_s if session.token else 0.0
+        welcome = Welcome(version, __version__, self.device, driver.name, driver.granularity, session.id, session.token, grace_s)
         self.durable.touch("about/", f"session/{session.id}")
         self.sessions[session.id] = session
         session.detached, session.promises = False, True
@@ -210,7 +209,7 @@ class Service:
         if hello.resume:
             self.engines.came_back(session)
             self.observer.tell(Kind.SESSION_RESUMED, str(session.id), **session.who)
-        log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, hello.client)
+        log.debug("session %d opened by pid %d (%s)", session.id, peer.pid, session.client)
         return session
 
     def _resumed(self, hello: Hello, peer: PeerCredentials) -> Session:
@@ -224,6 +223,7 @@ class Service:
         """The connection has ended: whatever the session had is released."""
         if self.sessions.pop(session.id, None) is None or self._stopping:
             return
+        self.accounts.closed(session.peer.uid)
         self.durable.touch(f"session/{session.id}")
         self.published.closed(session.id)
         try:
@@ -244,6 +244,8 @@ class Service:
         self._last_session = state.about.session if state.about else 0
         for number, record in state.sessions.items():
             self.sessions[number] = detached(number, record)
+            self.accounts.resumed(record.uid)
+        self.accounts.resume(state.owners)
         self.engines.resume(state.cohorts, state.ended, state.locks)
         self.retained.resume(state.retained, with_memory=state.with_memory)
         self.published.resume(state.pools, state.sessions)
@@ -254,7 +256,7 @@ class Service:
         for retained in list(self.retained.pools.values()):
             if retained.planner is not None and retained.planner.claim.session not in self.sessions:
                 self.retained.closed(retained.planner.claim.session)
-        self.durable.touch("about/", "cohort", "lock", "ended", "retained", *(f"session/{number}" for number in state.numbers))
+        self.durable.touch("about/", "cohort", "lock", "ended", "owners", "retained", *(f"session/{number}" for number in state.numbers))
         self.engines.watch()
         gone = [session for session in self.sessions.values() if session.started and process_started(session.peer.pid) != session.started]
         for session in gone:
@@ -307,6 +309,7 @@ class Service:
         session.promises = not isinstance(request, IDLE)
         with self.observer.counting(request):
             try:
+                check_rights(session, request, self.accounts, self.sessions, self.engines.cohorts.by_name, self.engines.locks)
                 if isinstance(request, GRANTING) and not session.repeats:  # one that was carried out needs no room, and must not be refused
                     self.durable.reserve(
                         added_bytes(request) + self.durable.size("retained") + self.durable.size(f"pool/{getattr(request, 'pool', '')}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gms_core.errors import InvalidArgument
 from gms_core.protocol.messages import Message, Waiting
 from gms_core.protocol.peer import PeerCredentials, open_process
 from gms_core.server.effects import Refuse, SessionId, Wait
 from gms_core.server.records import SessionRecord
+
+if TYPE_CHECKING:
+    from gms_core.server.memory import Memory, Owned
 
 Send = Callable[[Message, tuple[int, ...]], Awaitable[None]]
 """Sends a message with descriptors to the client."""
@@ -102,6 +105,17 @@ class Session:
         if isinstance(answer, Refuse):
             raise answer.error
         return answer
+
+    async def memory(self, memory: Memory, sizes: Sequence[int], timeout_s: float, ended: asyncio.Event, pool: str) -> list[tuple[int, Owned]]:
+        """Have memory made, and show what it waits for; see `Memory.create`."""
+
+        def waits(reason: str) -> None:
+            self.waiting_for = f"memory: {reason}"
+
+        try:
+            return await memory.create(sizes, timeout_s, ended, pool, waits)
+        finally:
+            self.waiting_for = ""
 
     async def _next(self, deadline: float, ended: asyncio.Event) -> Any:
         """The next decision about the session's request; None when its time is over."""

@@ -15,7 +15,7 @@ from gms_core.layout import Layout
 from gms_core.server.effects import SessionId
 from gms_core.server.journal import Values
 from gms_core.server.published import PublishedPool
-from gms_core.server.records import FORMAT, About, CohortRecord, PublishedRecord, RetainedRecord, SeatRecord, SessionRecord
+from gms_core.server.records import FORMAT, About, CohortRecord, OwnersRecord, PublishedRecord, RetainedRecord, SeatRecord, SessionRecord
 
 _encoder = msgspec.msgpack.Encoder()
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -42,6 +42,7 @@ class State:
     ended: tuple[str, ...] = ()
     allocations: dict[int, int] = field(default_factory=dict)
     numbers: tuple[SessionId, ...] = ()
+    owners: OwnersRecord = field(default_factory=OwnersRecord)
 
 
 def read(values: Values, device: str, label: str) -> State:
@@ -91,6 +92,7 @@ def read(values: Values, device: str, label: str) -> State:
         state.allocations.update({allocation.id: allocation.size for allocation in (*retained.allocations, *retained.spares)})
     state.sessions = {SessionId(int(name)): decode(value, SessionRecord) for name, value in by_kind.get("session", {}).items()}
     state.cohorts = {name: decode(value, CohortRecord) for name, value in by_kind.get("cohort", {}).items()}
+    state.owners = decode(by_kind["owners"]["all"], OwnersRecord) if "owners" in by_kind else OwnersRecord()
     state.ended = decode(by_kind["ended"]["cohorts"], tuple[str, ...]) if "ended" in by_kind else ()
     return state
 

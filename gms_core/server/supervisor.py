@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gms_core.allowed import allowed
 from gms_core.config import child_environment
 from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, ServerUnavailable, rebuild
+from gms_core.quotas import Quota, encode_quotas
 from gms_core.runtime_dir import prepare, socket_path
 from gms_core.server.exit_codes import HANDED_OVER
 from gms_core.server.ownership import give_up
@@ -72,6 +74,8 @@ def serve(
     on_ready: Callable[[DeviceId, Path], None],
     *,
     keep_s: float = KEEP_S,
+    allow: Sequence[str] = (),
+    quotas: Sequence[Quota] = (),
 ) -> int:
     """Run device servers until SIGTERM or SIGINT, or until others have taken over all of their devices.
 
@@ -81,6 +85,8 @@ def serve(
         host_memory: Bytes that the ``host`` device offers.
         on_ready: Called each time that clients can connect to a device's socket.
         keep_s: Seconds for which memory is kept while a device has no server.
+        allow: Who may use the servers besides this user and root; see `gms_core.allowed`.
+        quotas: What users and pools may have on each device.
 
     Returns:
         0 once all have ended because they were told to, or were taken over.
@@ -88,11 +94,13 @@ def serve(
     Raises:
         GmsError: The runtime directory is not safe, or no device could be served at all.
     """
-    directory = prepare(runtime_dir)
+    admitted = allowed(allow)
+    directory = prepare(runtime_dir, admitted.files)
+    options = [word for one in admitted.words for word in ("--allow", one)] + (["--quotas", encode_quotas(quotas)] if quotas else [])
     with stop_signals((signal.SIGTERM, signal.SIGINT)) as told, contextlib.ExitStack() as children_end:
         children = [Child(device) for device in devices]
         children_end.callback(_stop, children, directory)
-        supervisor = _Supervisor(children, directory, host_memory, keep_s, on_ready, told)
+        supervisor = _Supervisor(children, directory, host_memory, keep_s, options, on_ready, told)
         supervisor.run()
     return 0
 
@@ -104,6 +112,7 @@ class _Supervisor:
         directory: Path,
         host_memory: int | None,
         keep_s: float,
+        options: Sequence[str],
         on_ready: Callable[[DeviceId, Path], None],
         told: socket.socket,
     ) -> None:
@@ -111,6 +120,7 @@ class _Supervisor:
         self._directory = directory
         self._host_memory = host_memory
         self._keep_s = keep_s
+        self._options = options
         self._on_ready = on_ready
         self._told = told
 
@@ -144,7 +154,7 @@ class _Supervisor:
         lifeline, child.lifeline = os.pipe()
         child.ready, ready = os.pipe()
         command = [sys.executable, "-P", "-m", "gms_core.server", "--device", child.device, "--runtime-dir", os.fspath(self._directory)]
-        command += ["--lifeline", str(lifeline), "--ready", str(ready), "--keep", str(self._keep_s)]
+        command += ["--lifeline", str(lifeline), "--ready", str(ready), "--keep", str(self._keep_s), *self._options]
         if self._host_memory is not None:
             command += ["--host-memory", str(self._host_memory)]
         try:

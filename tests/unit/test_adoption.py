@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from gms_core.errors import ConnectionLost, GmsError, JournalUnavailable, LeaseConflict
+from gms_core.errors import ConnectionLost, GmsError, JournalUnavailable, LeaseConflict, QuotaExceeded
 from gms_core.layout import Allocation, Identity
 from gms_core.protocol.messages import (
     Acquire,
@@ -41,6 +42,7 @@ from gms_core.protocol.messages import (
     WriteGranted,
 )
 from gms_core.protocol.peer import PeerCredentials
+from gms_core.quotas import Quota
 from gms_core.server import journal as journal_module
 from gms_core.server.journal import Journal
 from gms_core.server.limits import Limits
@@ -58,13 +60,14 @@ LABEL = "the keeper's"
 class Client:
     """A client of a service in this process; it can come back to another one."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, uid: int | None = None) -> None:
         self.service = service
+        self.uid = os.getuid() if uid is None else uid
         self.replies: list[Any] = []
         self.ended = asyncio.Event()
 
     async def open(self, hello: Hello | None = None) -> Client:
-        peer = PeerCredentials(os.getpid(), os.getuid(), 0)
+        peer = PeerCredentials(os.getpid(), self.uid, 0)
         self.session = await self.service.open(hello or Hello((2, 1)), peer, self.send, lambda: os.pidfd_open(os.getpid()))
         self.welcome = self.replies[-1]
         return self
@@ -90,7 +93,7 @@ class Host:
         self._memory: Memory | None = None
         self._service: Service | None = None
 
-    def next(self, limits: Limits | None = None) -> Service:
+    def next(self, limits: Limits | None = None, quotas: Sequence[Quota] = ()) -> Service:
         """A server that takes over from the last one, which has been killed."""
         limits = limits or Limits()
         if self._service is not None:
@@ -103,7 +106,7 @@ class Host:
             assert kept.keys() >= state.allocations.keys()
             memory.adopt({number: kept[number] for number in state.allocations}, state.about.allocation if state.about else 0)  # type: ignore[misc]
         self._memory = memory
-        service = self._service = Service("host", memory, limits, journal)
+        service = self._service = Service("host", memory, limits, journal, quotas=quotas)
         service.adopt(state, LABEL)
         service.durable.write()
         self._stack.callback(service.stop)
@@ -373,3 +376,41 @@ def test_restarts_are_counted_from_server_to_server_and_from_a_journal_of_a_vers
     run(work)
     older = {name: value for name, value in msgspec.to_builtins(About(1, "host", "label", "boot")).items() if name != "restarts"}
     assert decode(encode(older), About).restarts == {}
+
+
+async def used(service: Service) -> dict[tuple[str, str], int]:
+    return {(one.who, one.resource): one.used for one in (await service.report()).quotas}
+
+
+def test_users_have_what_they_had_when_the_next_server_counts(run: Any) -> None:
+    quotas = [Quota("user", "*", "bytes", 2**30), Quota("user", "*", "allocations", 99), Quota("user", "*", "metadata", 2**20)]
+    quotas += [Quota("user", "*", "sessions", 3), Quota("pool", "*", "bytes", 6 * PAGE)]
+    alice_uid, bob_uid = 23456, 23457
+
+    async def work(host: Host) -> None:
+        service = host.next(quotas=quotas)
+        alice, bob, writer = [await Client(service, uid).open() for uid in (alice_uid, bob_uid, alice_uid)]
+        await alice.ask(Acquire("a", "rw", MODEL, 0))
+        made = await alice.ask(Allocate("a", (PAGE, PAGE, PAGE)))
+        await alice.ask(Commit("a", tuple(Allocation(number, at * PAGE, PAGE) for at, number in enumerate(made.ids)), b"manifest", MODEL))
+        await bob.ask(Join("cohort", "engine", "rank 0"))
+        await bob.ask(Plan("kv", MODEL, 0))
+        await bob.ask(Provide("kv", b"plan", (5 * PAGE,), 0.0))
+        await writer.ask(Acquire("b", "rw", MODEL, 0))
+        await writer.ask(Allocate("b", (PAGE,)))
+        before = await used(service)
+        assert (before[str(alice_uid), "bytes"], before[str(bob_uid), "bytes"], before[str(alice_uid), "sessions"]) == (4 * PAGE, 5 * PAGE, 2)
+        service = host.next(quotas=quotas)
+        assert await used(service) == before
+        await bob.come_back(service)
+        await writer.come_back(service)
+        with pytest.raises(QuotaExceeded, match="pool b has 4096 bytes"):
+            await writer.ask(Allocate("b", (6 * PAGE,)))
+        service.close(service.sessions[alice.session.id])
+        service.durable.write()
+        service = host.next(quotas=quotas)
+        after = await used(service)
+        assert {name: after[name] for name in after if name[1] != "sessions"} == {name: before[name] for name in before if name[1] != "sessions"}
+        assert after[str(alice_uid), "sessions"] == 1
+
+    run(work)

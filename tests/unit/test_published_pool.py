@@ -1,7 +1,9 @@
 """The published pool, against a simple model of its promises, and case by case."""
 
+import contextlib
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
@@ -75,6 +77,19 @@ def test_reader_is_not_blocked_when_a_writer_waits_or_writes():
     pool.acquire(TWO, "rw", A)
     pool.acquire(THREE, "rw", A)
     assert isinstance(pool.acquire(FOUR, "ro", A)[0], GrantRead)
+
+
+@given(st.lists(st.tuples(st.integers(10, 20), st.sampled_from(["rw", "replace", "leave"])), max_size=30))
+def test_reader_is_never_made_to_wait_when_writers_crowd_a_committed_pool(crowd):
+    pool = PublishedPool("weights")
+    publish(pool, ONE, A, 1)
+    for reader, (session, action) in enumerate(crowd, start=100):
+        with contextlib.suppress(LeaseConflict):
+            if action == "leave":
+                pool.release(SessionId(session))
+            else:
+                pool.acquire(SessionId(session), "rw", A, replace=1 if action == "replace" else None)
+        assert GrantRead(SessionId(reader), pool.committed) in pool.acquire(SessionId(reader), "ro", A)
 
 
 def test_fields_are_named_when_another_identity_is_published():

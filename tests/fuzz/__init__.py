@@ -1,0 +1,1 @@
+"""Hostile input for the codec and for a live server."""
