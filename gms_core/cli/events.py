@@ -135,7 +135,8 @@ class Lines:
         click.echo(json.dumps({"schema": SCHEMA, **fields}))
 
     def _row(self, moment: str, device: str, kind: str, subject: str, words: str) -> None:
+        from gms_core.cli.console import plain
         from gms_core.events import Kind
 
         kinds = max(map(len, Kind))
-        click.echo(f"{moment:<23}  {device:<{self._width}}  {kind:<{kinds}}  {subject:<12}  {words}")
+        click.echo(plain(f"{moment:<23}  {device:<{self._width}}  {kind:<{kinds}}  {subject:<12}  {words}"))

@@ -21,10 +21,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gms_core.cli import gms
-from gms_core.cli.events import Moment
+from gms_core.cli.events import Lines, Moment
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import connect
 from gms_core.config import child_environment
+from gms_core.fleet.event_reader import Told
+from gms_core.protocol.messages import Event
 from tests.conftest import RunningServer, running_server
 from tests.unit.publishing import publish
 
@@ -77,6 +79,15 @@ def test_events_are_shown_as_a_table_and_as_lines_of_json(server: RunningServer)
     assert committed["text"] in rows[2]
     assert 0 <= time.time() - committed["time"] < 120
     assert committed["monotonic_s"] <= time.monotonic()
+
+
+def test_table_is_in_order_when_a_server_of_an_older_version_tells_of_a_wild_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Lines("table", ["host"]).show(
+        Told("host", "log", Event(1, 0.0, 0.0, "engine_joined", "engine\x1b[2J", {"process": "a\nb", "pid": 1, "cohort": "c"}))
+    )
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert len(shown.splitlines()) == 2
 
 
 def test_only_the_last_or_the_newest_are_shown_when_that_is_asked_for(server: RunningServer) -> None:
