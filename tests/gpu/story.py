@@ -25,8 +25,8 @@ class Story:
         port: Of all engines.
     """
 
-    def __init__(self, folder: Path, runtime_dir: Path, runner: str, programs: Any) -> None:
-        self._folder, self._runtime_dir, self._programs = folder, runtime_dir, programs
+    def __init__(self, folder: Path, runtime_dir: Path, runner: str, programs: Any, bridge_bytes: int = 0) -> None:
+        self._folder, self._runtime_dir, self._programs, self._bridge_bytes = folder, runtime_dir, programs, bridge_bytes
         self.port = programs.free_port()
         self._environment = {
             "GMS_RUNTIME_DIR": str(runtime_dir),
@@ -54,7 +54,7 @@ class Story:
         command += ["--max-model-len", "2048", "--gpu-memory-utilization", UTILIZATION, "--compilation-config", json.dumps(GRAPHS)]
         command += ["--no-enable-prefix-caching"]
         if status_port:
-            failover = {"lock": "gms:test", "status_address": f"127.0.0.1:{status_port}"}
+            failover = {"lock": "gms:test", "status_address": f"127.0.0.1:{status_port}", "bridge_bytes": self._bridge_bytes}
             command += ["--load-format", "gms", "--model-loader-extra-config", json.dumps({"gms": {"failover": failover}})]
         with self._programs.running(name, command, self._folder / f"{name}.log", self._environment | {"GMS_ENGINE": name}) as engine:
             yield engine

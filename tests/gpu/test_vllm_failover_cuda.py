@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,24 @@ def tokens_of_cache(engine: Any) -> str:
     return found.group(1)
 
 
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+def until_whole(engine: Any) -> None:
+    """Wait until an engine that began with its bridge has all blocks."""
+    deadline = time.monotonic() + 60
+    while not re.search(r"all \d+ blocks of the KV cache can be used", engine.log.read_text(errors="replace")):
+        assert time.monotonic() < deadline, engine.tail()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("runner", "bridge_bytes"), [("V1", 0), ("V2", 0), ("V1", 2**28), ("V2", 2**28)], ids=["V1", "V2", "V1-bridge", "V2-bridge"])
 def test_graphs_that_were_captured_on_scratch_are_right_when_the_shadow_is_promoted(
-    tmp_path: Path, runtime_dir: Path, runner: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime_dir: Path, runner: str, bridge_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import model
     import processes
 
     model.write_model(tmp_path / "model", "0.6b", "bfloat16")
-    story = Story(tmp_path, runtime_dir, runner, processes)
+    story = Story(tmp_path, runtime_dir, runner, processes, bridge_bytes)
     with story.engine("stock") as stock:
         processes.wait_until_healthy(stock, story.port, PATIENCE_S)
         right = story.answers()
@@ -50,6 +59,9 @@ def test_graphs_that_were_captured_on_scratch_are_right_when_the_shadow_is_promo
                 os.killpg(primary.process.pid, signal.SIGKILL)
                 story.until_role(shadow, status[1], "primary")
                 assert story.answers() == right
+                if bridge_bytes:
+                    until_whole(shadow)
+                    assert story.answers() == right
                 held = used_gib()
     sys.stdout.write(f"{runner}: a shadow costs {standing:.2f} GiB; once it is alone {held:.2f} GiB are in use\n")
     assert standing < 4.0
