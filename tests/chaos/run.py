@@ -33,6 +33,8 @@ LOSE_EVERY = 15
 """Common kinds after which the server is killed with its keeper, and then the next engine that loads the weights."""
 COSTS = {"kill promoting": 2, "kill two": 2}
 """Engines that a kind takes, if not one."""
+BRIDGE_BYTES = 4 * 2**20
+"""With which engines begin in runs of odd seeds; in the others they wait for the end of the last one."""
 DEADLINE_S = 8.0
 SETTLE_S = 30.0
 
@@ -125,7 +127,8 @@ class Run:
         port = free_port()
         temporary = tempfile.mkdtemp(prefix="gms-")
         story = Story(self._server, self._model, self._folder)
-        options: dict[str, Any] = {"at_once": self._at_once, "failover": {"deadline_s": DEADLINE_S}, "temporary": temporary}
+        failover = {"deadline_s": DEADLINE_S, "bridge_bytes": BRIDGE_BYTES if self.result.seed % 2 else 0}
+        options: dict[str, Any] = {"at_once": self._at_once, "failover": failover, "temporary": temporary}
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             fleet = stack.enter_context(Fleet(story, port, warden, **options))
