@@ -149,7 +149,7 @@ def extend_engine_core() -> None:
     EngineCore.gms_settle = _settle
     EngineCore.gms_unfinished = _unfinished
     EngineCore.gms_withhold = block_supply.withhold
-    EngineCore.gms_give_all = block_supply.complete
+    EngineCore.gms_give_all = block_supply.give_all
     if EngineCoreProc.run_engine_core is not run_engine_core:
         _run_engine_core = EngineCoreProc.run_engine_core
         EngineCoreProc.run_engine_core = staticmethod(run_engine_core)

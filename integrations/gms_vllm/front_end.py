@@ -162,7 +162,10 @@ class ApiServer:
             await self._standing.become_primary()
             if self._failover.gate == "port":
                 self._gate.open()
-            self._standing.gate_opened()
+        if self._failure is not None or self._departed:
+            return
+        self._standing.gate_opened()
+        with self._ended_by_errors():
             await self._standing.become_whole()
 
     @contextlib.contextmanager
@@ -173,6 +176,8 @@ class ApiServer:
         except GmsError as error:
             self._end(error)
         except Exception as error:
+            if self._departed:  # an engine that ends answers nobody any more
+                return
             log.exception("%s cannot serve at %s", self._state.engine, self._gate.address)
             self._end(PromotionFailed(f"{self._state.engine} cannot serve at {self._gate.address}: {error}"))
 

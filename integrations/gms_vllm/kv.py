@@ -14,7 +14,7 @@ from gms_core.client.session import SLAB_BYTES
 from gms_core.errors import InvalidArgument
 from gms_core.protocol.messages import Held
 from gms_core.vmm.driver import Address, Driver
-from gms_vllm.kv_front import Cut, Range, View, borders, cut, front_of, merged
+from gms_vllm.kv_front import Cut, Range, View, borders, covers, cut, front_of, merged, size_of
 from gms_vllm.private_kv import clear
 
 
@@ -32,10 +32,10 @@ class TakenOver(NamedTuple):
 
     Attributes:
         epoch: Of the pool.
-        bytes: Mapped.
+        bytes: Mapped; of the front alone if that is all that can be used.
         hold_s: Seconds until the pool was granted.
         map_s: Seconds from then until the memory could be used.
-        whole: Whether all of it can be used; else the front alone, until `RetainedKv.complete`.
+        whole: Whether all of it can be used; else the front alone, until `RetainedKv.map_rest`.
     """
 
     epoch: int
@@ -61,7 +61,7 @@ class RetainedKv:
         arena: The addresses.
         size: Bytes for the buffers.
         scratch_bytes: Memory that the scratch takes.
-        front: The part of the memory that the rank can begin with before it may have the rest; empty if there is none.
+        front: What the rank can begin with before it may have the rest: all that the pool has twice; empty if it has to wait for all.
     """
 
     def __init__(self, driver: Driver, device: torch.device, buffers: Sequence[int], alias_bytes: int) -> None:
@@ -69,6 +69,7 @@ class RetainedKv:
         self._placed = 0
         self._alias_bytes = alias_bytes
         self._held: Held | None = None
+        self._twice: list[Range] = []
         self.front: tuple[Range, ...] = ()
         self.size = sum(round_up(size, driver.granularity) for size in buffers)
         self.arena = RetainedArena(driver, self.size + driver.granularity)
@@ -92,11 +93,11 @@ class RetainedKv:
         self._placed = end
         return self.arena.base + offset
 
-    def cut(self, front: Sequence[Range]) -> Cut:
+    def allocations(self, front: Sequence[Range] = ()) -> Cut:
         """How the memory is cut into allocations, some of which are the front that a pool is to have twice."""
         return cut(self.arena.size, round_up(SLAB_BYTES[self._driver.name], self._driver.granularity), front)
 
-    def front_of(self, tensors: Iterable[torch.Tensor], num_blocks: int, blocks: int) -> list[Range]:
+    def first_blocks(self, tensors: Iterable[torch.Tensor], num_blocks: int, blocks: int) -> list[Range]:
         """Where the first blocks lie; empty if that is not certain.
 
         Args:
@@ -133,12 +134,12 @@ class RetainedKv:
         if pool.planned is None:
             raise InvalidArgument(f"pool {pool.name!r} has no plan yet")
         self.arena.adopt(pool.receive, pool.planned.allocations, pool.planned.spares)
-        twice = merged(Range(spare.offset, spare.offset + spare.size) for spare in pool.planned.spares)
-        if front and all(any(whole.start <= part.start and part.end <= whole.end for whole in twice) for part in front):
-            pieces = (Range(spare.offset, spare.offset + spare.size) for spare in pool.planned.spares)
-            self.scratch_bytes = self.arena.map_scratch(self._alias_bytes, borders(pieces))
+        spares = [Range(spare.offset, spare.offset + spare.size) for spare in pool.planned.spares]
+        self._twice = merged(spares)
+        if front and covers(self._twice, front):
+            self.scratch_bytes = self.arena.map_scratch(self._alias_bytes, borders(spares))
             clear(self.arena, self._device)
-            self.front = tuple(twice)
+            self.front = tuple(self._twice)
 
     def take_over(
         self, pool: RetainedPool, mark: bytes, timeout_s: float, on_wait: Callable[[str], None] | None = None, *, bridge: bool = False
@@ -171,9 +172,22 @@ class RetainedKv:
         else:
             self.arena.map_front(self._held.turn)
             self._clear(self.front)  # nobody may ever have made it zero
-        return TakenOver(self._held.epoch, self.size, granted - start, time.perf_counter() - granted, self._held.whole)
+        size = self.size if self._held.whole else size_of(self.front)
+        return TakenOver(self._held.epoch, size, granted - start, time.perf_counter() - granted, self._held.whole)
 
-    def complete(self, mark: bytes) -> None:
+    def suspend(self) -> None:
+        """Unmap the memory, which stays held with its contents. Idempotent."""
+        self.arena.unmap()
+
+    def resume(self) -> None:
+        """Map what `suspend` has unmapped: the pool's memory, its front, or a shadow's scratch. Idempotent."""
+        self.arena.remap()
+        if self.arena.backing == "scratch":
+            clear(self.arena, self._device)
+        elif self.arena.backing == "front":
+            self._clear(self._besides(self.front))
+
+    def map_rest(self, mark: bytes) -> None:
         """Map all of the memory after the front: the server has said that it may be. Nothing may be computing meanwhile. Idempotent.
 
         Args:
@@ -192,9 +206,15 @@ class RetainedKv:
         self.arena.map_pool(self._held.turn)
         place = Address(self.arena.base + self.size)
         if self._driver.read(place, len(mark)) != mark:
-            edges = [0, *(offset for one in used for offset in one), self.arena.size]
-            self._clear([Range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end])
+            self._clear(self._besides(used))
             self._driver.write(place, mark)
+        elif not used:
+            # The mark tells of one front. The other one may have been granted to an engine that died before it made it zero.
+            self._clear(self._twice)
+
+    def _besides(self, used: Sequence[Range]) -> list[Range]:
+        edges = [0, *(offset for one in used for offset in one), self.arena.size]
+        return [Range(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
     def _clear(self, ranges: Sequence[Range]) -> None:
         for start, end in ranges:

@@ -27,6 +27,24 @@ def raw_buffers(config: Any) -> tuple[int, ...]:
     return tuple(tensor.size for tensor in tensors if tensor.block_stride == 0 or tensor is packed)
 
 
+def check_contents(config: Any) -> None:
+    """Refuse a cache that has more in it than what requests put there: that is written once, and would be lost with the scratch memory.
+
+    Attention with static sinks writes these into the first blocks when it is first used
+    (vllm/model_executor/layers/attention/static_sink_attention.py).
+
+    Args:
+        config: A ``KVCacheConfig``.
+
+    Raises:
+        EngineUnsupported: It is such a cache.
+    """
+    for group in config.kv_cache_groups:
+        specs = [group.kv_cache_spec, *getattr(group.kv_cache_spec, "kv_cache_specs", {}).values()]
+        if any(type(spec).__name__ == "SinkFullAttentionSpec" for spec in specs):
+            raise EngineUnsupported("failover: the static sinks of this model lie in its KV cache, and would be lost", hint=_HINT)
+
+
 class RawBuffers:
     """The buffers that are still to be made.
 

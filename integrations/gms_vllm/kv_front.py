@@ -69,7 +69,7 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
 def _ranges(view: View, num_blocks: int, blocks: int) -> list[Range] | None:
     """Where the first blocks of one tensor lie; None if that cannot be told."""
     place = _block_dimension(view.shape, num_blocks)
-    if place is None or min(view.shape) < 1 or min(view.strides) < 0:
+    if place is None or len(view.shape) < 2 or min(view.shape) < 1 or min(view.strides) < 0:
         return None
     stride = view.strides[place]
     rows = blocks * (view.shape[place] // num_blocks)
@@ -84,10 +84,20 @@ def _ranges(view: View, num_blocks: int, blocks: int) -> list[Range] | None:
 
 
 def _block_dimension(shape: Sequence[int], num_blocks: int) -> int | None:
-    """Which dimension counts blocks, or the parts that a kernel cuts each of them into."""
-    exact = [number for number, size in enumerate(shape) if size == num_blocks]
-    found = exact or [number for number, size in enumerate(shape) if size > num_blocks and size % num_blocks == 0]
+    """Which dimension counts blocks, or the parts that a kernel cuts each of them into; None if several could."""
+    found = [number for number, size in enumerate(shape) if size and size % num_blocks == 0]
     return found[0] if len(found) == 1 else None
+
+
+def size_of(ranges: Iterable[Range]) -> int:
+    """Bytes of all of them together, which do not overlap."""
+    return sum(end - start for start, end in ranges)
+
+
+def covers(ranges: Iterable[Range], parts: Iterable[Range]) -> bool:
+    """Whether each of some parts lies in one of the ranges."""
+    whole = list(ranges)
+    return all(any(one.start <= part.start and part.end <= one.end for one in whole) for part in parts)
 
 
 def blocks_of(bridge_bytes: int, size: int, num_blocks: int) -> int:

@@ -4,43 +4,52 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Literal
 
 from gms_core.client import RetainedPool
+from gms_core.errors import AcquireTimeout
 
 log = logging.getLogger("vllm.gms")
+
+AGAIN_S = 60.0
+"""Seconds between two lines of the log that tell who is still there."""
+ProofState = Literal["waiting", "proven", "failed"]
 
 
 class Proof:
     """Waits in a thread of its own until all of a pool may be mapped of which the front is held.
 
+    It waits for as long as it takes: the engine serves already, and a process that is slow to exit must not use up one engine after the other.
+
     Args:
         pool: Which one.
-        timeout_s: Seconds to wait at most.
+
+    Attributes:
+        state: ``waiting``, ``proven``, or ``failed`` if it will never be there.
+        failure: Why it failed, in words.
     """
 
-    def __init__(self, pool: RetainedPool, timeout_s: float) -> None:
-        self._pool, self._timeout_s = pool, timeout_s
-        self._over = threading.Event()
-        self._failure: BaseException | None = None
+    def __init__(self, pool: RetainedPool) -> None:
+        self.state: ProofState = "waiting"
+        self.failure = ""
+        self._pool = pool
         threading.Thread(target=self._wait, name="gms-proof", daemon=True).start()
-
-    def there(self) -> bool:
-        """Whether it is there.
-
-        Raises:
-            GmsError: It will not be, as `gms_core.client.RetainedPool.await_whole` says.
-        """
-        if not self._over.is_set():
-            return False
-        if self._failure is not None:
-            raise self._failure
-        return True
 
     def _wait(self) -> None:
         try:
-            self._pool.await_whole(self._timeout_s)
-        except BaseException as error:  # noqa: BLE001 - raised by whoever asks
-            log.error("pool %s: the rest of the memory is not granted: %s", self._pool.name, error)
-            self._failure = error
-        finally:
-            self._over.set()
+            while not self._proven():
+                pass
+        except Exception as error:  # noqa: BLE001 - told to whoever asks
+            self.failure = str(error)
+            self.state = "failed"
+            log.error("pool %s: the rest of the memory will not be granted: %s", self._pool.name, error)
+        else:
+            self.state = "proven"
+
+    def _proven(self) -> bool:
+        try:
+            self._pool.await_whole(AGAIN_S)
+        except AcquireTimeout as error:
+            log.warning("pool %s: this engine goes on with its first blocks: %s", self._pool.name, error)
+            return False
+        return True

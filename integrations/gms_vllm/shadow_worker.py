@@ -21,15 +21,17 @@ from gms_vllm import cohort, kv_planning
 from gms_vllm.config import LOAD_FORMAT, loader_options
 from gms_vllm.holdings import amount
 from gms_vllm.kv import RetainedKv, TakenOver, tensors_of
-from gms_vllm.kv_buffers import raw_buffers
-from gms_vllm.kv_front import blocks_of
+from gms_vllm.kv_buffers import check_contents, raw_buffers
+from gms_vllm.kv_front import Range, blocks_of, size_of
 from gms_vllm.kv_plan import KvPlan
-from gms_vllm.kv_proof import Proof
+from gms_vllm.kv_proof import Proof, ProofState
 from gms_vllm.place import device_id, server_socket
-from gms_vllm.sleep import RetainedKvMemory
 from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_device
 
 log = logging.getLogger("vllm.gms")
+
+MOST_TIMES = 2
+"""A bridge may be so many times as large as was wanted, for the granules in which its blocks lie; else there is none."""
 
 
 class GmsShadowMixin(GmsSleepMixin):
@@ -100,7 +102,12 @@ class GmsShadowMixin(GmsSleepMixin):
                 return planned
             available = int(base.determine_available_memory())
         # What vLLM takes off for other uses it takes off again where the plan is adopted, so the plan has the value from before.
-        self._measured = cache.kv_cache_memory_bytes or int(getattr(self, "available_kv_cache_memory_bytes", available))
+        measured = int(getattr(self, "available_kv_cache_memory_bytes", available))
+        failover = _failover(self.vllm_config)
+        if not cache.kv_cache_memory_bytes and failover is not None:
+            twice = MOST_TIMES * failover.bridge_bytes  # the server is about to take that beside it
+            available, measured = max(0, available - twice), max(0, measured - twice)
+        self._measured = cache.kv_cache_memory_bytes or measured
         return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -114,24 +121,21 @@ class GmsShadowMixin(GmsSleepMixin):
         with self.planning.given_up_on_failure():
             # What profiling has left there is room that the server, or another engine, cannot take otherwise.
             give_back_cached()
+            check_contents(kv_cache_config)
             base.initialize_from_config(kv_cache_config)
             assert self.kv is not None
             # Only here is it certain that no rank's measurement has failed: it would wait for that one.
             budgets = self.planning.budgets or self.planning.share(self._measured)
             blocks = self._bridge_blocks(kv_cache_config.num_blocks)
-            front = self.kv.front_of(tensors_of(self.model_runner.kv_caches), kv_cache_config.num_blocks, blocks) if blocks else []
+            front = self._front(kv_cache_config.num_blocks, blocks)
             here = KvPlan.of(kv_cache_config, budgets, blocks if front else 0)
-            cut = self.kv.cut(front)
+            cut = self.kv.allocations(front)
             self.planning.check_or_provide(here, cut.sizes, self._options().memory_timeout_s, cut.front)
             self.kv.adopt(self.planning.pool, front)
         self._parked = True
-        log.info(
-            "KV cache: %d blocks in %s of addresses, on %s of scratch memory; %s",
-            here.num_blocks,
-            amount(self.kv.size),
-            amount(self.kv.scratch_bytes),
-            f"it begins with {self.gms_bridge()} of them" if self.gms_bridge() else "no bridge",
-        )
+        bridge = f"it begins with {self.gms_bridge()} of them, in {amount(size_of(self.kv.front))}" if self.gms_bridge() else "no bridge"
+        addresses, scratch = amount(self.kv.size), amount(self.kv.scratch_bytes)
+        log.info("KV cache: %d blocks in %s of addresses, on %s of scratch memory; %s", here.num_blocks, addresses, scratch, bridge)
 
     def _bridge_blocks(self, num_blocks: int) -> int:
         """With how many blocks a promotion may begin: as is planned, or as the user wants."""
@@ -143,6 +147,22 @@ class GmsShadowMixin(GmsSleepMixin):
             return 0
         return blocks_of(failover.bridge_bytes, self.kv.size, num_blocks) if self.planning.plan is None else self.planning.plan.bridge_blocks
 
+    def _front(self, num_blocks: int, blocks: int) -> list[Range]:
+        """Where the first blocks lie; empty if there are to be none, or they cannot be had alone."""
+        assert self.kv is not None
+        if not blocks:
+            return []
+        failover = _failover(self.vllm_config)
+        assert failover is not None
+        front = self.kv.first_blocks(tensors_of(self.model_runner.kv_caches), num_blocks, blocks)
+        size = size_of(front)
+        if not front:
+            log.info("no bridge: it is not certain where the blocks of this KV cache lie")
+        elif size > MOST_TIMES * failover.bridge_bytes:
+            log.info("no bridge: %d blocks of this KV cache lie in so many places that they take %s", blocks, amount(size))
+            return []
+        return front
+
     def gms_bridge(self) -> int:
         """With how many blocks, from the first one on, this rank may begin before it has all of its memory; 0 if it waits for that."""
         planned = self.planning.plan if self.planning is not None else None
@@ -153,7 +173,7 @@ class GmsShadowMixin(GmsSleepMixin):
         if failover is None:
             return super()._kv_placing(kv_cache_config)
         self.kv = RetainedKv(open_driver(device_id()), torch_device(), raw_buffers(kv_cache_config), failover.alias_bytes)
-        self.kv_memory = RetainedKvMemory(self.kv.arena)
+        self.kv_memory = self.kv
         return self.kv.place
 
     def compile_or_warm_up_model(self) -> Any:
@@ -222,7 +242,7 @@ class GmsShadowMixin(GmsSleepMixin):
             )
             self._parked = False
             taken = self._taken_over
-            self._proof = None if taken.whole else Proof(pool, timeout_s)
+            self._proof = None if taken.whole else Proof(pool)
             log.info(
                 "rank %d holds pool %s, epoch %d: %s, granted after %.1f ms, mapped in %.1f ms",
                 rank,
@@ -234,16 +254,14 @@ class GmsShadowMixin(GmsSleepMixin):
             )
         return {"rank": rank, **self._taken_over._asdict()}
 
-    def gms_proven(self) -> bool:
-        """Whether all of the memory may be mapped, since every process of the last holder has exited.
+    def gms_proven(self) -> tuple[ProofState, str]:
+        """Whether all of the memory may be mapped, since every process of the last holder has exited; with the reason if it never may be.
 
-        Raises:
-            AcquireTimeout: They have not in time.
-            FenceFailed: They cannot be ended.
+        It raises nothing: vLLM would leave the answers of the other ranks unread.
         """
-        return self._proof is None or self._proof.there()
+        return ("proven", "") if self._proof is None else (self._proof.state, self._proof.failure)
 
-    def gms_complete(self) -> bool:
+    def gms_map_rest(self) -> bool:
         """Map all of the memory after a bridge; every rank has said `gms_proven`. Idempotent.
 
         Returns:
@@ -259,7 +277,7 @@ class GmsShadowMixin(GmsSleepMixin):
         start = time.perf_counter()
         if current_platform.is_cuda():
             torch.cuda.synchronize()
-        self.kv.complete(self.planning.plan.mark.encode())
+        self.kv.map_rest(self.planning.plan.mark.encode())
         self._proof = None
         log.info("all of the KV memory is mapped, in %.1f ms", (time.perf_counter() - start) * 1e3)
         return True

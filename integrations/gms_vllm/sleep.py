@@ -12,7 +12,7 @@ from typing import Protocol
 
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
 
-from gms_core.client import ReadLease, RetainedArena
+from gms_core.client import ReadLease
 from gms_core.errors import EngineUnsupported, InvalidArgument
 from gms_vllm.holdings import Holding
 from gms_vllm.sleep_mode import BACKEND
@@ -29,25 +29,6 @@ class KvMemory(Protocol):
 
     def resume(self) -> None:
         """Map memory at the same addresses. Idempotent."""
-
-
-class RetainedKvMemory:
-    """KV memory of an engine that fails over: unmapped, but held, so that its contents stay and no other engine takes it.
-
-    Args:
-        arena: Where the KV cache lies.
-    """
-
-    def __init__(self, arena: RetainedArena) -> None:
-        self._arena = arena
-
-    def suspend(self) -> None:
-        """Unmap it."""
-        self._arena.unmap()
-
-    def resume(self) -> None:
-        """Map what was unmapped: the pool's memory, or a shadow's scratch."""
-        self._arena.remap()
 
 
 class GmsSleepBackend(SleepModeBackend):  # type: ignore[misc]

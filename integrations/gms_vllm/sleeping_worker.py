@@ -31,7 +31,7 @@ class GmsSleepMixin:
     """Sleep and wake-up, and KV memory that can be given back meanwhile. With another load format than ``gms`` it changes nothing.
 
     Attributes:
-        kv_memory: The KV memory, if GMS has placed it; of an engine that fails over a `RetainedKvMemory`.
+        kv_memory: The KV memory, if GMS has placed it; of an engine that fails over a `gms_vllm.kv.RetainedKv`.
     """
 
     vllm_config: Any

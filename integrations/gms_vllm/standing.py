@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gms_core.engine_config import FailoverConfig
-from gms_core.errors import GmsError
+from gms_core.errors import GmsError, PromotionFailed
 from gms_core.failover.control import Control
 from gms_core.failover.follower import Follower
 from gms_core.failover.locks import FailoverLock
@@ -24,6 +24,10 @@ from gms_vllm.timeline import Clock
 
 log = logging.getLogger("vllm.gms")
 
+PROVEN_AGAIN_S = 0.01
+"""Seconds between two questions to the ranks whether they may have the rest of their KV memory."""
+AWAKE_AGAIN_S = 0.5
+"""The same while they could have it, and sleep."""
 NOTIFY_S = 5.0
 """Seconds that the last notifications may take before the process ends."""
 
@@ -62,8 +66,6 @@ class Standing(Protocol):
         """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
 
 
-PROVEN_AGAIN_S = 0.01
-"""Seconds between two questions to the ranks whether they may have the rest of their KV memory."""
 BEAT_AGAIN_S = 0.05
 """Seconds between two questions to a rank whose device is busy with one long piece of work."""
 
@@ -133,9 +135,8 @@ class Leader:
 
     async def become_primary(self) -> None:
         """As `Standing.become_primary`. With a bridge, the scheduler gives out its blocks alone from here on, until `become_whole`."""
-        if blocks := min(await self._client.collective_rpc("gms_bridge")):
-            await self._client.engine_core.call_utility_async("gms_withhold", blocks)
-            self._bridges = True
+        if self._failover.bridge_bytes and (blocks := min(await self._client.collective_rpc("gms_bridge"))):
+            self._bridges = bool(await self._client.engine_core.call_utility_async("gms_withhold", blocks))
         self._state.ready()
         await self._promotion.run()
 
@@ -148,10 +149,12 @@ class Leader:
 
     async def become_whole(self) -> None:
         """As `Standing.become_whole`."""
-        if not self._bridges:
-            return
-        while not (all(await self._client.collective_rpc("gms_proven")) and await self._client.engine_core.call_utility_async("gms_give_all")):
-            await asyncio.sleep(PROVEN_AGAIN_S)
+        while self._bridges:
+            step, reason = await self._client.engine_core.call_utility_async("gms_give_all")
+            if step == "failed":
+                raise PromotionFailed(f"this engine serves from the first blocks of its KV memory, and can never have the rest: {reason}")
+            self._bridges = step != "whole"
+            await asyncio.sleep(AWAKE_AGAIN_S if step == "asleep" else PROVEN_AGAIN_S)
 
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`."""

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from failover_story import Client, Running, Story, free_port, until
 
-from gms_core.errors import EngineUnsupported
 from tests.unit.engine_processes import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -74,18 +73,18 @@ def _until_whole(running: Running) -> None:
 class Core:
     """An engine core, as far as it gives out blocks; the pool is vLLM's own."""
 
-    def __init__(self, blocks: int, *, caching: bool) -> None:
+    def __init__(self, blocks: int, *, caching: bool = True) -> None:
         from vllm.v1.core.block_pool import BlockPool
 
         self.pool = BlockPool(blocks, caching, 16)
         self.scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=self.pool))
-        self.mapped = False
+        self.proofs = [("waiting", ""), ("proven", "")]
         self.awake = True
+        self.asked: list[str] = []
 
-    def collective_rpc(self, method: str) -> list[bool]:
-        assert method == "gms_complete"
-        self.mapped = self.awake
-        return [True, self.awake]
+    def collective_rpc(self, method: str) -> list[Any]:
+        self.asked.append(method)
+        return self.proofs if method == "gms_proven" else [True, self.awake]
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -93,8 +92,8 @@ def test_no_other_block_is_given_out_before_all_may_be_used(caching: bool) -> No
     from gms_vllm import block_supply
 
     core = Core(100, caching=caching)
-    block_supply.withhold(core, 10)
-    block_supply.withhold(core, 10)
+    assert block_supply.withhold(core, 10)
+    assert block_supply.withhold(core, 10)
     pool = core.pool
     assert (pool.get_num_free_blocks(), pool.num_gpu_blocks) == (9, 10)
     taken = pool.get_new_blocks(9)
@@ -105,13 +104,15 @@ def test_no_other_block_is_given_out_before_all_may_be_used(caching: bool) -> No
     pool.free_blocks(taken[:4])
     assert pool.get_num_free_blocks() == 4
 
-    core.awake = False
-    assert not block_supply.complete(core)
+    assert block_supply.give_all(core) == ("waiting", "")
+    assert core.asked == ["gms_proven"], "memory is mapped before every rank may"
+    core.proofs[0] = ("failed", "it cannot be ended")
+    assert block_supply.give_all(core) == ("failed", "it cannot be ended")
+    core.proofs[0], core.awake = ("proven", ""), False
+    assert block_supply.give_all(core) == ("asleep", "")
     assert pool.num_gpu_blocks == 10, "blocks of memory that is not mapped"
     core.awake = True
-    assert block_supply.complete(core)
-    assert core.mapped
-    assert block_supply.complete(core)
+    assert block_supply.give_all(core) == block_supply.give_all(core) == ("whole", "")
     assert (pool.get_num_free_blocks(), pool.num_gpu_blocks) == (94, 100)
     rest = pool.get_new_blocks(94)
     assert {block.block_id for block in (*rest, *taken[4:])} == set(range(1, 100))
@@ -122,36 +123,39 @@ def test_no_other_block_is_given_out_before_all_may_be_used(caching: bool) -> No
 def test_cache_counts_as_empty_while_blocks_are_withheld() -> None:
     from gms_vllm import block_supply
 
-    core = Core(100, caching=True)
-    block_supply.withhold(core, 10)
+    core = Core(100)
+    assert block_supply.withhold(core, 10)
     assert core.pool.reset_prefix_cache()
     assert core.pool.get_usage() == 0.0
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 101])
-def test_bridge_is_refused_when_it_is_none_of_the_pool(blocks: int) -> None:
+def test_there_is_no_bridge_when_it_is_none_of_the_pool(blocks: int) -> None:
     from gms_vllm import block_supply
 
-    core = Core(100, caching=True)
-    with pytest.raises(EngineUnsupported, match="bridge_bytes"):
-        block_supply.withhold(core, blocks)
-    assert core.pool.get_num_free_blocks() == 99
+    core = Core(100)
+    assert not block_supply.withhold(core, blocks)
+    assert (core.pool.get_num_free_blocks(), core.pool.num_gpu_blocks) == (99, 100)
+    assert block_supply.give_all(core) == ("whole", "")
 
 
-def test_bridge_is_refused_when_a_block_is_in_use() -> None:
+@pytest.mark.parametrize("what", ["in use", "cached"])
+def test_there_is_no_bridge_when_a_block_behind_it_is_not_idle(what: str) -> None:
     from gms_vllm import block_supply
 
-    core = Core(100, caching=True)
-    core.pool.get_new_blocks(50)
-    with pytest.raises(EngineUnsupported, match="could be withheld"):
-        block_supply.withhold(core, 10)
+    core = Core(100)
+    taken = core.pool.get_new_blocks(50)
+    if what == "cached":
+        core.pool.free_blocks(taken)
+        core.pool.blocks[40]._block_hash = b"of a request"
+    assert not block_supply.withhold(core, 10)
+    assert core.pool.num_gpu_blocks == 100
 
 
-def test_bridge_is_refused_when_the_scheduler_has_no_block_pool_or_several() -> None:
+def test_there_is_no_bridge_when_the_scheduler_has_no_block_pool_or_several() -> None:
     from gms_vllm import block_supply
 
-    core = Core(100, caching=True)
+    core = Core(100)
     for manager in (None, SimpleNamespace(), SimpleNamespace(block_pool=core.pool, coordinator=SimpleNamespace(gpu_pool=object()))):
         core.scheduler = SimpleNamespace(kv_cache_manager=manager)
-        with pytest.raises(EngineUnsupported, match="several"):
-            block_supply.withhold(core, 10)
+        assert not block_supply.withhold(core, 10)

@@ -18,7 +18,7 @@ from failover_story import Client, Running, Story, free_port, until
 from models import write_model
 from test_vllm_load import Site, site, vllm_cache  # noqa: F401 - fixtures
 
-from gms_core.client import ReadLease, RetainedArena, Session, WriteLease
+from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.client.arena import Received, Take
 from gms_core.errors import EngineUnsupported, InvalidArgument, OutOfMemory
 from gms_core.layout import Allocation, Identity
@@ -32,8 +32,9 @@ with warnings.catch_warnings():
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
     from gms_vllm.holdings import Holding
+    from gms_vllm.kv import RetainedKv
     from gms_vllm.private_kv import PrivateKv
-    from gms_vllm.sleep import GmsSleepBackend, RetainedKvMemory, register_backend
+    from gms_vllm.sleep import GmsSleepBackend, register_backend
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -164,8 +165,9 @@ def test_backend_unmaps_what_is_named_when_there_are_tags(server: RunningServer,
 
 
 def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDriver) -> None:
-    backend, arena = GmsSleepBackend(), RetainedArena(driver, MIB)
-    backend.kv = RetainedKvMemory(arena)
+    kv = RetainedKv(driver, CPU, [MIB - driver.granularity], MIB)  # and a granule for the mark
+    backend, arena = GmsSleepBackend(), kv.arena
+    backend.kv = kv
     handle = driver.create(MIB)
 
     def receive(take: Take) -> None:

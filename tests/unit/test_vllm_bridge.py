@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gms_core.client.arena import Received, Take
+from gms_core.errors import AcquireTimeout, ConnectionLost, FenceFailed, GmsError
 from gms_core.layout import Allocation
 from gms_core.protocol.framing import close_descriptors
 from gms_core.protocol.messages import Held, Planned
@@ -21,10 +22,11 @@ from gms_core.vmm.host import HostDriver
 from gms_vllm import kv as kv_module
 from gms_vllm.kv import RetainedKv, tensors_of
 from gms_vllm.kv_front import Range
+from gms_vllm.kv_proof import Proof
 from tests.conftest import RunningServer
 
 PAGE = 4096
-BLOCKS, BRIDGE = 256, 16
+BLOCKS, BRIDGE = 250, 16
 PROCESS = f"""
 import json, os, sys, threading
 from pathlib import Path
@@ -52,10 +54,10 @@ if not sys.argv[3].startswith("api"):
     buffers = RawBuffers(sizes, kv.place)
     with placed(buffers.place, CPU):
         cache = torch.zeros(sizes[0], dtype=torch.uint8).view(2, BLOCKS, PAGE)  # keys and values, each with all blocks
-    front = kv.front_of([cache], BLOCKS, BRIDGE)
+    front = kv.first_blocks([cache], BLOCKS, BRIDGE)
     if planned is None:
         plan = KvPlan((8,), BLOCKS, tuple(sizes), "", "the mark", BRIDGE)
-        cut = kv.cut(front)
+        cut = kv.allocations(front)
         pool.provide(plan.encode(), cut.sizes, 30.0, front=cut.front)
     else:
         plan = KvPlan.decode(planned.plan)
@@ -65,7 +67,7 @@ def do(command, *values):
     if command == "take over":
         taken = kv.take_over(pool, b"the mark", values[0], bridge=values[1])
         if not taken.whole:
-            state["proof"] = Proof(pool, 30.0)
+            state["proof"] = Proof(pool)
         return [taken.epoch, taken.whole]
     elif command == "write":
         cache[:, values[0]:values[1]].fill_(values[2])
@@ -79,9 +81,9 @@ def do(command, *values):
     elif command == "fatten":
         state["fat"] = bytearray(os.urandom(4096)) * (values[0] // 4096)
     elif command == "proven":
-        return state["proof"].there()
+        return state["proof"].state == "proven"
     elif command == "complete":
-        kv.complete(b"the mark")
+        kv.map_rest(b"the mark")
     elif command == "backing":
         return kv.arena.backing
 
@@ -238,42 +240,113 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
     return found
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_memory_is_made_zero_once_and_never_beneath_blocks_in_use(cleared: list[Range], marked: bool) -> None:
+@pytest.fixture
+def bridged() -> Iterator[tuple[RetainedKv, Pool]]:
+    """KV memory of 100 pages, of which two times ten are there twice, and its pool."""
     driver = HostDriver(capacity=2**26)
     kv = RetainedKv(driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
     front = [Range(0, 10 * PAGE), Range(50 * PAGE, 60 * PAGE)]
-    cut = kv.cut(front)
+    cut = kv.allocations(front)
     pool = Pool(driver, cut.sizes, cut.front)
     kv.adopt(pool, front)  # type: ignore[arg-type]
-    if marked:
-        other = RetainedKv(driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
-        pool.whole = True
-        other.adopt(pool)  # type: ignore[arg-type]
-        other.take_over(pool, b"mark", 1.0)  # type: ignore[arg-type]
-        other.arena.close()
-        pool.whole = False
-    cleared.clear()
-    assert not kv.take_over(pool, b"mark", 1.0, bridge=True).whole  # type: ignore[arg-type]
-    assert cleared == [Range(0, 10), Range(50, 60)]
-    cleared.clear()
-    kv.complete(b"mark")
-    assert cleared == ([] if marked else [Range(10, 50), Range(60, 101)])
-    cleared.clear()
-    kv.complete(b"mark")
-    assert cleared == []
+    yield kv, pool
     kv.arena.close()
     for handle in pool.handles.values():
         driver.release(handle)
     driver.close()
 
 
+def take_over_once(pool: Pool) -> None:
+    """Be an engine that takes the whole pool over, makes it zero and marks it, and ends."""
+    other = RetainedKv(pool.driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
+    pool.whole = True
+    other.adopt(pool)  # type: ignore[arg-type]
+    other.take_over(pool, b"mark", 1.0)  # type: ignore[arg-type]
+    other.arena.close()
+    pool.whole = False
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_memory_is_made_zero_once_and_never_beneath_blocks_in_use(bridged: tuple[RetainedKv, Pool], cleared: list[Range], marked: bool) -> None:
+    kv, pool = bridged
+    if marked:
+        take_over_once(pool)
+    cleared.clear()
+    assert not kv.take_over(pool, b"mark", 1.0, bridge=True).whole  # type: ignore[arg-type]
+    assert cleared == [Range(0, 10), Range(50, 60)]
+    cleared.clear()
+    kv.map_rest(b"mark")
+    assert cleared == ([] if marked else [Range(10, 50), Range(60, 101)])
+    cleared.clear()
+    kv.map_rest(b"mark")
+    assert cleared == []
+
+
+@pytest.mark.parametrize("bridge", [False, True])
+def test_front_is_made_zero_when_the_engine_that_was_granted_it_may_have_died_before_it_did_so(
+    bridged: tuple[RetainedKv, Pool], cleared: list[Range], bridge: bool
+) -> None:
+    kv, pool = bridged
+    take_over_once(pool)
+    pool.whole = True
+    cleared.clear()
+    assert kv.take_over(pool, b"mark", 1.0, bridge=bridge).whole  # type: ignore[arg-type]
+    assert cleared == [Range(0, 10), Range(50, 60)], "what is kept besides stays"
+
+
+def test_what_lies_beneath_the_rest_is_made_zero_when_an_engine_wakes_up_with_its_bridge(
+    bridged: tuple[RetainedKv, Pool], cleared: list[Range]
+) -> None:
+    kv, pool = bridged
+    kv.suspend()
+    cleared.clear()
+    kv.resume()
+    assert (kv.arena.backing, cleared) == ("scratch", [Range(0, 101)])
+    taken = kv.take_over(pool, b"mark", 1.0, bridge=True)  # type: ignore[arg-type]
+    assert (taken.whole, taken.bytes) == (False, 20 * PAGE)
+    kv.suspend()
+    cleared.clear()
+    kv.resume()
+    assert (kv.arena.backing, cleared) == ("front", [Range(10, 50), Range(60, 101)])
+    kv.map_rest(b"mark")
+    kv.suspend()
+    cleared.clear()
+    kv.resume()
+    assert (kv.arena.backing, cleared) == ("pool", [])
+
+
+class Slow:
+    """A pool of which the rest is granted, or refused, after some waits were too long."""
+
+    name = "kv"
+
+    def __init__(self, *answers: GmsError | None) -> None:
+        self.answers = list(answers)
+
+    def await_whole(self, timeout_s: float) -> None:
+        assert timeout_s > 0
+        if (answer := self.answers.pop(0)) is not None:
+            raise answer
+
+
+@pytest.mark.parametrize(
+    ("last", "state"), [(None, "proven"), (FenceFailed("it cannot be ended"), "failed"), (ConnectionLost("the server has ended"), "failed")]
+)
+def test_engine_goes_on_with_its_bridge_while_processes_are_slow_to_exit(last: GmsError | None, state: str) -> None:
+    pool = Slow(AcquireTimeout("rank 3 is still there"), AcquireTimeout("rank 3 is still there"), last)
+    proof = Proof(pool)  # type: ignore[arg-type]
+    while proof.state == "waiting":
+        time.sleep(0.001)
+    assert (proof.state, proof.failure) == (state, "" if last is None else str(last))
+    assert pool.answers == []
+
+
 def test_there_is_no_front_when_a_part_of_the_cache_is_in_no_tensor() -> None:
     driver = HostDriver(capacity=2**26)
     kv = RetainedKv(driver, torch.device("cpu"), [64 * PAGE], 4 * PAGE)
     elsewhere = torch.zeros(8, PAGE, dtype=torch.uint8)
-    assert kv.front_of([elsewhere], 8, 2) == []
-    assert kv.front_of([], 8, 2) == []
+    assert kv.first_blocks([elsewhere], 8, 2) == []
+    assert kv.first_blocks([], 8, 2) == []
     kv.arena.close()
     driver.close()
 

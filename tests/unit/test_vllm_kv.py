@@ -21,7 +21,7 @@ from gms_core.protocol.messages import Planned
 from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
 from gms_vllm.kv import RetainedKv
-from gms_vllm.kv_buffers import RawBuffers, raw_buffers
+from gms_vllm.kv_buffers import RawBuffers, check_contents, raw_buffers
 from gms_vllm.kv_plan import KvPlan, check_explicit
 from tests.conftest import RunningServer
 
@@ -70,6 +70,16 @@ def test_engine_is_refused_when_a_buffer_was_made_elsewhere() -> None:
     buffers.place(200)
     with pytest.raises(EngineUnsupported, match="1 of its buffers"):
         buffers.check_complete()
+
+
+def test_cache_with_static_sinks_is_refused() -> None:
+    sinks = type("SinkFullAttentionSpec", (), {})()
+    check_contents(config(each(100)))
+    for spec in (sinks, SimpleNamespace(kv_cache_specs={"a layer": sinks})):
+        one_group = config(each(100))
+        one_group.kv_cache_groups[0].kv_cache_spec = spec
+        with pytest.raises(EngineUnsupported, match="static sinks"):
+            check_contents(one_group)
 
 
 def test_plan_is_the_same_when_it_was_encoded_and_decoded() -> None:
@@ -136,7 +146,7 @@ def test_buffers_lie_side_by_side_at_the_granularity_when_they_are_placed(driver
 
 def test_one_granule_is_all_the_memory_when_there_is_no_kv_cache(driver: HostDriver) -> None:
     kv = RetainedKv(driver, CPU, [], alias_bytes=MIB)
-    assert kv.cut(()).sizes == [driver.granularity]
+    assert kv.allocations().sizes == [driver.granularity]
     kv.arena.close()
 
 
@@ -183,7 +193,7 @@ with placed(buffers.place, CPU):
 buffers.check_complete()
 plan = here = KvPlan((8,), 1, tuple(SIZES), "", f"the mark of {sys.argv[2]}")
 if planned is None:
-    pool.provide(here.encode(), kv.cut(()).sizes, 30.0)
+    pool.provide(here.encode(), kv.allocations().sizes, 30.0)
 else:
     plan = KvPlan.decode(planned.plan)
     plan.check_adopted(here, "kv")

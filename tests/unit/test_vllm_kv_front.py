@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gms_vllm.kv_front import Range, View, blocks_of, borders, cut, front_of, merged
+from gms_vllm.kv_front import Range, View, blocks_of, borders, covers, cut, front_of, merged
 
 GRANULE = 64
 
@@ -89,11 +89,29 @@ def test_blocks_that_a_kernel_cuts_into_parts_are_found() -> None:
         torch.zeros(200, 300, dtype=torch.uint8),
         torch.zeros(100, 16, dtype=torch.uint8).as_strided((100, 16), (8, 1)),
         torch.zeros(1, 100, dtype=torch.uint8).expand(100, 100)[:, :5],
+        torch.zeros(100 * 64, dtype=torch.uint8),
+        torch.zeros(400, 100, 8, dtype=torch.uint8),
     ],
-    ids=["two dimensions could be blocks", "none could", "two could be parts of blocks", "blocks overlap", "all blocks are one"],
+    ids=[
+        "two dimensions could be blocks",
+        "none could",
+        "two could be parts of blocks",
+        "blocks overlap",
+        "all blocks are one",
+        "raw bytes",
+        "parts of blocks, or tokens",
+    ],
 )
 def test_there_is_no_front_when_it_cannot_be_told_where_blocks_lie(tensor: torch.Tensor) -> None:
     assert front_of([view(torch.zeros(100, 16)), view(tensor)], 100, 10, 16) == []
+
+
+def test_parts_are_covered_when_each_lies_in_one_range() -> None:
+    ranges = [Range(0, 10), Range(20, 30)]
+    assert covers(ranges, [Range(0, 10), Range(25, 26)])
+    assert covers(ranges, [])
+    assert not covers(ranges, [Range(5, 25)])
+    assert not covers(ranges, [Range(0, 10), Range(30, 31)])
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=12))

@@ -77,8 +77,9 @@ KV_CACHE: tuple[Symbol, ...] = (
         {
             "FreeKVCacheBlockQueue.get_all_free_blocks": ("self",),
             "FreeKVCacheBlockQueue.remove": ("self, block",),
-            "FreeKVCacheBlockQueue.append_n": ("self, blocks",),
+            "FreeKVCacheBlockQueue.prepend_n": ("self, blocks",),
             "KVCacheBlock.block_id": (),
+            "KVCacheBlock.block_hash": ("self",),
         },
     ),
     *_group(_BRIDGE, "vllm.v1.core.block_pool", {"BlockPool.free_block_queue": (), "BlockPool.num_gpu_blocks": ()}),
