@@ -28,6 +28,10 @@ settings.register_profile("repeatable", derandomize=True, print_blob=True, deadl
 settings.register_profile("explore", max_examples=2000, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
+# A shell that runs the tests in the background ignores SIGINT for them, and so for every program that they start and want to end by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SERVE = """
 import sys
 from pathlib import Path
