@@ -46,6 +46,7 @@ class Connection:
         self._frames: deque[Frame] = deque()
         self._received = Counter() if received is None else received
         self._in_frames = self._counted = 0
+        self._over = False
         self._arrived = asyncio.Event()
         self._broken: ProtocolError | None = None
         self._slow: asyncio.TimerHandle | None = None
@@ -138,10 +139,14 @@ class Connection:
 
     def _count(self) -> None:
         """Count what is held here among all that the user has sent and the server has not looked at yet: memory that costs a sender nothing."""
+        if self._over:
+            return
         held, user, most = self._in_frames + self._decoder.buffered, self.peer.uid, self._limits.received_bytes
         self._received[user] += held - self._counted
         grown, self._counted = held > self._counted, held
         if grown and self._received[user] > most:
+            self._received[user] -= held  # from here on: until it is closed it must not cost the user's other connections theirs
+            self._over = True
             raise ProtocolError(f"user {user} has sent more than {most} bytes of requests that are not answered yet")
 
     def _watch_for_slowness(self) -> None:
