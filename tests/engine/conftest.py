@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chaos.reference import ask_stock
 from chaos.warden import Warden
+from failover_story import Story
 from models import write_model
 
 
@@ -27,3 +29,9 @@ def failover_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock_answers(failover_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """The tokens of a stock engine for each of `chaos.reference.PROMPTS`, of which the first is that of `failover_story`."""
     return ask_stock(failover_model, tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture
+def story(server: Any, failover_model: Path, tmp_path: Path) -> Story:
+    """Engines of that model on one server."""
+    return Story(server, failover_model, tmp_path)

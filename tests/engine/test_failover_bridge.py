@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +19,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.filterw
 BRIDGE = {"bridge_bytes": 4 * 2**20}
 STRAGGLER_BYTES = 2**30
 """Memory of a process that the kernel needs longer to end than an API server."""
-
-
-@pytest.fixture
-def story(server: Any, failover_model: Path, tmp_path: Path) -> Story:
-    return Story(server, failover_model, tmp_path)
 
 
 def test_shadow_serves_rightly_from_its_bridge_and_then_from_all_blocks(story: Story) -> None:

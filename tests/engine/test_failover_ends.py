@@ -17,11 +17,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 WHOLE = ["api-server 0", "engine-core", "rank 0"]
 
 
-@pytest.fixture
-def story(server: Any, failover_model: Path, tmp_path: Path) -> Story:
-    return Story(server, failover_model, tmp_path)
-
-
 def test_engine_serves_on_when_others_end_in_whatever_way(story: Story) -> None:
     port = free_port()
     client = Client(story.model, port)

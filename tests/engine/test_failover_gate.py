@@ -20,11 +20,6 @@ SEVERAL = ["api-server 0", "api-server 1", "engine-core", "main", "rank 0"]
 
 
 @pytest.fixture
-def story(server: Any, failover_model: Path, tmp_path: Path) -> Story:
-    return Story(server, failover_model, tmp_path)
-
-
-@pytest.fixture
 def right(stock_answers: list[list[str]]) -> list[str]:
     """What a stock engine answers."""
     return stock_answers[0]

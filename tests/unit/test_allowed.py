@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,8 @@ from gms_core.layout import Identity
 from gms_core.protocol.messages import Acquire, Commit, Drop, Elect, Elected, HandOver, Instruct, Join, Plan, Provide, ReadGranted, Release
 from gms_core.protocol.peer import peer_groups
 from gms_core.runtime_dir import ANY_GROUP, check_socket, prepare
-from gms_core.server.limits import Limits
-from gms_core.server.listener import Listener, bound_socket
-from gms_core.server.memory import Memory
-from gms_core.server.service import Service
-from gms_core.vmm.host import HostDriver
+from gms_core.server.listener import bound_socket
+from tests.unit.server_threads import server_in_thread
 from tests.unit.test_cli_serve import serving
 from tests.unit.test_quotas import ALICE, BOB, Client, service
 
@@ -62,31 +57,6 @@ def act_as(uid: int, gid: int, path: Path, groups: str = "") -> str:
     """What a process of another user is told when it connects."""
     command = [sys.executable, "-c", STRANGER, str(path), str(uid), str(gid), groups]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-
-
-@contextlib.contextmanager
-def listening(directory: Path, admitted: Allowed) -> Iterator[Path]:
-    """A server in a thread of this process, in a runtime directory that it prepares."""
-    path, ready, stop, loops = directory / "host.sock", threading.Event(), asyncio.Event(), []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        with contextlib.closing(Memory(HostDriver(2**20), Limits())) as memory, bound_socket(path, admitted.files) as bound:
-            listener = asyncio.create_task(Listener(bound, Service("host", memory, Limits()), os.getuid(), admitted).run())
-            ready.set()
-            await stop.wait()
-            listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listener
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield path
-    finally:
-        loops[0].call_soon_threadsafe(stop.set)
-        thread.join()
 
 
 @pytest.fixture
@@ -144,7 +114,7 @@ def test_directory_and_socket_are_the_groups_when_one_is_allowed(open_parent: Pa
     before = os.umask(0o777)
     try:
         directory = prepare(open_parent / "run", GROUP)
-        with listening(directory, allowed([f":{GROUP}"])) as path:
+        with server_in_thread(directory, admitted=allowed([f":{GROUP}"])) as path:
             assert (mode_of(directory), directory.stat().st_gid, directory.stat().st_uid) == (0o710, GROUP, os.getuid())
             assert (mode_of(path), path.stat().st_gid, path.stat().st_uid) == (0o660, GROUP, os.getuid())
             assert mode_of(path.with_suffix(".lock")) == 0o600
@@ -155,13 +125,13 @@ def test_directory_and_socket_are_the_groups_when_one_is_allowed(open_parent: Pa
 @as_root
 def test_members_and_named_users_get_in_and_nobody_else(open_parent: Path) -> None:
     directory = prepare(open_parent / "run", GROUP)
-    with listening(directory, Allowed(frozenset({ALICE}), None, GROUP)) as path:
+    with server_in_thread(directory, admitted=Allowed(frozenset({ALICE}), None, GROUP)) as path:
         assert act_as(ALICE, GROUP, path).startswith("welcome")
         assert act_as(ALICE, OTHER_GROUP, path, str(GROUP)).startswith("welcome")
         assert act_as(BOB, GROUP, path) == f"permission user {BOB} may not use this server"
         assert act_as(BOB, OTHER_GROUP, path).startswith("permission")
         assert act_as(ALICE, GROUP, path) == "welcome 1", "whoever was refused cost nothing but its own connection"
-    with listening(directory, Allowed(frozenset(), GROUP, GROUP)) as path:
+    with server_in_thread(directory, admitted=Allowed(frozenset(), GROUP, GROUP)) as path:
         assert act_as(BOB, OTHER_GROUP, path, str(GROUP)).startswith("welcome")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import array
-import asyncio
 import contextlib
 import os
 import resource
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,11 +24,9 @@ from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import HEADER, MAGIC, MAX_DESCRIPTORS, MAX_PAYLOAD, encode
 from gms_core.protocol.messages import Commit, Failure, Hello, Release, Status, Welcome
 from gms_core.server.limits import Limits
-from gms_core.server.listener import COMPLAINTS, Listener, bound_socket
-from gms_core.server.memory import Memory
-from gms_core.server.service import Service
-from gms_core.vmm.host import HostDriver
+from gms_core.server.listener import COMPLAINTS
 from tests.conftest import SERVE, RunningServer
+from tests.unit.server_threads import server_in_thread
 
 PATIENCE_S = 30.0
 
@@ -61,31 +57,6 @@ def greeted(path: Path) -> Iterator[tuple[socket.socket, Channel]]:
         channel.send(Hello((2, 1)))
         assert isinstance(channel.receive(PATIENCE_S)[0], Welcome)
         yield connection, channel
-
-
-@contextlib.contextmanager
-def serving_with(directory: Path, limits: Limits) -> Iterator[Path]:
-    """A server in a thread of this process."""
-    path, ready, stop, loops = directory / "host.sock", threading.Event(), asyncio.Event(), []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        with contextlib.closing(Memory(HostDriver(2**20), limits)) as memory, bound_socket(path) as bound:
-            listener = asyncio.create_task(Listener(bound, Service("host", memory, limits), os.getuid()).run())
-            ready.set()
-            await stop.wait()
-            listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listener
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield path
-    finally:
-        loops[0].call_soon_threadsafe(stop.set)
-        thread.join()
 
 
 @pytest.mark.parametrize("before", [b"", encode(Hello((2, 1)))], ids=["at once", "after the handshake"])
@@ -125,7 +96,7 @@ def test_server_lives_when_descriptors_come_and_it_can_open_no_more(server: Runn
 
 
 def test_others_are_answered_when_peers_take_no_replies(runtime_dir: Path) -> None:
-    with serving_with(runtime_dir, Limits(send_s=0.2)) as path, connect(socket_path=path) as other, contextlib.ExitStack() as peers:
+    with server_in_thread(runtime_dir, Limits(send_s=0.2)) as path, connect(socket_path=path) as other, contextlib.ExitStack() as peers:
         for _ in range(5):
             connection, _ = peers.enter_context(greeted(path))
             connection.setblocking(False)
@@ -137,7 +108,7 @@ def test_others_are_answered_when_peers_take_no_replies(runtime_dir: Path) -> No
 
 
 def test_others_are_answered_when_peers_send_byte_by_byte(runtime_dir: Path) -> None:
-    with serving_with(runtime_dir, Limits(frame_s=0.3, handshake_s=0.3)) as path, connect(socket_path=path) as other:
+    with server_in_thread(runtime_dir, Limits(frame_s=0.3, handshake_s=0.3)) as path, connect(socket_path=path) as other:
         hello, request = encode(Hello((2, 1))), encode(Release("a" * 2000))
         with raw(path) as early, greeted(path) as (late, _):
             told: set[socket.socket] = set()
@@ -155,7 +126,7 @@ def test_others_are_answered_when_peers_send_byte_by_byte(runtime_dir: Path) -> 
 
 
 def test_peer_is_cut_off_when_it_sends_more_than_a_user_may_have_under_way(runtime_dir: Path) -> None:
-    with serving_with(runtime_dir, Limits(received_bytes=3 * 2**20, frame_s=60)) as path, connect(socket_path=path) as other:
+    with server_in_thread(runtime_dir, Limits(received_bytes=3 * 2**20, frame_s=60)) as path, connect(socket_path=path) as other:
         with contextlib.ExitStack() as peers:
             connections = [peers.enter_context(greeted(path)) for _ in range(4)]
             for connection, _ in connections:
@@ -172,7 +143,7 @@ def test_peer_is_cut_off_when_it_sends_more_than_a_user_may_have_under_way(runti
 
 
 def test_user_is_refused_when_too_many_of_its_connections_have_not_shaken_hands(runtime_dir: Path) -> None:
-    with serving_with(runtime_dir, Limits(handshakes=3, handshake_s=60)) as path, contextlib.ExitStack() as peers:
+    with server_in_thread(runtime_dir, Limits(handshakes=3, handshake_s=60)) as path, contextlib.ExitStack() as peers:
         idle = [peers.enter_context(raw(path)) for _ in range(3)]
         until(lambda: _is_refused(path))
         idle[0].close()
@@ -231,7 +202,7 @@ def test_log_and_status_are_in_order_when_a_client_has_a_wild_name(server: Runni
 
 
 def test_log_does_not_grow_with_every_refusal_when_there_are_many(runtime_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving_with(runtime_dir, Limits()) as path:
+    with server_in_thread(runtime_dir, Limits()) as path:
         for _ in range(100):
             with raw(path) as connection:
                 connection.sendall(b"HTTP/1.1 400 Bad Request")

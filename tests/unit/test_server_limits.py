@@ -1,8 +1,6 @@
 """What a peer may cost: each bound is reached on purpose, against a real listener with small limits."""
 
-import asyncio
 import contextlib
-import os
 import socket
 import threading
 
@@ -16,10 +14,7 @@ from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import encode
 from gms_core.protocol.messages import Failure, Hello, Status, Welcome
 from gms_core.server.limits import Limits
-from gms_core.server.listener import Listener, bound_socket
-from gms_core.server.memory import Memory
-from gms_core.server.service import Service
-from gms_core.vmm.host import HostDriver
+from tests.unit.server_threads import server_in_thread
 
 SMALL = Limits(handshake_s=0.1, frame_s=0.1, sessions=3, pools=2, allocations=4, batch=3, wait_s=60)
 PAGE = 4096
@@ -27,25 +22,9 @@ PAGE = 4096
 
 @pytest.fixture
 def socket_path(runtime_dir):
-    """A server with small limits in a thread of this process."""
-    path, ready, stop, loops = runtime_dir / "host.sock", threading.Event(), asyncio.Event(), []
-
-    async def serve():
-        loops.append(asyncio.get_running_loop())
-        with contextlib.closing(Memory(HostDriver(64 * PAGE), SMALL)) as memory, bound_socket(path) as listening:
-            listener = asyncio.create_task(Listener(listening, Service("host", memory, SMALL), os.getuid()).run())
-            ready.set()
-            await stop.wait()
-            listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listener
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    assert ready.wait(10)
-    yield path
-    loops[0].call_soon_threadsafe(stop.set)
-    thread.join()
+    """A server with small limits."""
+    with server_in_thread(runtime_dir, SMALL, memory_bytes=64 * PAGE) as path:
+        yield path
 
 
 @contextlib.contextmanager
