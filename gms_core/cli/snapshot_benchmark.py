@@ -1,0 +1,285 @@
+"""What saves and restores of a throw-away image take, beside plain writes and reads with the same kind of memory, in the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from gms_core.client import Session, WriteLease, connect
+from gms_core.errors import BackendUnavailable, GmsError, ProtocolError
+from gms_core.layout import Identity
+from gms_core.snapshot.buffers import Buffer, Ring, populate
+from gms_core.snapshot.catalogue import find
+from gms_core.snapshot.config import SnapshotConfig
+from gms_core.snapshot.engine import dedicate_process
+from gms_core.snapshot.folders import explained
+from gms_core.snapshot.orders import Figures
+from gms_core.snapshot.pruning import prune
+from gms_core.snapshot.registry import DEFAULT, usable
+from gms_core.snapshot.roots import open_roots
+from gms_core.snapshot.whole import Outcome, Place, restore_snapshot, save_snapshot, verify_snapshot
+
+SCHEMA = "gms-bench-snapshot/1"
+POOL = "benchmark"
+IDENTITY = Identity({"model": "gms snapshot benchmark"})
+CHUNK_BYTES = 8 * 2**20
+"""Read or written at once: what the default backend does."""
+PATIENCE_S = 60.0
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a backend has made of it.
+
+    Attributes:
+        backend: Its name.
+        save: What the save has cost; None if the backend does not save.
+        verify: What it has cost to read and to hash everything, into no memory.
+        restore: What the restore has cost, the making of the memory included.
+        error: Why it was left out; empty if it was not.
+    """
+
+    backend: str
+    save: Figures | None = None
+    verify: Figures | None = None
+    restore: Figures | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run of the benchmark.
+
+    Attributes:
+        device: Whose memory it was.
+        bytes: Of the image.
+        roots: Where its files were.
+        workers: Threads of the plain loops.
+        plain_write_s: Seconds to write as much, past the page cache, and to sync it.
+        plain_read_s: Seconds to read the files of the first snapshot, past the page cache.
+        runs: Of each backend.
+    """
+
+    device: str
+    bytes: int
+    roots: tuple[str, ...]
+    workers: int
+    plain_write_s: float
+    plain_read_s: float
+    runs: tuple[Run, ...]
+
+
+class Part(NamedTuple):
+    """What a plain loop moves at once.
+
+    Attributes:
+        path: The file.
+        position: Where in it.
+        size: Bytes.
+    """
+
+    path: Path
+    position: int
+    size: int
+
+
+def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[str], workers: int, tell: Tell) -> Result:
+    """Measure. What is written is gone afterwards.
+
+    Args:
+        socket: Of a server that nobody else uses.
+        roots: Where to write.
+        size: Bytes of the image, a multiple of the device's granularity.
+        backends: By name.
+        workers: Threads; 0 for as many as suit each backend, and as many plain ones as the default has.
+        tell: Called with what is being done.
+
+    Raises:
+        GmsError: The server or a disk has failed.
+    """
+    dedicate_process()
+    threads = workers or max(2 * len(roots), min(16, max(4, len(os.sched_getaffinity(0)))))
+    config = SnapshotConfig(roots=tuple(roots), save_workers=workers, load_workers=workers)
+    name = f"benchmark-{secrets.token_hex(4)}"
+    with connect(socket_path=socket, client="gms snapshot benchmark") as session, contextlib.ExitStack() as stack:
+        stack.callback(_remove, roots, name)
+        _publish(session, size)
+        place = Place(session.device, socket, POOL)
+        tell("plain writes")
+        written = _plain_write(roots, name, size, threads)
+        read = 0.0
+        runs: list[Run] = []
+        for backend in backends:
+            tell(backend)
+            try:
+                saves = "save" in usable(backend).directions
+                saved = _figures(save_snapshot(lambda: [place], name, _with(config, backend if saves else DEFAULT), _ignore))
+                files = _files(roots, name)
+                if not read:
+                    _forget(files)
+                    read = _timed(_parts(files), threads, os.preadv, os.O_RDONLY)
+                _forget(files)
+                verified = _figures(verify_snapshot(name, _with(config, backend), _ignore))
+                _forget(files)
+                restored = _figures(
+                    restore_snapshot(name, _with(config, backend), lambda _: [place], _ignore, timeout_s=PATIENCE_S, memory_timeout_s=PATIENCE_S)
+                )
+                runs.append(Run(backend, saved if saves else None, verified, restored))
+            except BackendUnavailable as error:
+                runs.append(Run(backend, error=error.message))
+            else:
+                prune(open_roots(roots), name, keep=0)
+        device = session.device
+    return Result(device, size, tuple(map(str, roots)), threads, written, read, tuple(runs))
+
+
+def _with(config: SnapshotConfig, backend: str) -> SnapshotConfig:
+    return config.model_copy(update={"backend": backend})
+
+
+def _figures(outcome: Outcome) -> Figures:
+    """What the only image has cost."""
+    ((_, done),) = outcome.images
+    assert done is not None
+    return done.figures
+
+
+def _ignore(*_: object) -> None:
+    """Progress is not shown: a line that is drawn takes time too."""
+
+
+def _publish(session: Session, size: int) -> None:
+    """Publish bytes that no disk can make less of."""
+    lease = session.acquire(POOL, "rw", IDENTITY, timeout_s=PATIENCE_S)
+    if not isinstance(lease, WriteLease):
+        raise ProtocolError("the server gave a read lease to a writer")
+    with lease:
+        offset = lease.arena.allocate(size)
+        noise = os.urandom(2 * CHUNK_BYTES)
+        for position in range(0, size, len(noise)):
+            session.driver.write(lease.arena.address(offset + position), noise[: size - position])
+        session.driver.synchronize()
+        lease.commit(b"", IDENTITY).release()
+
+
+def _files(roots: Sequence[Path], name: str) -> list[tuple[Path, int]]:
+    with find(open_roots(roots), name) as snapshot:
+        return [(file.path, file.size) for file in snapshot.files(0)]
+
+
+def _parts(files: Sequence[tuple[Path, int]]) -> list[Part]:
+    """The parts of files, in turn, so that all disks are used all the time."""
+    each = [[Part(path, place, min(CHUNK_BYTES, size - place)) for place in range(0, size, CHUNK_BYTES)] for path, size in files]
+    longest = max(map(len, each), default=0)
+    return [parts[index] for index in range(longest) for parts in each if index < len(parts)]
+
+
+def _plain_write(roots: Sequence[Path], name: str, size: int, threads: int) -> float:
+    """Seconds to write as many bytes over the roots as an image has, and to sync them."""
+    share = -(-size // len(roots) // CHUNK_BYTES) * CHUNK_BYTES
+    files = []
+    with contextlib.ExitStack() as stack:
+        for root in roots:
+            path = root / f".{name}"
+            with explained("written", path):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                stack.callback(os.unlink, path)
+                stack.callback(os.close, descriptor)
+                os.posix_fallocate(descriptor, 0, share)
+            files.append((path, share, descriptor))
+        spent = _timed(_parts([(path, length) for path, length, _ in files]), threads, os.pwritev, os.O_WRONLY)
+        began = time.perf_counter()
+        for path, _, descriptor in files:
+            with explained("synced", path):
+                os.fdatasync(descriptor)
+        return (spent + time.perf_counter() - began) * size / (share * len(roots))
+
+
+def _timed(parts: Sequence[Part], threads: int, move: Callable[[int, Sequence[memoryview], int], int], flags: int) -> float:
+    """Seconds to move parts between files and buffers in huge pages, past the page cache where that can be done."""
+    left = deque(parts)
+    ready = threading.Barrier(threads + 1)
+
+    def work(buffer: Buffer) -> None:
+        try:
+            populate([buffer])
+            ready.wait()
+        except BaseException:
+            ready.abort()
+            raise
+        with _descriptors(flags) as descriptor_of:
+            while left:
+                try:
+                    part = left.popleft()
+                except IndexError:
+                    return
+                done = 0
+                with explained("moved", part.path):
+                    while done < part.size:
+                        count = move(descriptor_of(part.path), [buffer.view[done : part.size]], part.position + done)
+                        if count == 0:
+                            return
+                        done += count
+
+    ring = Ring(threads, CHUNK_BYTES)
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="gms-plain") as pool:
+            working = [pool.submit(work, buffer) for buffer in ring.buffers]
+            with contextlib.suppress(threading.BrokenBarrierError):
+                ready.wait()
+            began = time.perf_counter()
+            for one in working:
+                one.result()
+            return time.perf_counter() - began
+    finally:
+        ring.close()
+
+
+@contextlib.contextmanager
+def _descriptors(flags: int) -> Iterator[Callable[[Path], int]]:
+    """Opens each file once."""
+    known: dict[Path, int] = {}
+
+    def descriptor_of(path: Path) -> int:
+        if path not in known:
+            try:
+                known[path] = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:  # a file system without it
+                known[path] = os.open(path, flags | os.O_CLOEXEC)
+        return known[path]
+
+    try:
+        yield descriptor_of
+    finally:
+        for descriptor in known.values():
+            os.close(descriptor)
+
+
+def _forget(files: Sequence[tuple[Path, int]]) -> None:
+    """Have the kernel drop files from the page cache."""
+    for path, _ in files:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(roots: Sequence[Path], name: str) -> None:
+    """Leave nothing."""
+    with contextlib.suppress(GmsError):
+        prune(open_roots(roots), name, keep=0)
+    for root in roots:
+        shutil.rmtree(root / name, ignore_errors=True)

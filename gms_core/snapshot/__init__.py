@@ -1,0 +1,1 @@
+"""Snapshots: published memory on disks or in object stores, and back."""

@@ -1,0 +1,221 @@
+"""A process that moves one image, and nothing else: ``python -m gms_core.snapshot.child``.
+
+It reads its order from standard input, tells its reports on standard output, and ends when standard input does: whoever started it is gone then, so
+there is nobody to tell anything. It may be killed at any time: the kernel ends what is under way before the process is gone, its leases go with its
+connection, and what it has written belongs to no snapshot yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from gms_core.client import ReadLease, Session, connect
+from gms_core.errors import GenerationNotFound, GmsError, ProtocolError, SnapshotBusy
+from gms_core.layout import Identity
+from gms_core.snapshot.catalogue import find
+from gms_core.snapshot.engine import dedicate_process
+from gms_core.snapshot.numa import stay_near
+from gms_core.snapshot.orders import (
+    COMMIT,
+    Arrived,
+    Begun,
+    Done,
+    Failed,
+    Figures,
+    Moving,
+    Order,
+    Report,
+    RestoreOrder,
+    SaveOrder,
+    VerifyOrder,
+    Waiting,
+)
+from gms_core.snapshot.reading import Snapshot
+from gms_core.snapshot.registry import usable
+from gms_core.snapshot.restore import restore_image, verify_image
+from gms_core.snapshot.roots import open_roots
+from gms_core.snapshot.save import save_image
+from gms_core.snapshot.transfer import Moved, Transfer
+
+log = logging.getLogger(__name__)
+
+CLIENT = "gms snapshot"
+LEASE_S = 10.0
+"""Seconds for a read lease: what is committed is granted at once."""
+TELL_S = 0.1
+"""Seconds from one report of how far it is to the next."""
+
+
+class Parent:
+    """The process that gave the order.
+
+    Args:
+        reading: Descriptor that the order comes from. Once it ends, this process is killed.
+        writing: Descriptor that reports go to.
+    """
+
+    def __init__(self, reading: int, writing: int) -> None:
+        self._input = os.fdopen(reading, "rb", buffering=0)  # a thread that waits in a buffer at the end would abort the interpreter
+        self._writing = writing
+        self._lock = threading.Lock()
+        self._may_commit = threading.Event()
+
+    def order(self) -> Order:
+        """Wait for the order; from then on, watch whether the parent is still there."""
+        line = self._input.readline()
+        threading.Thread(target=self._listen, name="gms-parent", daemon=True).start()
+        order: Order = msgspec.json.decode(line, type=Order)
+        return order
+
+    def tell(self, report: Report) -> None:
+        """Send a report. Safe from any thread."""
+        line = msgspec.json.encode(report) + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._writing, line) :]
+
+    def wait_for_commit(self) -> None:
+        """Say that all is there, and wait until it may be published."""
+        self.tell(Arrived())
+        self._may_commit.wait()
+
+    def _listen(self) -> None:
+        while line := self._input.readline():
+            if line == COMMIT:
+                self._may_commit.set()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Watcher:
+    """Tells the parent how far a transfer is, until it is closed."""
+
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, transfer: Transfer, size: int) -> None:
+        """Begin to tell."""
+        self._parent.tell(Begun(size))
+        self._thread = threading.Thread(target=self._run, args=(transfer,), name="gms-progress", daemon=True)
+        self._thread.start()
+
+    def _run(self, transfer: Transfer) -> None:
+        while not self._ended.wait(TELL_S):
+            self._parent.tell(Moving(transfer.poll()))
+        self._parent.tell(Moving(transfer.poll()))
+
+    def close(self) -> None:
+        """Tell nothing more. Idempotent."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Callable[[Transfer, int], None]:
+        return self.watch
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def carry_out(order: Order, parent: Parent) -> Done:
+    """Do what was ordered.
+
+    Raises:
+        GmsError: It cannot be done; nothing of it is under way any more.
+    """
+    backend = usable(order.backend)
+    match order:
+        case SaveOrder():
+            with (
+                connect(socket_path=Path(order.socket), client=CLIENT) as session,
+                _committed(session, order.pool) as lease,
+                Watcher(parent) as watch,
+            ):
+                stay_near(session.device)
+                saved = save_image(
+                    session, lease, order.target, order.index, backend, workers=order.workers, options=order.options, on_transfer=watch
+                )
+            return Done(_figures(saved.moved, saved.seconds, saved.kept_bytes), image=saved.image)
+        case RestoreOrder():
+            with connect(socket_path=Path(order.socket), client=CLIENT) as session, _snapshot(order) as snapshot, Watcher(parent) as watch:
+                stay_near(session.device)
+                restored = restore_image(
+                    session,
+                    snapshot,
+                    order.index,
+                    backend,
+                    pool=order.pool,
+                    timeout_s=order.timeout_s,
+                    replace=order.replace,
+                    pin=order.pin,
+                    memory_timeout_s=order.memory_timeout_s,
+                    workers=order.workers,
+                    options=order.options,
+                    on_transfer=watch,
+                    on_wait=lambda reason: parent.tell(Waiting(reason)),
+                    before_commit=parent.wait_for_commit,
+                )
+                with restored.lease as lease:
+                    generation = lease.layout.generation
+            return Done(_figures(restored.moved, restored.seconds), generation=generation)
+        case VerifyOrder():
+            with _snapshot(order) as snapshot, Watcher(parent) as watch:
+                moved = verify_image(snapshot, order.index, backend, workers=order.workers, options=order.options, on_transfer=watch)
+            return Done(_figures(moved, {}))
+
+
+def _committed(session: Session, pool: str) -> ReadLease:
+    """A read lease on what a pool has committed, whatever that is."""
+    status = next((one for one in session.status().pools if one.name == pool), None)
+    if status is None or not status.generation:
+        raise GenerationNotFound(f"pool {pool!r} on {session.device} has no committed generation", hint="gms pool list shows what is there.")
+    lease = session.acquire(pool, "ro", Identity(status.identity), timeout_s=LEASE_S)
+    if isinstance(lease, ReadLease):
+        return lease
+    lease.release()
+    raise ProtocolError("the server gave a write lease to a reader")
+
+
+def _snapshot(order: RestoreOrder | VerifyOrder) -> Snapshot:
+    """The snapshot that the parent has looked at, open."""
+    snapshot = find(open_roots([Path(root) for root in order.roots]), order.snapshot)
+    if snapshot.manifest.id != order.id:
+        snapshot.close()
+        raise SnapshotBusy(f"snapshot {order.snapshot} is another one than a moment ago", hint="Try again.")
+    return snapshot
+
+
+def _figures(moved: Moved, around: Mapping[str, float], kept_bytes: int = 0) -> Figures:
+    phases = {phase.name: phase.seconds for phase in moved.phases}
+    return Figures(moved.bytes, moved.seconds, kept_bytes, phases, dict(around), tuple(moved.notes))
+
+
+def main() -> int:
+    """Carry out the one order. Returns the exit code."""
+    writing = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no report
+    parent = Parent(os.dup(0), writing)
+    dedicate_process()
+    try:
+        parent.tell(carry_out(parent.order(), parent))
+    except GmsError as error:
+        parent.tell(Failed(error.code, error.message, error.hint, error.details))
+        return 1
+    except Exception as error:  # a fault of GMS, or of a plugin
+        log.exception("this image is not moved")
+        parent.tell(Failed(GmsError.code, f"{type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Memory of a GPU for transfers: each lane has a stream of its own, and a copy goes on while its thread reads the next bytes.
+
+Whatever is copied has to be pinned for that: a copy from or to other memory is done in pieces by the driver, and its call waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from gms_core.devices import DeviceId
+from gms_core.errors import DriverError, GmsError
+from gms_core.snapshot.memories import Arrival, Waiter
+from gms_core.snapshot.plan import Extents
+from gms_core.snapshot.transfer import CopyLane
+from gms_core.vmm.cuda_calls import attribute, checked, cuda, find_device
+from gms_core.vmm.driver import Address
+from gms_core.vmm.undo import UndoStack
+
+log = logging.getLogger(__name__)
+
+_PORTABLE = 0x01
+_READ_ONLY = 0x08
+
+
+class CudaMemory:
+    """See `gms_core.snapshot.memories.memory_for`.
+
+    It uses the device's primary context, and begins to make it at once: that takes a tenth of a second.
+
+    Args:
+        device: UUID, as NVML writes it.
+        allocations: Offset in the arena, and bytes, of each, in the order of the image.
+
+    Raises:
+        DeviceNotFound: This process does not see it.
+        DriverUnavailable: No driver, or no GPU that this process can see.
+    """
+
+    def __init__(self, device: DeviceId, allocations: Sequence[tuple[int, int]]) -> None:
+        self._device = find_device(device)
+        self._extents = Extents(allocations)
+        self._arrival = Arrival()
+        self._lock = threading.Lock()
+        self._context: Any = None
+        self._closed = False
+        self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
+        self._beginning.start()
+
+    def ready(self, base: Address) -> None:
+        """See `ArenaMemory.ready`."""
+        self._arrival.ready(base)
+
+    def never(self) -> None:
+        """See `ArenaMemory.never`."""
+        self._arrival.never()
+
+    def lane(self) -> CopyLane:
+        """See `Memory.lane`."""
+        return _CudaLane(self._retained, self._extents, self._arrival.waiter())
+
+    def register(self, address: int, size: int, *, writable: bool = True) -> None:
+        """See `Memory.register`."""
+        if not writable and not attribute("READ_ONLY_HOST_REGISTER_SUPPORTED", self._device):
+            raise DriverError("this GPU's driver cannot pin memory that is mapped for reading alone")
+        flags = _PORTABLE if writable else _PORTABLE | _READ_ONLY
+        with self._current():
+            checked("cuMemHostRegister", address, size, flags, about=f"{size} bytes at {address:#x}")
+
+    def unregister(self, address: int) -> None:
+        """See `Memory.unregister`."""
+        with self._current():
+            checked("cuMemHostUnregister", address, about=f"{address:#x}")
+
+    def close(self) -> None:
+        """See `ArenaMemory.close`."""
+        self._beginning.join()
+        with self._lock:
+            if self._context is not None and not self._closed:
+                checked("cuDevicePrimaryCtxRelease", self._device)
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.never()
+        self.close()
+
+    def _begin(self) -> None:
+        try:
+            self._retained()
+        except GmsError as error:  # whoever needs it first meets the same
+            log.debug("no context on device %s yet: %s", self._device, error)
+
+    def _retained(self) -> Any:
+        with self._lock:
+            if self._closed:
+                raise DriverError("this memory was closed")
+            if self._context is None:
+                self._context = checked("cuDevicePrimaryCtxRetain", self._device)
+            return self._context
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        with UndoStack() as undo:
+            checked("cuCtxPushCurrent", self._retained())
+            undo.push(checked, "cuCtxPopCurrent")
+            yield
+
+
+class _CudaLane:
+    """A stream, and an event for each copy that is under way. Its thread has the context current from the first use to `close`."""
+
+    def __init__(self, context: Callable[[], Any], extents: Extents, waiter: Waiter) -> None:
+        self._context = context
+        self._extents = extents
+        self._waiter = waiter
+        self._stream: Any = None
+        self._idle: list[Any] = []
+        self._pending: dict[int, Any] = {}
+        self._tickets = itertools.count(1)
+
+    def arrive(self) -> None:
+        """See `CopyLane.arrive`."""
+        self._open()
+        self._waiter.base()
+
+    def abandon(self) -> None:
+        """See `CopyLane.abandon`."""
+        self._waiter.abandon()
+
+    def to_memory(self, offset: int, source: int, size: int) -> int:
+        """See `CopyLane.to_memory`."""
+        self._open()
+        base = self._waiter.base()
+        for place, inside, length in self._extents.ranges(offset, size):
+            checked("cuMemcpyHtoDAsync", base + place, source + inside, length, self._stream, about=f"{length} bytes to {base + place:#x}")
+        return self._mark()
+
+    def from_memory(self, target: int, offset: int, size: int) -> int:
+        """See `CopyLane.from_memory`."""
+        self._open()
+        base = self._waiter.base()
+        for place, inside, length in self._extents.ranges(offset, size):
+            checked("cuMemcpyDtoHAsync", target + inside, base + place, length, self._stream, about=f"{length} bytes from {base + place:#x}")
+        return self._mark()
+
+    def wait(self, ticket: int) -> None:
+        """See `CopyLane.wait`."""
+        event = self._pending.get(ticket)
+        if event is not None:
+            checked("cuEventSynchronize", event)
+            del self._pending[ticket]
+            self._idle.append(event)
+
+    def close(self) -> None:
+        """See `CopyLane.close`. If the device does not answer any more, what it was given is left to it."""
+        if self._stream is None:
+            return
+        stream, self._stream = self._stream, None
+        with UndoStack() as undo:
+            undo.push(checked, "cuCtxPopCurrent")
+            checked("cuStreamSynchronize", stream)
+            undo.push(checked, "cuStreamDestroy", stream)
+            for event in (*self._idle, *self._pending.values()):
+                undo.push(checked, "cuEventDestroy", event)
+            self._idle.clear()
+            self._pending.clear()
+
+    def _open(self) -> None:
+        if self._stream is not None:
+            return
+        with UndoStack(kept=lambda: self._stream is not None) as undo:
+            checked("cuCtxPushCurrent", self._context())
+            undo.push(checked, "cuCtxPopCurrent")
+            self._stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def _mark(self) -> int:
+        # A thread that waits for its copy sleeps: others need the core to read, and the interpreter's lock is not held either way.
+        flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
+        event = self._idle.pop() if self._idle else checked("cuEventCreate", int(flags))
+        ticket = next(self._tickets)
+        self._pending[ticket] = event
+        checked("cuEventRecord", event, self._stream)
+        return ticket

@@ -1,0 +1,121 @@
+"""Backends that move bytes through host buffers: what they have in common beside the engine, which is their options and their refusals."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gms_core.errors import InvalidArgument
+from gms_core.snapshot.engine import Route, StagedTransfer, Tuning
+from gms_core.snapshot.files import JobFiles
+from gms_core.snapshot.manifest import PAGE_BYTES
+from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
+from gms_core.vmm.undo import UndoStack
+
+BOTH: frozenset[Direction] = frozenset({"save", "restore"})
+LARGEST_CHUNK = 2**30
+"""Linux reads and writes a little less than 2 GiB at once, and that not at a page's end."""
+
+DIRECT = {"auto": True, "never": False}
+"""The values of the option ``direct``."""
+
+
+def cores() -> int:
+    """On which this process may run."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBackend:
+    """A backend made of the engine and of its own way to files. See `TransferBackend`.
+
+    Options of a job: ``chunk_bytes``, read or written at once; ``buffers`` of each thread; ``depth``, reads that a thread has under way at once,
+    where the backend can have several; ``direct``, which is ``auto`` or ``never``.
+
+    Attributes:
+        name: What users call it.
+        usable: See `TransferBackend.probe`.
+        route: Opens its way to the files of a job.
+        depth: Reads or writes that a thread has under way at once, if not told otherwise.
+        is_deep: Whether that can be more than one.
+        chunk_bytes: Read or written at once, if not told otherwise.
+        threads: The most threads that it starts by itself.
+        directions: What it can do.
+    """
+
+    name: str
+    usable: Callable[[], Probe]
+    route: Callable[[Job, JobFiles, Memory], Route]
+    depth: int = 1
+    is_deep: bool = False
+    chunk_bytes: int = 8 * 2**20
+    threads: int = 16
+    directions: frozenset[Direction] = BOTH
+
+    def probe(self) -> Probe:
+        """See `TransferBackend.probe`."""
+        return self.usable()
+
+    def check(self, job: Job) -> None:
+        """See `TransferBackend.check`.
+
+        Raises:
+            InvalidArgument: The job contradicts itself, or has an option that the backend does not know.
+        """
+        ends = [file.size for file in job.files]
+        known = len(job.checksums) if job.direction == "restore" else sys.maxsize
+        for block, _, size, shard, position in job.pieces:
+            if not 0 <= shard < len(ends) or position + size > ends[shard]:
+                raise InvalidArgument(f"block {block} lies in no file of the job")
+            if (position | size) % PAGE_BYTES or position < 0 or not 0 < size <= job.block_bytes:
+                raise InvalidArgument(f"block {block} of {size} bytes at {position} is not a block of whole pages")
+            if not 0 <= block < known:
+                raise InvalidArgument(f"block {block} has no checksum")
+        self._tuning(job)
+
+    def open(self, job: Job, memory: Memory) -> Transfer:
+        """See `TransferBackend.open`.
+
+        Raises:
+            InvalidArgument: See `check`.
+            SnapshotDamaged: A file is too short.
+            TransferFailed: A file cannot be opened, or the machine has no room for the buffers.
+        """
+        self.check(job)
+        tuning = self._tuning(job)
+        with UndoStack() as undo:
+            files = JobFiles(job, direct=tuning.direct)
+            undo.push(files.close)
+            route = self.route(job, files, memory)
+            undo.push(route.close)
+            transfer = StagedTransfer(job, memory, files, route, tuning)
+            undo.commit()
+        return transfer
+
+    def _tuning(self, job: Job) -> Tuning:
+        known = {"chunk_bytes", "buffers", "direct"} | ({"depth"} if self.is_deep else set())
+        if unknown := sorted(job.options.keys() - known):
+            raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
+        chunk = _number(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
+        if chunk % PAGE_BYTES:
+            raise InvalidArgument(f"the option chunk_bytes={chunk} is not a multiple of {PAGE_BYTES}")
+        depth = _number(job, "depth", self.depth, 1, 256)
+        buffers = _number(job, "buffers", depth + (2 if self.is_deep else 1), depth, 1024)
+        direct = job.options.get("direct", "auto")
+        if direct not in DIRECT:
+            raise InvalidArgument(f"the option direct={direct!r} is neither of {', '.join(DIRECT)}")
+        if job.workers < 0:
+            raise InvalidArgument(f"{job.workers} threads cannot be started")
+        roots = len({file.root for file in job.files})
+        workers = job.workers or max(2 * roots, min(self.threads, max(4, cores())))
+        largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
+        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), DIRECT[direct])
+
+
+def _number(job: Job, name: str, otherwise: int, least: int, most: int) -> int:
+    text = job.options.get(name, str(otherwise))
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+        raise InvalidArgument(f"the option {name}={text!r} is no whole number from {least} to {most}")
+    return int(text)

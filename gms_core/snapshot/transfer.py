@@ -1,0 +1,200 @@
+"""The interface between snapshots and what moves their bytes. A backend knows files, memory and blocks, and nothing else of GMS.
+
+A backend is asked in this order: `TransferBackend.probe`, whether it can be used here; `TransferBackend.check`, whether it can do this job; then
+`TransferBackend.open`, which begins it. Names of backends are those of the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from gms_core.snapshot.plan import Piece
+
+Direction = Literal["save", "restore"]
+
+
+class Probe(NamedTuple):
+    """Whether a backend can be used on this machine.
+
+    Attributes:
+        usable: Whether.
+        reason: Why not, and what to do about it; or what it will use, such as a library's version.
+    """
+
+    usable: bool
+    reason: str
+
+
+class File(NamedTuple):
+    """One shard's file.
+
+    Attributes:
+        path: Absolute. When saving, it is there already, with its whole size.
+        root: The ``root_id`` of the root in which it lies: files of one root share a disk.
+        size: Bytes.
+    """
+
+    path: Path
+    root: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be moved between files and one device's memory.
+
+    Attributes:
+        direction: ``save`` reads memory and writes files, ``restore`` the reverse.
+        files: By the index that pieces have.
+        pieces: In the order of the image.
+        checksums: When restoring, xxh3_64 of each block by its number: a block that has another one fails the job. Empty when saving.
+        block_bytes: Of the largest piece.
+        workers: Threads; 0 for as many as suit the backend.
+        options: The backend's own, by name.
+    """
+
+    direction: Direction
+    files: Sequence[File]
+    pieces: Sequence[Piece]
+    checksums: Sequence[int]
+    block_bytes: int
+    workers: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(piece.size for piece in self.pieces)
+
+
+class CopyLane(Protocol):
+    """One thread's way between host buffers and the device's memory. A lane's copies may go on behind its back; it is used by one thread alone."""
+
+    def arrive(self) -> None:
+        """Come back once the memory is there.
+
+        Raises:
+            TransferCancelled: It will never be there, or the lane was abandoned.
+        """
+
+    def abandon(self) -> None:
+        """Make a thread that waits for the memory give up. Safe from any thread, idempotent; copies that are under way go on."""
+
+    def to_memory(self, offset: int, source: int, size: int) -> int:
+        """Begin to copy from a host address to the image's offset; returns a ticket for `wait`. Blocks until the memory is there.
+
+        Raises:
+            TransferCancelled: It will never be there, or the lane was abandoned.
+        """
+
+    def from_memory(self, target: int, offset: int, size: int) -> int:
+        """Begin to copy from the image's offset to a host address; returns a ticket for `wait`."""
+
+    def wait(self, ticket: int) -> None:
+        """Come back once a copy is done."""
+
+    def close(self) -> None:
+        """Wait for all copies, and give up what the lane has. Idempotent."""
+
+
+class Memory(Protocol):
+    """The memory of one image, in this process: CUDA or ``host``. When restoring, it may appear only after reading has begun."""
+
+    def lane(self) -> CopyLane:
+        """A lane for one thread. It takes nothing until that thread uses it."""
+
+    def register(self, address: int, size: int, *, writable: bool = True) -> None:
+        """Make host memory fit for fast copies: it is pinned, where that means something.
+
+        Args:
+            address: Of its first page.
+            size: Bytes.
+            writable: Whether this process may write to it; copies to the device need not.
+
+        Raises:
+            DriverError: It cannot be.
+        """
+
+    def unregister(self, address: int) -> None:
+        """Undo `register`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What a transfer has spent its time on.
+
+    Attributes:
+        name: Such as ``read``, ``hash``, ``copy`` or ``wait``.
+        seconds: Summed over the threads.
+    """
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A finished transfer.
+
+    Attributes:
+        bytes: How many were moved.
+        seconds: From the begin of the first read to the end of the last copy.
+        checksums: xxh3_64 of each block, by its number.
+        phases: What the threads have spent their time on.
+        notes: What a user should know of how it went, such as files that could only be read through the page cache.
+    """
+
+    bytes: int
+    seconds: float
+    checksums: Mapping[int, int]
+    phases: Sequence[Phase] = ()
+    notes: Sequence[str] = ()
+
+
+class Transfer(Protocol):
+    """A job that is under way, in threads of its own."""
+
+    def poll(self) -> int:
+        """Bytes that have arrived so far: in memory, or handed to the kernel. Never blocks."""
+
+    def finish(self) -> Moved:
+        """Wait for the end; nothing of the job is under way when it returns or raises. Written bytes may still have to be synced.
+
+        Raises:
+            SnapshotDamaged: A block has another checksum, or a file is too short; the message names file and position.
+            TransferFailed: The kernel, or a library, could not read or write; the message names the file.
+            TransferCancelled: `cancel` was called.
+        """
+
+    def cancel(self) -> None:
+        """End the job early: `finish` raises soon. Safe from any thread, idempotent."""
+
+
+@runtime_checkable
+class TransferBackend(Protocol):
+    """Moves bytes between files, or objects, and memory."""
+
+    @property
+    def name(self) -> str:
+        """What users call it, such as ``staged``."""
+
+    @property
+    def directions(self) -> frozenset[Direction]:
+        """What it can do."""
+
+    def probe(self) -> Probe:
+        """Whether it can be used here. It never hangs, and imports nothing heavy into this process unless it can be used."""
+
+    def check(self, job: Job) -> None:
+        """Refuse a job that it cannot do. It is asked before anything is begun, too, with a job that has neither files nor pieces yet.
+
+        Raises:
+            InvalidArgument: An option that it does not know, or a value that it cannot have.
+            BackendUnavailable: What it lacks for this job.
+        """
+
+    def open(self, job: Job, memory: Memory) -> Transfer:
+        """Begin a job."""

@@ -1,0 +1,216 @@
+"""A whole snapshot: an image of each device, moved by a process each, with the commit and the sentinels around it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from gms_core.errors import GmsError, TransferCancelled
+from gms_core.snapshot.catalogue import find
+from gms_core.snapshot.config import SnapshotConfig
+from gms_core.snapshot.control import Control
+from gms_core.snapshot.manifest import BLOCK_BYTES, Image, Manifest
+from gms_core.snapshot.matching import check_alike, check_expected
+from gms_core.snapshot.on_disk import Reference, reference
+from gms_core.snapshot.orders import Done, RestoreOrder, SaveOrder, VerifyOrder
+from gms_core.snapshot.processes import Watch, carry_out
+from gms_core.snapshot.registry import usable
+from gms_core.snapshot.roots import open_roots
+from gms_core.snapshot.running import check
+from gms_core.snapshot.staging import Staging
+from gms_core.snapshot.transfer import Direction, Job
+from gms_core.stop_signals import raising
+
+
+class Place(NamedTuple):
+    """A pool of a device's server.
+
+    Attributes:
+        device: Of the server.
+        socket: Of the server.
+        pool: Its name.
+        digest: Of what is committed there; empty if nothing is.
+    """
+
+    device: str
+    socket: Path
+    pool: str
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.pool} on {self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a snapshot.
+
+    Attributes:
+        manifest: Its own.
+        images: What people call each image, and what was done with it; None if there was nothing to do.
+        untold: Why a sentinel could not be written; None if all were. The snapshot does not depend on it.
+    """
+
+    manifest: Manifest
+    images: Sequence[tuple[str, Done | None]]
+    untold: GmsError | None = None
+
+
+def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: SnapshotConfig, watch: Watch, *, resume: bool = False) -> Outcome:
+    """Save what pools have committed as the next version of a name. For the main thread only.
+
+    Args:
+        places: Finds the pools, in the order of the images. What it raises is told by the sentinels too.
+        name: The snapshot's.
+        config: How.
+        watch: Is told how far each image is.
+        resume: Go on with the newest save that has ended without a snapshot, if there is one.
+
+    Raises:
+        GmsError: There is no new snapshot; those that were there are untouched.
+        KeyboardInterrupt: Likewise.
+    """
+    with Control(config.control_dir, name, "save") as control, _told_to_end() as too_late:
+        _check_backend(config, "save")
+        chosen = places()
+        roots = open_roots(config.roots, create=True)
+        # The sentinels are those of whoever has the lock: they are begun, and ended, under it.
+        with Staging.begin(roots, name, resume=resume, stripe_bytes=config.stripe_bytes, shard_bytes=config.shard_bytes) as staging, control:
+            control.about(staging.target.plan.version, staging.target.plan.id)
+            control.begin()
+            orders = [
+                SaveOrder(
+                    index=index,
+                    backend=config.backend,
+                    workers=config.save_workers,
+                    options=config.options,
+                    socket=str(place.socket),
+                    pool=place.pool,
+                    target=staging.target,
+                )
+                for index, place in enumerate(chosen)
+            ]
+            names = [str(place) for place in chosen]
+            done = carry_out(list(zip(names, orders, strict=True)), watch, staging.locks)
+            images = [one.image for one in done if one.image is not None]
+            check_alike([(who, image.identity) for who, image in zip(names, images, strict=True)])
+            manifest = staging.commit(images)
+            too_late()
+            control.done()
+        return Outcome(manifest, list(zip(names, done, strict=True)), control.close())
+
+
+def restore_snapshot(
+    wanted: str,
+    config: SnapshotConfig,
+    places: Callable[[Sequence[Image]], Sequence[Place]],
+    watch: Watch,
+    *,
+    expected: Mapping[str, str] | None = None,
+    if_missing: bool = False,
+    replace: int | None = None,
+    pin: bool = False,
+    timeout_s: float,
+    memory_timeout_s: float,
+) -> Outcome:
+    """Publish the images of a snapshot, together. For the main thread only.
+
+    Args:
+        wanted: ``NAME@VERSION``, or ``NAME`` for the newest version.
+        config: How.
+        places: Says where each image goes, once it is known which there are.
+        watch: Is told how far each image is.
+        expected: Fields that the identity of each image must have.
+        if_missing: Leave out what is committed already.
+        replace: Drop this committed generation first, once it has no readers.
+        pin: Keep the generations without readers.
+        timeout_s: Seconds to wait for the right to write.
+        memory_timeout_s: Seconds to wait for memory that others release.
+
+    Raises:
+        GmsError: As `gms_core.snapshot.restore.restore_image` says.
+        KeyboardInterrupt: Nothing is published unless all images had arrived.
+    """
+    asked = reference(wanted)
+    with Control(config.control_dir, asked.name, "restore") as control, _told_to_end() as too_late:
+        control.begin()
+        roots = open_roots(config.roots)
+        with find(roots, wanted) as snapshot:
+            manifest = snapshot.manifest
+            control.about(manifest.version, manifest.id)
+            check_expected(manifest.images, expected or {})
+            _check_backend(config, "restore")
+            chosen = places(manifest.images)
+            missing = [(index, place) for index, place in enumerate(chosen) if not (if_missing and place.digest == manifest.images[index].digest)]
+            orders = [
+                (
+                    str(place),
+                    RestoreOrder(
+                        index=index,
+                        backend=config.backend,
+                        workers=config.load_workers,
+                        options=config.options,
+                        socket=str(place.socket),
+                        pool=place.pool,
+                        roots=tuple(str(root.path) for root in roots),
+                        snapshot=str(Reference(manifest.name, manifest.version)),
+                        id=manifest.id,
+                        timeout_s=timeout_s,
+                        memory_timeout_s=memory_timeout_s,
+                        replace=replace,
+                        pin=pin,
+                    ),
+                )
+                for index, place in missing
+            ]
+            done = dict(zip([index for index, _ in missing], carry_out(orders, watch), strict=True))
+            too_late()
+        control.done()
+        return Outcome(manifest, [(str(place), done.get(index)) for index, place in enumerate(chosen)], control.close())
+
+
+def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcome:
+    """Compare every byte of a snapshot with its checksums: one image after the other, since all of them are on the same disks.
+
+    Args:
+        wanted: ``NAME@VERSION``, or ``NAME`` for the newest version.
+        config: How.
+        watch: Is told how far each image is.
+
+    Raises:
+        SnapshotDamaged: It is not what was saved.
+        GmsError: As `gms_core.snapshot.restore.verify_image` says.
+    """
+    roots = open_roots(config.roots)
+    with _told_to_end(), find(roots, wanted) as snapshot:
+        manifest = snapshot.manifest
+        _check_backend(config, "restore")
+        done: list[tuple[str, Done | None]] = []
+        for index, image in enumerate(manifest.images):
+            name = f"image {index} ({image.pool})"
+            order = VerifyOrder(
+                index=index,
+                backend=config.backend,
+                workers=config.load_workers,
+                options=config.options,
+                roots=tuple(str(root.path) for root in roots),
+                snapshot=str(Reference(manifest.name, manifest.version)),
+                id=manifest.id,
+            )
+            done.append((name, carry_out([(name, order)], watch)[0]))
+        return Outcome(manifest, done)
+
+
+def _check_backend(config: SnapshotConfig, direction: Direction) -> None:
+    """Raise unless the backend can be used here, in this way and with these options, before anything is begun that would have to be undone."""
+    workers = config.save_workers if direction == "save" else config.load_workers
+    check(usable(config.backend), Job(direction, (), (), (), BLOCK_BYTES, workers, config.options))
+
+
+def _told_to_end() -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """Within, SIGTERM ends everything in order, as Ctrl-C does; until what it yields is called, for then there is a snapshot, or all is published."""
+    return raising(signal.SIGTERM, lambda: TransferCancelled("it was told to end by SIGTERM"))

@@ -1,0 +1,236 @@
+"""One thread of a transfer. It does its whole loop alone: handing work from thread to thread costs more than the work's own bookkeeping.
+
+Restoring: read a chunk into a buffer, begin to copy it to the memory, hash it meanwhile, and go on with the next buffer. Saving: the reverse.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+from gms_core.snapshot.buffers import Buffer
+from gms_core.snapshot.files import JobFiles, ShardFile
+from gms_core.snapshot.plan import Piece
+from gms_core.snapshot.transfer import CopyLane, Job
+from gms_core.vmm.undo import UndoStack
+
+
+class Chunk(NamedTuple):
+    """What is read or written at once: a block, or a part of one.
+
+    Attributes:
+        piece: The block.
+        offset: Bytes from the image's begin.
+        size: Bytes.
+        file: Where it lies.
+        position: Bytes from the file's begin.
+    """
+
+    piece: Piece
+    offset: int
+    size: int
+    file: ShardFile
+    position: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its block is whole with it."""
+        return self.offset + self.size == self.piece.offset + self.piece.size
+
+
+class Channel(Protocol):
+    """One thread's way between files and buffers. Chunks end in the order in which they were begun."""
+
+    def begin(self, chunk: Chunk, buffer: Buffer) -> None:
+        """Begin to read a chunk, or to write it; a channel may also do it at once.
+
+        Raises:
+            SnapshotDamaged: The file is too short.
+            TransferFailed: The kernel could not.
+        """
+
+    def end(self) -> Buffer:
+        """Wait for the chunk that was begun first. Returns where its bytes are: in its buffer, or in a place that stays until `close`.
+
+        Raises:
+            SnapshotDamaged: The file is too short.
+            TransferFailed: The kernel could not.
+        """
+
+    def close(self) -> None:
+        """Come back once nothing goes on in any buffer. Copies have ended before. Idempotent."""
+
+
+class Orders(NamedTuple):
+    """What a thread is told.
+
+    Attributes:
+        job: Of which it does a part.
+        files: The job's.
+        take: Gives the next block, or None when there is none left.
+        check: Raises when the transfer is to end early.
+        channel: Opens the thread's channel.
+        lane: The thread's lane.
+        buffers: The thread's own.
+        pin: Makes all buffers fit for copies, if they are not yet; called once the memory is there.
+        depth: How many chunks may be begun at once.
+        chunk_bytes: Of a chunk, at most.
+    """
+
+    job: Job
+    files: JobFiles
+    take: Callable[[], Piece | None]
+    check: Callable[[], None]
+    channel: Callable[[Sequence[Buffer]], Channel]
+    lane: CopyLane
+    buffers: Sequence[Buffer]
+    pin: Callable[[], None]
+    depth: int
+    chunk_bytes: int
+
+
+class Worker:
+    """A thread's part of a job.
+
+    Attributes:
+        moved: Bytes that have arrived so far.
+        checksums: Of the blocks that it has moved.
+        seconds: What its time went to.
+        ended: When it had done its last piece of work, as `time.perf_counter` has it.
+        released: Whether nothing can touch its buffers any more.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        self.moved = 0
+        self.checksums: dict[int, int] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.ended = 0.0
+        self.released = True
+        self._orders = orders
+        self._hash = xxhash.xxh3_64()
+        self._since = 0.0
+
+    def run(self) -> None:
+        """Do the work, until there is none left.
+
+        Raises:
+            GmsError: Why it could not be done; nothing of it is under way any more, unless `released` is False.
+        """
+        orders = self._orders
+        self._since = time.perf_counter()
+        channel = orders.channel(orders.buffers)
+        self.released = False
+        with UndoStack() as undo:
+            undo.push(self._close, channel)
+            self._lap("prepare")
+            if orders.job.direction == "restore":
+                self._restore(channel)
+            else:
+                self._save(channel)
+            self.ended = self._since
+
+    def _close(self, channel: Channel) -> None:
+        with UndoStack() as undo:
+            undo.push(channel.close)
+            undo.push(self._orders.lane.close)
+        self.released = True
+
+    def _restore(self, channel: Channel) -> None:
+        orders, lane = self._orders, self._orders.lane
+        idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
+        chunks = self._chunks()
+        upcoming = next(chunks, None)
+        while upcoming or begun:
+            while upcoming and len(begun) < orders.depth:
+                if not idle:
+                    if not copying:
+                        break
+                    idle.append(self._copied(*copying.popleft()))
+                buffer = idle.popleft()
+                channel.begin(upcoming, buffer)
+                begun.append((upcoming, buffer))
+                upcoming = next(chunks, None)
+            chunk, buffer = begun.popleft()
+            bytes_at = channel.end()
+            self._lap("read")
+            lane.arrive()
+            if bytes_at is buffer:
+                orders.pin()
+            self._lap("wait")
+            ticket = lane.to_memory(chunk.offset, bytes_at.address, chunk.size)
+            self._lap("copy")
+            # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
+            self._verify(chunk, bytes_at.view)
+            copying.append((chunk, buffer, ticket))
+        while copying:
+            self._copied(*copying.popleft())
+
+    def _save(self, channel: Channel) -> None:
+        orders, lane = self._orders, self._orders.lane
+        idle, copying, writing = deque(orders.buffers), deque[tuple[Chunk, Buffer, int]](), deque[tuple[Chunk, Buffer]]()
+        chunks = self._chunks()
+        lane.arrive()
+        orders.pin()
+        self._lap("wait")
+        upcoming = next(chunks, None)
+        while upcoming or copying or writing:
+            while upcoming and idle:
+                buffer = idle.popleft()
+                copying.append((upcoming, buffer, lane.from_memory(buffer.address, upcoming.offset, upcoming.size)))
+                upcoming = next(chunks, None)
+            self._lap("copy")
+            if copying:
+                chunk, buffer, ticket = copying.popleft()
+                lane.wait(ticket)
+                self._lap("wait")
+                self._digest(chunk, buffer.view)
+                channel.begin(chunk, buffer)
+                writing.append((chunk, buffer))
+            if len(writing) >= orders.depth or not copying:
+                chunk, buffer = writing.popleft()
+                channel.end()
+                self.moved += chunk.size
+                idle.append(buffer)
+            self._lap("write")
+
+    def _chunks(self) -> Iterator[Chunk]:
+        orders = self._orders
+        while True:
+            orders.check()
+            piece = orders.take()
+            if piece is None:
+                return
+            file = orders.files[piece.shard]
+            for inside in range(0, piece.size, orders.chunk_bytes):
+                orders.check()
+                yield Chunk(piece, piece.offset + inside, min(orders.chunk_bytes, piece.size - inside), file, piece.position + inside)
+
+    def _copied(self, chunk: Chunk, buffer: Buffer, ticket: int) -> Buffer:
+        self._orders.lane.wait(ticket)
+        self.moved += chunk.size
+        self._lap("wait")
+        return buffer
+
+    def _verify(self, chunk: Chunk, view: memoryview) -> None:
+        found = self._digest(chunk, view)
+        if found is not None and found != (saved := self._orders.job.checksums[chunk.piece.block]):
+            raise chunk.file.damaged(chunk.piece.position, chunk.piece.size, found, saved)
+
+    def _digest(self, chunk: Chunk, view: memoryview) -> int | None:
+        """Hash a chunk; returns the checksum of its block with the last one."""
+        self._hash.update(view[: chunk.size])
+        found = None
+        if chunk.is_last:
+            found = self.checksums[chunk.piece.block] = self._hash.intdigest()
+            self._hash.reset()
+        self._lap("hash")
+        return found
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self._since
+        self._since = now

@@ -1,0 +1,83 @@
+"""``gms snapshot benchmark`` as a real process, on small numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gms_core.cli.exit_codes import ExitCode
+from gms_core.cli.snapshot_benchmark import Part, _parts
+from gms_core.config import child_environment
+from gms_core.snapshot.registry import names
+from tests.unit.conftest import InstallPlugin
+
+COMMAND = [sys.executable, "-P", "-m", "gms_core.cli", "snapshot", "benchmark", "--device", "host", "--bytes", "20MiB"]
+
+
+UNUSABLE = """
+from gms_core.plugins.hookspecs import hookimpl
+from gms_core.snapshot.transfer import Probe
+
+class Pigeon:
+    name = "pigeon"
+    directions = frozenset({"save", "restore"})
+    def probe(self): return Probe(False, "no pigeon is at home")
+    def check(self, job): pass
+    def open(self, job, memory): raise NotImplementedError
+
+@hookimpl
+def gms_transfer_backends(): return [Pigeon()]
+"""
+
+
+def _run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=120, check=False, env=child_environment(**environment))
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_backend_has_figures_or_a_reason_when_it_is_measured(tmp_path: Path) -> None:
+    done = _run(f"--root={tmp_path / 'a'}", f"--root={tmp_path / 'b'}", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["schema"], found["device"], found["bytes"]) == ("gms-bench-snapshot/1", "host", 20 * 2**20)
+    assert min(found["plain_write_s"], found["plain_read_s"]) > 0
+    assert [run["backend"] for run in found["runs"]] == list(names())
+    for run in found["runs"]:
+        assert run["error"] or all(run[kind] is None or run[kind]["bytes"] == 20 * 2**20 for kind in ("save", "verify", "restore")), run
+    staged = found["runs"][0]
+    assert all(staged[kind]["seconds"] > 0 for kind in ("save", "verify", "restore"))
+    assert _left(tmp_path) == ["gms-root", "gms-root"]
+
+
+def test_table_names_the_reason_when_a_backend_cannot_be_used(tmp_path: Path, install_plugin: InstallPlugin) -> None:
+    path = f"{install_plugin('pigeon', UNUSABLE)}{os.pathsep}{child_environment().get('PYTHONPATH', '')}"
+    done = _run(f"--root={tmp_path / 'a'}", "--backend=pigeon", "--backend=staged", "--workers=2", PYTHONPATH=path, GMS_PLUGINS="pigeon")
+    assert done.returncode == 0, done.stderr
+    assert "plain, 2 threads" in done.stdout
+    assert "no pigeon is at home" in done.stdout
+    assert "%" in done.stdout
+    assert _left(tmp_path / "a") == ["gms-root"]
+
+
+def test_nothing_is_written_when_there_is_no_such_backend(tmp_path: Path) -> None:
+    done = _run(f"--root={tmp_path / 'a'}", "--backend=none")
+    assert done.returncode == ExitCode.USAGE
+    assert "no transfer backend 'none'" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [20 * 2**20, 4096]])
+def test_plain_loops_move_every_byte_once_when_files_differ_in_length(sizes: list[int]) -> None:
+    files = [(Path(str(number)), size) for number, size in enumerate(sizes)]
+    parts: list[Part] = _parts(files)
+    for path, size in files:
+        ends = sorted((part.position, part.position + part.size) for part in parts if part.path == path)
+        assert [0, *(end for _, end in ends)] == [*(begin for begin, _ in ends), size] if size else not ends
