@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,9 +15,12 @@ log = logging.getLogger(__name__)
 class Keeping:
     """A keeper, and another one in its place when it is lost. For one thread at a time.
 
+    One that is lost may live on: the supervisor is not ended because it was slow, and has whatever it was given before the answer was given up.
+    So one that is found again, and not started, is rid of all that is not to be kept.
+
     Args:
         keeper: The first one.
-        again: Starts another one.
+        again: Finds it again, or starts another one.
 
     Attributes:
         everything: Tells all that has to be kept, by name.
@@ -34,11 +38,14 @@ class Keeping:
         """Have descriptors kept.
 
         Raises:
-            KeeperLost: There is no keeper, and none can be started.
+            KeeperLost: There is no keeper, and none can be started; or systemd does not answer it.
+            QuotaExceeded: It has no room for them.
         """
         try:
             self._keeper.keep(descriptors)
         except KeeperLost as error:
+            if not self._keeper.lost:  # it lives, and has said that it cannot: nor could it if it were asked once more
+                raise
             self._renew(error)
             self._keeper.keep(descriptors)
 
@@ -46,9 +53,14 @@ class Keeping:
         """Have descriptors dropped.
 
         Raises:
-            KeeperLost: The keeper is lost, and with it whatever it kept.
+            KeeperLost: The keeper is lost. The next check has one that does not keep them.
         """
         self._keeper.drop(names)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Have descriptors dropped of which nobody was told. A keeper that is lost is no error: the next one does not keep them."""
+        with contextlib.suppress(KeeperLost):
+            self._keeper.drop(names)
 
     def check(self) -> None:
         """See whether the keeper is there, and replace it if it is not."""
@@ -61,16 +73,23 @@ class Keeping:
             except GmsError:
                 if self._over:
                     return
-                log.exception("there is no keeper: memory will not outlive this server")
+                log.exception("there is no keeper that has everything: what none has will not outlive this server")
 
     def _renew(self, error: KeeperLost) -> None:
         if self._over:
             raise error
-        log.warning("%s: another one is started, and given everything", error.message)
+        log.warning("%s: it is looked for or started again, and given everything", error.message)
         self._keeper.abandon()
         self._keeper = self._again()
-        self._keeper.keep(self.everything())
-        self._keeper.set_label(self.label)
+        try:
+            everything = self.everything()
+            self._keeper.keep(everything)
+            if not self._keeper.new:
+                self._keeper.drop([name for name in self._keeper.names() if name not in everything])
+            self._keeper.set_label(self.label)
+        except BaseException:
+            self._keeper.close()  # it does not have everything yet: what is to be kept next finds it lost, and tries all of this again
+            raise
 
     def end(self) -> None:
         """End the keeper, and with it the memory. Thread-safe: whatever is to be kept after this is refused."""

@@ -7,10 +7,10 @@ CUDA and maps nothing: that it has an exported descriptor open is what keeps the
 
 Each message is one datagram of a SOCK_SEQPACKET connection: a verb of one byte, and names that are separated by newlines.
 
-    I                 whose are you        -> i PID newline LABEL
+    I                 whose are you        -> i PID newline LABEL; PID is 0 if it is no process of its own, and cannot be ended as one
     B label           be labelled so       -> .
     T seconds         have this patience   -> .
-    K names + descriptors, keep these      -> .
+    K names + descriptors, keep these      -> .  or ! and, from one that is no process of its own, why it cannot
     D names           drop these           -> .
     L                 all that you keep    -> k names + descriptors, as often as needed, then .
     E                 end                  -> .  and it ends; the descriptors are closed
@@ -44,6 +44,7 @@ class Keeper:
     def __init__(self, listening: socket.socket, patience_s: float) -> None:
         self.listening = listening
         self.patience_s = patience_s
+        self.pid = os.getpid()
         self.label = b""
         self.kept: dict[bytes, int] = {}
         self.server: socket.socket | None = None
@@ -113,27 +114,21 @@ class Keeper:
                 return True
             verb, names = data[:1], data[1:].split(b"\n") if len(data) > 1 else []
             if verb == b"I":
-                server.send(b"i%d\n" % os.getpid() + self.label)
+                server.send(self.introduce())
             elif verb == b"B":
-                self.label = data[1:]
-                server.send(OK)
+                server.send(self.be_labelled(data[1:]))
             elif verb == b"T":
-                self.patience_s = float(data[1:])
+                self.be_patient(float(data[1:]))
                 server.send(OK)
-            elif verb == b"K" and not cut and len(names) == len(received):
-                for name, number in zip(names, received, strict=True):
-                    self.drop(name)
-                    self.kept[name] = number
-                server.send(OK)
+            elif verb == b"K" and not cut and len(set(names)) == len(names) == len(received):
+                server.send(self.keep(dict(zip(names, received, strict=True))))
             elif verb == b"D":
-                for name in names:
-                    self.drop(name)
+                self.drop(names)
                 server.send(OK)
             elif verb == b"L":
                 self.tell_all(server)
             elif verb == b"E":
-                server.send(OK)
-                return False
+                return self.end(server)
             else:
                 for number in received:
                     os.close(number)
@@ -142,10 +137,30 @@ class Keeper:
             self.lose()
         return True
 
-    def drop(self, name: bytes) -> None:
-        number = self.kept.pop(name, None)
-        if number is not None:
-            os.close(number)
+    def introduce(self) -> bytes:
+        return b"i%d\n" % self.pid + self.label
+
+    def be_patient(self, seconds: float) -> None:
+        self.patience_s = seconds
+
+    def be_labelled(self, label: bytes) -> bytes:
+        self.label = label
+        return OK
+
+    def keep(self, descriptors: dict[bytes, int]) -> bytes:
+        self.drop(list(descriptors))
+        self.kept.update(descriptors)
+        return OK
+
+    def drop(self, names: list[bytes]) -> None:
+        for name in names:
+            number = self.kept.pop(name, None)
+            if number is not None:
+                os.close(number)
+
+    def end(self, server: socket.socket) -> bool:
+        server.send(OK)
+        return False
 
     def tell_all(self, server: socket.socket) -> None:
         names = list(self.kept)

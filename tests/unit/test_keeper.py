@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_core.errors import KeeperLost, PermissionRefused
+from gms_core.errors import KeeperLost, PermissionRefused, QuotaExceeded
 from gms_core.keeper import connection, process
 from gms_core.keeper.connection import Keeper
 from gms_core.keeper.keeping import Keeping
@@ -116,6 +116,18 @@ def test_what_is_dropped_is_closed(path: Path):
     keeper.drop(["pipe", "unknown"])
     assert os.read(read, 1) == b"", "somebody still has the other end"
     os.close(read)
+    keeper.end()
+
+
+def test_what_comes_twice_under_one_name_is_refused_and_closed(path: Path):
+    keeper = Keeper(path, PATIENCE_S)
+    read, write = os.pipe()
+    with pytest.raises(QuotaExceeded):
+        keeper._ask(b"Kpipe\npipe", [write, write])
+    os.close(write)
+    assert os.read(read, 1) == b"", "somebody still has the other end"
+    os.close(read)
+    assert keeper.kept() == {}
     keeper.end()
 
 
