@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gms_core.checkpoint import WEIGHTS, find_weights
 from gms_core.errors import CheckpointNotFound
 
 PATTERNS = {
-    "auto": ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt"),
+    "auto": WEIGHTS,
     "hf": ("*.safetensors", "*.bin", "*.pt"),
     "mistral": ("consolidated*.safetensors",),
     "npcache": ("*.bin",),
@@ -23,10 +24,7 @@ def weight_files(model_config: Any, inner: str, download_dir: str | None = None)
     folder = _folder(model_config, download_dir)
     if folder is None or inner == "dummy":
         return []
-    for pattern in PATTERNS.get(inner, _OTHERS):
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
-    return []
+    return find_weights(folder, PATTERNS.get(inner, _OTHERS))
 
 
 def check_checkpoint(model_config: Any, inner: str) -> None:

@@ -81,6 +81,11 @@ class RetainedKv:
             self.arena.close()
             raise
 
+    @property
+    def free(self) -> int:
+        """Bytes of the device that nobody has."""
+        return self._driver.memory_info().free
+
     def place(self, size: int) -> int:
         """The address for the next buffer.
 

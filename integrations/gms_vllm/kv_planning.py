@@ -36,12 +36,14 @@ class KvPlanning:
 
     Attributes:
         pool: Its pool.
+        place: In the cohort, of the session that has the pool.
         rank: Its number among all ranks.
         budgets: Of all ranks; None if they measure, and have not yet.
         plan: The plan; None as long as this rank has to provide it.
     """
 
     pool: RetainedPool
+    place: Membership
     rank: int = 0
     budgets: tuple[int, ...] | None = None
     plan: KvPlan | None = None
@@ -119,21 +121,21 @@ def begin(config: Any, options: GmsConfig, failover: FailoverConfig) -> KvPlanni
     told, rank = settings(), config.parallel_config.rank
     session = connect(options, rank=rank)
     try:
-        Membership.join(session, told.cohort, told.engine, f"rank {rank} (kv)")
+        place = Membership.join(session, told.cohort, told.engine, f"rank {rank} (kv)")
     except BaseException:
         session.close()
         raise
     _sessions.append(session)
-    planning = KvPlanning(RetainedPool(session, rank_pool(config, failover.kv_tag)), rank)
+    planning = KvPlanning(RetainedPool(session, rank_pool(config, failover.kv_tag)), place, rank)
     with planning.given_up_on_failure():
-        _agree(planning, kv_identity(config, options, failover), options.acquire_timeout_s)
+        _agree(planning, kv_identity(config, options, failover), options.acquire_timeout_s, failover.kv_tag)
         if planning.memory_bytes is not None:
             check_explicit(config.cache_config.kv_cache_memory_bytes, planning.memory_bytes, planning.pool.name)
             log.info("%d bytes of KV memory are planned: nothing is measured, and --gpu-memory-utilization is not used", planning.memory_bytes)
     return planning
 
 
-def _agree(planning: KvPlanning, identity: Identity, timeout_s: float) -> None:
+def _agree(planning: KvPlanning, identity: Identity, timeout_s: float, tag: str) -> None:
     """Ask for the plan. If one rank knows of one, none of them measures: measuring takes all of them."""
     pool, group = planning.pool, all_ranks()
     if group is None:
@@ -145,7 +147,7 @@ def _agree(planning: KvPlanning, identity: Identity, timeout_s: float) -> None:
     if len(known) > 1:
         raise IdentityMismatch(
             f"the ranks' plans of the KV memory are of different engines: {sorted(known)}",
-            hint=f"End all engines that use them, and free them: gms failover drop {pool.name}",
+            hint=f"End all engines that use them, and free them: gms failover drop {tag} --ranks",
         )
     planning.budgets = known.pop() if known else None
 

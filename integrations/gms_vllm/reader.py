@@ -12,8 +12,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from gms_core.client import ReadLease
 from gms_core.errors import EngineUnsupported, LeaseConflict
 from gms_core.pytorch import Slot, check_no_meta, materialise
-from gms_core.pytorch.manifest import StorageRecord, decode
+from gms_core.pytorch.manifest import decode
 from gms_core.pytorch.slots import read
+from gms_core.tensor_manifest import StorageRecord
 from gms_vllm.cpu import shared_kernels
 from gms_vllm.holdings import Figures, Holding, report
 from gms_vllm.place import LoadRequest

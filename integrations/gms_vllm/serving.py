@@ -1,4 +1,4 @@
-"""What is changed of vLLM's front end: how it binds its address, and how it comes to serve. Light: it is imported in every process of vLLM."""
+"""What is changed of vLLM's front end: how it binds, comes to serve, and waits for answers. Light: it is imported in every process of vLLM."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from typing import Any
 
 from gms_core.errors import EngineUnsupported
 from gms_patches.apply import apply, in_force
-from gms_patches.for_vllm import SERVE_HTTP_PATCHES, SETUP_SERVER_PATCHES
+from gms_patches.for_vllm import CALL_UTILITY, SERVE_HTTP_PATCHES, SETUP_SERVER_PATCHES
+from gms_patches.patch import Patch
+from gms_vllm.unanswered import wrap_call_utility
 
 log = logging.getLogger("vllm.gms")
 
-_BUILDERS = (*((patch, "setup_server") for patch in SETUP_SERVER_PATCHES), *((patch, "serve_http") for patch in SERVE_HTTP_PATCHES))
+_PATCHES = (*SETUP_SERVER_PATCHES, *SERVE_HTTP_PATCHES, CALL_UTILITY)
 
-PATCHED = tuple(dict.fromkeys(patch.target.partition(":")[0] for patch, _ in _BUILDERS))
+PATCHED = tuple(dict.fromkeys(patch.target.partition(":")[0] for patch in _PATCHES))
 """Modules of vLLM in which something is wrapped, over all versions."""
 
 
 def patch_front_end(module: str) -> None:
     """Wrap what has to be wrapped of a module. Where that cannot be done nothing changes, and an engine that is to fail over refuses to start."""
-    for patch, kind in _BUILDERS:
+    for patch in _PATCHES:
         if patch.target.partition(":")[0] == module:
             try:
-                apply(patch, _wrap_setup_server if kind == "setup_server" else _wrap_serve_http)
+                apply(patch, _builder(patch))
             except EngineUnsupported as error:
                 log.debug("failover is not available: %s", error)
             except Exception:  # a damaged GMS must not stop engines that do not use it
                 log.exception("failover is not available")
+
+
+def _builder(patch: Patch) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    if patch is CALL_UTILITY:
+        return wrap_call_utility
+    return _wrap_setup_server if patch in SETUP_SERVER_PATCHES else _wrap_serve_http
 
 
 def can_hold() -> bool:

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
-from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, NotPromoted
+from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, GmsError, NotPromoted
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.vmm import open_driver
@@ -22,7 +22,7 @@ from gms_vllm.config import LOAD_FORMAT, loader_options
 from gms_vllm.holdings import amount
 from gms_vllm.kv import RetainedKv, TakenOver, tensors_of
 from gms_vllm.kv_buffers import check_contents, raw_buffers
-from gms_vllm.kv_front import Range, blocks_of, size_of
+from gms_vllm.kv_front import Range, blocks_of, size_of, wanted_bytes
 from gms_vllm.kv_plan import KvPlan
 from gms_vllm.kv_proof import Proof, ProofState
 from gms_vllm.place import device_id, server_socket
@@ -30,8 +30,10 @@ from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_devi
 
 log = logging.getLogger("vllm.gms")
 
-MOST_TIMES = 2
+MOST_TIMES = 1.5
 """A bridge may be so many times as large as was wanted, for the granules in which its blocks lie; else there is none."""
+ROOM_TIMES = 3
+"""So many times a bridge has to be free beside the KV cache, where nothing was measured: CUDA graphs are captured after that."""
 
 
 class GmsShadowMixin(GmsSleepMixin):
@@ -105,8 +107,8 @@ class GmsShadowMixin(GmsSleepMixin):
         measured = int(getattr(self, "available_kv_cache_memory_bytes", available))
         failover = _failover(self.vllm_config)
         if not cache.kv_cache_memory_bytes and failover is not None:
-            twice = MOST_TIMES * failover.bridge_bytes  # the server is about to take that beside it
-            available, measured = max(0, available - twice), max(0, measured - twice)
+            bridge = int(MOST_TIMES * wanted_bytes(failover.bridge_bytes, available))  # the server may take as much as that beside it
+            available, measured = max(0, available - bridge), max(0, measured - bridge)
         self._measured = cache.kv_cache_memory_bytes or measured
         return available
 
@@ -126,45 +128,60 @@ class GmsShadowMixin(GmsSleepMixin):
             assert self.kv is not None
             # Only here is it certain that no rank's measurement has failed: it would wait for that one.
             budgets = self.planning.budgets or self.planning.share(self._measured)
-            blocks = self._bridge_blocks(kv_cache_config.num_blocks)
-            front = self._front(kv_cache_config.num_blocks, blocks)
-            here = KvPlan.of(kv_cache_config, budgets, blocks if front else 0)
+            blocks, front = self._find_bridge(kv_cache_config.num_blocks)
+            here = KvPlan.of(kv_cache_config, budgets, blocks)
             cut = self.kv.allocations(front)
             self.planning.check_or_provide(here, cut.sizes, self._options().memory_timeout_s, cut.front)
             self.kv.adopt(self.planning.pool, front)
         self._parked = True
-        bridge = f"it begins with {self.gms_bridge()} of them, in {amount(size_of(self.kv.front))}" if self.gms_bridge() else "no bridge"
+        bridge = f"it begins with {self._bridge_blocks()} of them, in {amount(size_of(self.kv.front))}" if self._bridge_blocks() else "no bridge"
         addresses, scratch = amount(self.kv.size), amount(self.kv.scratch_bytes)
         log.info("KV cache: %d blocks in %s of addresses, on %s of scratch memory; %s", here.num_blocks, addresses, scratch, bridge)
 
-    def _bridge_blocks(self, num_blocks: int) -> int:
-        """With how many blocks a promotion may begin: as is planned, or as the user wants."""
+    def _find_bridge(self, num_blocks: int) -> tuple[int, list[Range]]:
+        """With how many blocks a promotion may begin, as is planned or as the user wants, and where they lie; none if they cannot be had alone."""
         failover = _failover(self.vllm_config)
         assert failover is not None
         assert self.planning is not None
         assert self.kv is not None
-        if not failover.bridge_bytes:
-            return 0
-        return blocks_of(failover.bridge_bytes, self.kv.size, num_blocks) if self.planning.plan is None else self.planning.plan.bridge_blocks
-
-    def _front(self, num_blocks: int, blocks: int) -> list[Range]:
-        """Where the first blocks lie; empty if there are to be none, or they cannot be had alone."""
-        assert self.kv is not None
+        wanted, adopted = wanted_bytes(failover.bridge_bytes, self.kv.size), self.planning.plan
+        if not wanted:
+            return 0, []
+        blocks = blocks_of(wanted, self.kv.size, num_blocks) if adopted is None else adopted.bridge_blocks
         if not blocks:
-            return []
-        failover = _failover(self.vllm_config)
-        assert failover is not None
+            return 0, []
         front = self.kv.first_blocks(tensors_of(self.model_runner.kv_caches), num_blocks, blocks)
         size = size_of(front)
+        # Nobody has counted on a bridge that nobody has asked for, where the size of the cache was not measured.
+        uncounted = adopted is None and failover.bridge_bytes is None and bool(self.vllm_config.cache_config.kv_cache_memory_bytes)
         if not front:
             log.info("no bridge: it is not certain where the blocks of this KV cache lie")
-        elif size > MOST_TIMES * failover.bridge_bytes:
+        elif size > MOST_TIMES * wanted:
             log.info("no bridge: %d blocks of this KV cache lie in so many places that they take %s", blocks, amount(size))
-            return []
-        return front
+        elif uncounted and self.kv.free < self.kv.size + ROOM_TIMES * size:
+            log.info("no bridge: there is no room for %s beside a KV cache of this size", amount(size))
+        else:
+            return blocks, front
+        return 0, []
 
-    def gms_bridge(self) -> int:
-        """With how many blocks, from the first one on, this rank may begin before it has all of its memory; 0 if it waits for that."""
+    def gms_stand_by(self) -> tuple[int, str]:
+        """Make sure that this rank can be promoted. From here on the loss of its server is noticed by its engine's first API server.
+
+        It raises nothing: vLLM would leave the answers of the other ranks unread.
+
+        Returns:
+            With how many blocks, from the first one on, it may begin before it has all of its memory, 0 if it waits for that; and why it can never
+            be promoted, if so.
+        """
+        if self.planning is None:
+            return 0, "it does not fail over"
+        try:
+            self.planning.place.beat()
+        except GmsError as error:
+            return 0, f"its part of the KV memory went with a server that was lost while the engine started: {error.message}"
+        return self._bridge_blocks(), ""
+
+    def _bridge_blocks(self) -> int:
         planned = self.planning.plan if self.planning is not None else None
         return planned.bridge_blocks if planned is not None and self.kv is not None and self.kv.front else 0
 
@@ -211,7 +228,7 @@ class GmsShadowMixin(GmsSleepMixin):
 
         Args:
             timeout_s: Seconds to wait at most.
-            bridge: Whether the rank may begin with its first blocks, `gms_bridge`: nothing is computed that uses others.
+            bridge: Whether the rank may begin with its first blocks, as `gms_stand_by` says: nothing is computed that uses others.
 
         Returns:
             ``rank``, ``epoch``, ``bytes``, the seconds ``hold_s`` and ``map_s``, and whether it is ``whole``; else see `gms_proven`.
@@ -248,7 +265,7 @@ class GmsShadowMixin(GmsSleepMixin):
                 rank,
                 pool.name,
                 taken.epoch,
-                amount(taken.bytes) if taken.whole else f"the first {self.gms_bridge()} blocks",
+                amount(taken.bytes) if taken.whole else f"the first {self._bridge_blocks()} blocks",
                 taken.hold_s * 1e3,
                 taken.map_s * 1e3,
             )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gms_core.engine_config import FailoverConfig
-from gms_core.errors import GmsError, PromotionFailed
+from gms_core.errors import EngineFailed, GmsError, PromotionFailed
 from gms_core.failover.control import Control
 from gms_core.failover.follower import Follower
 from gms_core.failover.locks import FailoverLock
@@ -25,7 +25,9 @@ from gms_vllm.timeline import Clock
 log = logging.getLogger("vllm.gms")
 
 PROVEN_AGAIN_S = 0.01
-"""Seconds between two questions to the ranks whether they may have the rest of their KV memory."""
+"""Seconds between two questions to the ranks whether they may have the rest of their KV memory, at first. Each costs a step of the engine core."""
+PROVEN_SELDOM_S = 0.25
+"""The same after a while, for a process that does not exit."""
 AWAKE_AGAIN_S = 0.5
 """The same while they could have it, and sleep."""
 NOTIFY_S = 5.0
@@ -135,7 +137,10 @@ class Leader:
 
     async def become_primary(self) -> None:
         """As `Standing.become_primary`. With a bridge, the scheduler gives out its blocks alone from here on, until `become_whole`."""
-        if self._failover.bridge_bytes and (blocks := min(await self._client.collective_rpc("gms_bridge"))):
+        answers = await self._client.collective_rpc("gms_stand_by")
+        if reasons := [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(answers) if reason]:
+            raise EngineFailed(f"this engine cannot stand by for another: {'; '.join(reasons)}", hint="Start it again.")
+        if self._failover.bridge_bytes != 0 and (blocks := min(blocks for blocks, _ in answers)):
             self._bridges = bool(await self._client.engine_core.call_utility_async("gms_withhold", blocks))
         self._state.ready()
         await self._promotion.run()
@@ -149,12 +154,14 @@ class Leader:
 
     async def become_whole(self) -> None:
         """As `Standing.become_whole`."""
+        pause_s = PROVEN_AGAIN_S
         while self._bridges:
             step, reason = await self._client.engine_core.call_utility_async("gms_give_all")
             if step == "failed":
                 raise PromotionFailed(f"this engine serves from the first blocks of its KV memory, and can never have the rest: {reason}")
             self._bridges = step != "whole"
-            await asyncio.sleep(AWAKE_AGAIN_S if step == "asleep" else PROVEN_AGAIN_S)
+            await asyncio.sleep(AWAKE_AGAIN_S if step == "asleep" else pause_s)
+            pause_s = min(PROVEN_SELDOM_S, 1.05 * pause_s)
 
     def depart(self, grace_s: float) -> None:
         """As `Standing.depart`."""

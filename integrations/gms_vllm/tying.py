@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gms_core.pytorch.manifest import StorageRecord
+from gms_core.tensor_manifest import StorageRecord
 
 
 def has_own_head(storages: Iterable[StorageRecord]) -> bool:

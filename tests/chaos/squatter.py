@@ -72,6 +72,7 @@ def main(socket: str, name: str, pool_name: str, identity: str) -> None:
     pool = RetainedPool(session, pool_name)
     pool.plan(Identity(json.loads(identity)), LONG_S)
     pool.hold(LONG_S, lambda _: say_once("asks"))  # the first news is that the server has it in its queue, before anybody who asks later
+    say_once("asks")  # nobody has the memory: everything was lost before, and the primary serves on with what it has mapped
     say("holds")
     sys.stdin.readline()
     membership.depart(LONG_S)

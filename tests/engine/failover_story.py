@@ -226,6 +226,11 @@ class Story:
         with self.server.connect("operator") as session:
             session.perform(Instruct(engine.cohort, order))
 
+    def is_next(self, running: Running) -> bool:
+        """Whether the lock will go to an engine before all others."""
+        engine = self.seen(running)
+        return engine is not None and any(lock.waiting[:1] == (engine.cohort,) for lock in self.status().locks)
+
     def pid_of(self, running: Running, process: str) -> int:
         """The process of an engine that joined its cohort under this name."""
         engine = self.seen(running)

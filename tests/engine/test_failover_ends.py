@@ -51,9 +51,18 @@ def test_engine_serves_on_when_others_end_in_whatever_way(story: Story) -> None:
         story.until_role(next_one, "primary")
         story.until_role(lonely, "standby")
 
+        starting = start("starts")
+        until(lambda: "of scratch memory" in starting.log.read_text(errors="replace"), "its rank has no KV cache")
+        os.kill(starting.process.pid, signal.SIGSTOP)  # its API server meets the next server alone
+
         story.server.lose_everything()
         lonely.until_gone()
         assert lonely.process.returncode > 0
+        os.kill(starting.process.pid, signal.SIGCONT)
+        starting.until_gone()
+        assert starting.process.returncode > 0
+        assert "a server that was lost while the engine started" in starting.log.read_text(errors="replace")
+        assert "is standby" not in starting.log.read_text(errors="replace")
         assert client.tokens() == right
         until(lambda: story.processes(next_one) == WHOLE, "the primary's processes have not joined the new server")
         story.until_role(next_one, "primary")
@@ -74,6 +83,8 @@ def test_next_shadow_takes_its_turn_when_a_promotion_fails(story: Story) -> None
         story.until_role(failing, "standby")
         story.until_role(last, "standby")
         story.order(failing, "promote")
+        until(lambda: story.is_next(failing), "the engine that is to fail is not the next one")
+        story.order(failing, "")  # it would go before the squatter as well
         (pool,) = story.status().retained
         with squatting(story.server.socket, "squatter", pool) as squatter:
             story.kill(serving, "group")

@@ -16,8 +16,8 @@ from gms_core.engine_config import GmsConfig
 from gms_core.errors import CheckpointNotFound, ConfigurationError, EngineUnsupported, OutOfMemory
 from gms_core.layout import Identity
 from gms_core.pytorch.discover import discover
-from gms_core.pytorch.manifest import StorageRecord
 from gms_core.pytorch.regions import regions
+from gms_core.tensor_manifest import StorageRecord
 from gms_patches.apply import apply
 from gms_patches.for_vllm import CREATE_ENGINE_CONFIG
 

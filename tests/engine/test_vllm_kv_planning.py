@@ -133,9 +133,9 @@ socket, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 membership = Membership.join(connect(socket_path=Path(socket)), "two ranks", "two ranks", f"rank {rank}")
 kv_planning.all_ranks = lambda: Group(rank)
-planning = kv_planning.KvPlanning(RetainedPool(membership.session, f"kv.{rank}"), rank)
+planning = kv_planning.KvPlanning(RetainedPool(membership.session, f"kv.{rank}"), membership, rank)
 try:
-    kv_planning._agree(planning, Identity({"kind": "a"}), 30.0)
+    kv_planning._agree(planning, Identity({"kind": "a"}), 30.0, "kv_cache")
     knew = planning.memory_bytes
     if knew is None:
         planning.share(100 + rank)

@@ -17,11 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from failover_story import without_named_memory
 from models import SHAPES, write_model
 from safetensors.torch import load_file, save_file
 
 from gms_core.checkpoint import content_digest
+from gms_core.cli import gms
 from gms_core.layout import Identity
 from gms_core.protocol.messages import PoolStatus
 
@@ -367,6 +369,25 @@ def test_all_ranks_attach_when_the_model_is_split_over_two(site: Site, server: A
             pools = {pool.name: (pool.generation, len(pool.readers)) for pool in session.status().pools}
     assert attached.get("tokens") == published.get("tokens") is not None, (published, attached)
     assert pools == {"weights": (1, 2), "weights.1": (1, 2)}
+
+
+def test_all_ranks_attach_without_the_checkpoint_when_a_snapshot_was_restored(site: Site, server: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    ranks = two_ranks()
+    with site.engine(model, **ranks) as first:
+        published = first.answer()
+    where = [f"--root={tmp_path / 'snapshots'}", "--runtime-dir", str(server.directory)]
+    saved = CliRunner().invoke(gms, ["snapshot", "save", "model", "--ranks", *where])
+    assert saved.exit_code == 0, saved.output
+    server.lose_everything()
+    hide_weights(model)
+    restored = CliRunner().invoke(gms, ["snapshot", "restore", "model", *where])
+    assert restored.exit_code == 0, restored.output
+    with site.engine(model, **ranks) as second, server.connect() as session:
+        attached = second.answer()
+        pools = {pool.name: pool.generation for pool in session.status().pools}
+    assert attached.get("tokens") == published.get("tokens") is not None, (published, attached)
+    assert pools == {"weights": 2, "weights.1": 2}
 
 
 def test_no_rank_publishes_when_one_of_them_gets_no_lease(site: Site, server: Any, tmp_path: Path) -> None:

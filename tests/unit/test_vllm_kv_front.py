@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gms_vllm.kv_front import Range, View, blocks_of, borders, covers, cut, front_of, merged
+from gms_vllm.kv_front import Range, View, blocks_of, borders, covers, cut, front_of, merged, wanted_bytes
 
 GRANULE = 64
 
@@ -133,6 +133,13 @@ def test_memory_is_cut_at_the_borders_of_the_front_and_nowhere_else_than_needed(
     spans = sum(math.ceil((end - start) / slab) for start, end in front)
     assert len(chosen) == spans
     assert set(borders(front)) <= {*starts, size}
+
+
+@pytest.mark.parametrize(
+    ("said", "size", "wanted"), [(None, 2**40, 2**30), (None, 2**34, 2**30), (None, 2**26, 2**22), (0, 2**40, 0), (5, 2**40, 5), (None, 0, 0)]
+)
+def test_bridge_is_as_large_as_the_user_says_or_a_part_of_a_small_memory(said: int | None, size: int, wanted: int) -> None:
+    assert wanted_bytes(said, size) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What GMS changes in vLLM, and what it relies on there."""
 
 from gms_patches.for_vllm.patches import (
+    CALL_UTILITY,
     CPU_GEMM_DISPATCH,
     CREATE_ENGINE_CONFIG,
     DISTRIBUTIONS,
@@ -13,6 +14,7 @@ from gms_patches.for_vllm.patches import (
 from gms_patches.for_vllm.symbols import SYMBOLS
 
 __all__ = [
+    "CALL_UTILITY",
     "CPU_GEMM_DISPATCH",
     "CREATE_ENGINE_CONFIG",
     "DISTRIBUTIONS",

@@ -108,7 +108,18 @@ SERVE_HTTP_BEFORE = Patch(
     unnecessary_from=_LAUNCHERS,
 )
 
+CALL_UTILITY = Patch(
+    name="vllm-call-utility",
+    target="vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, method, *args, engine",),
+    reason="An API server whose engine core dies before it has answered waits for the answer for ever, and its processes are left.",
+    upstream="What an engine core that has died was asked is never answered (vllm/v1/engine/core_client.py, utility_results).",
+)
+
 SETUP_SERVER_PATCHES = (SETUP_SERVER, SETUP_SERVER_BEFORE, SETUP_SERVERS)
 SERVE_HTTP_PATCHES = (SERVE_HTTP, SERVE_HTTP_BEFORE)
 
-PATCHES = (CREATE_ENGINE_CONFIG, REQUEST_MEMORY, CPU_GEMM_DISPATCH, *SETUP_SERVER_PATCHES, *SERVE_HTTP_PATCHES)
+PATCHES = (CREATE_ENGINE_CONFIG, REQUEST_MEMORY, CPU_GEMM_DISPATCH, *SETUP_SERVER_PATCHES, *SERVE_HTTP_PATCHES, CALL_UTILITY)

@@ -29,7 +29,7 @@ SERVING: tuple[Symbol, ...] = (
     *_group(
         _CALLS,
         "vllm.v1.engine.core_client",
-        {"AsyncMPClient.call_utility_async": ("self, method, *args",)},
+        {"AsyncMPClient.call_utility_async": ("self, method, *args",), "MPClient.ensure_alive": ("self",)},
     ),
     *_group(
         _CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": (), "EngineCoreProc": (), "EngineCoreProc.run_engine_core": ()}
