@@ -8,13 +8,15 @@ VLLM_VERSIONS := 0.26.0 0.30.0 0.33.0
 PYTEST_ARGS ?=
 SEED ?=
 KILLS ?= 100
+FAULTS ?= $(KILLS)
+SOAK_S ?= 600
 FRAMES ?= 1000000
 
 # Run with another Python whose environment has gms, an engine and the tools already: make test-gpu RUN=python3
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts fuzz bench wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -39,11 +41,15 @@ format: environment ## Format the code.
 test-gpu: ## The tests that need an NVIDIA GPU, in an environment that has one: make test-gpu RUN=python3
 	$(RUN) -m pytest $(PYTEST_ARGS) -m gpu tests
 
-chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engines at random, again and again, while requests flow: make chaos SEED=7 KILLS=100; writes build/chaos.json.
+chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engines at random while requests flow, then a soak: make chaos SEED=7 KILLS=100 SOAK_S=600; writes build/chaos.json and build/soak.json.
 	PYTHONPATH=tests:tests/engine $(RUN) -m chaos $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
+	PYTHONPATH=.:tests $(RUN) -m chaos.soak $(if $(SEED),--seed $(SEED)) --seconds $(SOAK_S)
 
-restarts: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill a device server again and again under its clients: make restarts SEED=7 KILLS=200
-	PYTHONPATH=.:tests $(RUN) -m chaos.restarts $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
+restarts: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill a device server under its clients, and do them other harm: make restarts SEED=7 KILLS=200 FAULTS=200; writes build/restarts.json.
+	PYTHONPATH=.:tests $(RUN) -m chaos.restarts $(if $(SEED),--seed $(SEED)) --kills $(KILLS) --faults $(FAULTS)
+
+soak: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## A device server under steady load, whose memory and descriptors have to stay flat: make soak SEED=7 SOAK_S=600; writes build/soak.json.
+	PYTHONPATH=.:tests $(RUN) -m chaos.soak $(if $(SEED),--seed $(SEED)) --seconds $(SOAK_S)
 
 fuzz: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Hostile frames against a live server, and inputs for the codec: make fuzz SEED=7 FRAMES=1000000; writes build/fuzz.json.
 	PYTHONPATH=. $(RUN) -m tests.fuzz $(if $(SEED),--seed $(SEED)) --frames $(FRAMES)

@@ -1,140 +1,46 @@
-"""Kills of a device server while clients attach, publish, hold and elect: what each of them was told is compared with what all others were told.
+"""Faults of a device server and its clients, while these attach, publish, move, roll back, hold and elect: what each was told is compared with what
+all others were.
 
-    make restarts SEED=7 KILLS=200
+    make restarts SEED=7 KILLS=200 FAULTS=200
 
-Clients are processes that do one thing after the other, chosen by a seed, and say each answer with the times around it. Nothing may be refused that a
-server which was never killed would grant, and the answers have to fit together: a generation has one content, which every reader of it finds; who
-asks after a commit was acknowledged finds that generation or a later one; an epoch and a term are granted once, and later ones are higher.
+Clients are processes that do one thing after the other, chosen by a seed, and say each answer with the times around it. The same seed deals the
+faults: kills of the server, and as many others of the kinds in `chaos.faults`. Nothing may be refused that a server without faults would grant, but
+for a cause, and the answers have to fit together, as `chaos.history` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gms_core.errors import GmsError
+from gms_core.client import PoolGenerations, ReadLease
+from gms_core.errors import GenerationNotFound, GmsError
+from gms_core.server.limits import Limits
+from tests.chaos.faults import Scene, dealt, inflict, small_disk
+from tests.chaos.history import CUTS, Event, check
+from tests.chaos.worker import MODEL
 from tests.conftest import RunningServer, running_server
 
-PROGRAM = """
-import hashlib, json, os, random, sys, time
-from pathlib import Path
-from gms_core.client import Membership, RetainedPool, WriteLease, connect
-from gms_core.errors import AcquireTimeout
-from gms_core.layout import Identity
-from gms_core.vmm.driver import Access
-
-socket, name, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-chance, MODEL, PAGE = random.Random(seed), Identity({"content": "abc"}), 4096
-session = connect(socket_path=socket, client=name)
-number = 0
-
-def say(kind, began, **facts):
-    print(json.dumps({"client": name, "kind": kind, "began": began, "ended": time.monotonic(), **facts}), flush=True)
-
-def publish():
-    began = time.monotonic()
-    lease = session.acquire("weights", "rw", MODEL, timeout_s=60, slab_bytes=4 * PAGE)
-    content = b""
-    for _ in range(chance.randint(1, 6)):
-        part = os.urandom(chance.randint(1, 8 * PAGE))
-        offset = lease.arena.allocate(len(part), alignment=1)
-        session.driver.write(lease.arena.address(offset), part)
-        content += part
-    if chance.random() < 0.2:
-        lease.release()
-        say("gave up", began)
-        return
-    asked = time.monotonic()
-    digest = hashlib.sha256(content).hexdigest()
-    read = lease.commit(json.dumps([len(content), digest]).encode(), MODEL)
-    say("published", asked, generation=read.layout.generation, digest=digest)
-    read.release()
-
-def attach():
-    began = time.monotonic()
-    lease = session.acquire("weights", chance.choice(["ro", "auto"]), MODEL, timeout_s=60, slab_bytes=4 * PAGE)
-    if isinstance(lease, WriteLease):
-        lease.release()
-        return
-    size, digest = json.loads(lease.layout.manifest)
-    base = lease.map().base
-    found = hashlib.sha256(session.driver.read(base, size)).hexdigest()
-    if chance.random() < 0.3:
-        lease.unmap()
-        session.status()
-        lease.remap()
-        found = hashlib.sha256(session.driver.read(base, size)).hexdigest()
-    say("read", began, generation=lease.layout.generation, digest=found, said=digest)
-    lease.release()
-
-def look():
-    began = time.monotonic()
-    report = session.status()
-    say("looked", began, allocations=report.allocations)
-
-def serve():
-    # An engine of one process: elected, it holds the memory, and dies without a word or leaves in order.
-    global number
-    number += 1
-    pid = os.fork()
-    if pid:
-        os.waitpid(pid, 0)
-        return
-    try:
-        own = connect(socket_path=socket, client=f"{name} engine {number}")
-        cohort = f"{name}-{number}"
-        member = Membership.join(own, cohort, cohort, "rank 0")
-        began = time.monotonic()
-        term = member.elect("primary", 120.0)
-        say("elected", began, term=term)
-        pool = RetainedPool(own, "kv")
-        if pool.plan(Identity({"kind": "kv"}), 60.0) is None:
-            pool.provide(b"plan", [2 * PAGE, PAGE], 10.0)
-        held = pool.hold(60.0)
-        began = time.monotonic()
-        base = own.driver.reserve(3 * PAGE)
-        at = {a.id: a.offset for a in pool.planned.allocations}
-        def take(received):
-            for item in received:
-                own.driver.map(base + at[item.id], item.size, own.driver.import_descriptor(item.descriptor, item.size))
-        pool.receive(take)
-        own.driver.set_access(base, 3 * PAGE, Access.READ_WRITE)
-        before = int.from_bytes(own.driver.read(base, 8), "little")
-        own.driver.write(base, held.epoch.to_bytes(8, "little"))
-        time.sleep(chance.uniform(0, 0.1))
-        own.status()
-        after = int.from_bytes(own.driver.read(base, 8), "little")
-        say("held", began, epoch=held.epoch, before=before, after=after)
-        if chance.random() < 0.3:
-            member.depart(10.0)
-        os._exit(0)
-    except BaseException as error:
-        print(json.dumps({"client": name, "kind": "failed", "error": repr(error)}), flush=True)
-        os._exit(1)
-
-ACTIONS = [publish, attach, attach, attach, look, serve] if name.startswith("all") else [serve]
-while not os.path.exists(sys.argv[4]):
-    try:
-        chance.choice(ACTIONS)()
-    except AcquireTimeout as error:
-        print(json.dumps({"client": name, "kind": "failed", "error": repr(error)}), flush=True)
-    except Exception as error:
-        import traceback
-        print(json.dumps({"client": name, "kind": "failed", "error": traceback.format_exc()[-1500:]}), flush=True)
-        session = connect(socket_path=socket, client=name)
-"""
+HOST_MEMORY = 4 * 2**20
+"""Bytes that the server has: a few times what all clients need at once, and little enough for somebody to have all of it."""
+GRACE_S = Limits().grace_s
+PATIENCE_S = GRACE_S + 10.0
+WORKER = Path(__file__).with_name("worker.py")
 
 
 @dataclass
@@ -142,130 +48,241 @@ class Outcome:
     """What came of a run.
 
     Attributes:
+        kills: Of the server.
+        faults: How many of each kind there were.
+        counts: What clients have told, by kind.
+        refused: Requests that were refused, by code; each has a fault as its cause, or is a finding.
         findings: What must not be; empty if all is well.
     """
 
     seed: int
     kills: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 
-def check(events: Iterable[dict[str, Any]]) -> list[str]:
-    """What in a history cannot be."""
-    events = sorted((event for event in events if "ended" in event), key=lambda event: float(event["ended"]))
-    return [*_generations(events), *_grants(events, "elected", "term"), *_grants(events, "held", "epoch"), *_held(events)]
+class Clients:
+    """Processes that work until they are told to end; to be used as a context, which leaves none behind.
 
+    Attributes:
+        running: Their processes. Each leads a group, with the engines that it starts.
+    """
 
-def _generations(events: list[dict[str, Any]]) -> Iterator[str]:
-    content: dict[int, str] = {}
-    for event in events:
-        if event["kind"] == "published":
-            if event["generation"] in content:
-                yield f"generation {event['generation']} was published twice"
-            content[event["generation"]] = event["digest"]
-    for event in events:
-        if event["kind"] == "read":
-            expected = content.get(event["generation"], event["said"])
-            if not event["digest"] == event["said"] == expected:
-                yield f"generation {event['generation']} was read as {event['digest'][:8]}, and is {expected[:8]}"
-    acknowledged = [(event["ended"], event["generation"]) for event in events if event["kind"] == "published"]
-    for event in events:
-        if event["kind"] in ("read", "published"):
-            due = max((generation for at, generation in acknowledged if at < event["began"]), default=0)
-            if event["generation"] < due or (event["kind"] == "published" and event["generation"] == due):
-                yield f"{event['client']} found generation {event['generation']}, after {due} was acknowledged"
+    def __init__(self, socket: Path, folder: Path, seed: int, count: int, *, first: int = 0, pause_s: float = 0.0) -> None:
+        """Start some: the last one does nothing but start engines.
 
+        Args:
+            socket: The server's.
+            folder: For what they tell.
+            seed: Of what they do.
+            count: How many.
+            first: Number of the first one.
+            pause_s: Seconds between two things that one does, on average.
+        """
+        self._socket, self._folder, self._seed, self._pause_s = socket, folder, seed, pause_s
+        self._end = folder / "end"
+        self._started = first
+        self._logs: list[Path] = []
+        self._all: list[subprocess.Popen[bytes]] = []
+        self.running: list[subprocess.Popen[bytes]] = []
+        for number in range(count):
+            self.running.append(self._start("engines" if number == count - 1 else "all"))
 
-def _grants(events: list[dict[str, Any]], kind: str, number: str) -> Iterator[str]:
-    last = 0
-    for event in events:
-        if event["kind"] == kind:
-            if event[number] <= last:
-                yield f"{number} {event[number]} was granted after {last}"
-            last = event[number]
+    def _start(self, kind: str) -> subprocess.Popen[bytes]:
+        number, self._started = self._started, self._started + 1
+        self._logs.append(self._folder / f"client-{number}.log")
+        words = [self._socket, f"{kind}-{number}", self._seed * 1000 + number, self._end, self._pause_s]
+        with self._logs[-1].open("wb") as output:
+            worker = subprocess.Popen(
+                [sys.executable, "-P", os.fspath(WORKER), *map(str, words)], stdin=subprocess.DEVNULL, stdout=output, start_new_session=True
+            )
+        self._all.append(worker)
+        return worker
 
+    def replace(self, number: int) -> None:
+        """Another one does what the one that was killed has done."""
+        dead = self.running[number]
+        dead.wait(30)
+        self.running[number] = self._start(dead.args[4].partition("-")[0])  # type: ignore[index]
 
-def _held(events: list[dict[str, Any]]) -> Iterator[str]:
-    for event in events:
-        if event["kind"] == "held":
-            if event["after"] != event["epoch"]:
-                yield f"the memory of epoch {event['epoch']} was written to by epoch {event['after']} while it was held"
-            if event["before"] >= event["epoch"]:
-                yield f"epoch {event['epoch']} found what epoch {event['before']} had written"
-
-
-def run(server: RunningServer, folder: Path, seed: int, kills: int, clients: int = 4) -> Outcome:
-    """Kill the server again and again while clients work, and compare what they were told."""
-    outcome, chance = Outcome(seed), random.Random(seed)
-    end = folder / "end"
-    logs = [folder / f"client-{number}.log" for number in range(clients)]
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for number, log in enumerate(logs):
-            output = stack.enter_context(log.open("wb"))
-            name = f"all-{number}" if number < clients - 1 else f"engines-{number}"
-            command = [sys.executable, "-c", PROGRAM, str(server.socket), name, str(seed * 1000 + number), str(end)]
-            workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output))
-            stack.callback(_reap, workers[-1])
-        for _ in range(kills):
-            time.sleep(chance.choice([0.0, 0.02, 0.2]) + chance.uniform(0.0, 0.3))
-            os.kill(server.supervisor_child, signal.SIGKILL)
-            server.wait_until_ready()
-            outcome.kills += 1
-        time.sleep(1.0)
-        end.touch()
-        for worker in workers:
+    def end(self, findings: list[str]) -> list[Event]:
+        """Have them end in order, and return what they have told."""
+        self._end.touch()
+        for worker in self.running:
             try:
                 worker.wait(120)
             except subprocess.TimeoutExpired:
-                outcome.findings.append(f"client {worker.args[3]} hangs")  # type: ignore[index]
-    events = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    for event in events:
-        outcome.counts[event["kind"]] = outcome.counts.get(event["kind"], 0) + 1
-    outcome.findings += [f"{event['client']}: {event['error']}" for event in events if event["kind"] == "failed"]
-    outcome.findings += check(events)
-    outcome.findings += _left(server)
+                findings.append(f"client {worker.args[4]} hangs")  # type: ignore[index]
+        self.close()
+        self._end.unlink()
+        return self.told()
+
+    def told(self) -> list[Event]:
+        """What they have told until now."""
+        return [json.loads(line) for log in self._logs for line in log.read_text().splitlines()]
+
+    def close(self) -> None:
+        """End them all, with their engines. Idempotent."""
+        for worker in self._all:
+            with contextlib.suppress(ProcessLookupError):  # the group has gone
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait(30)
+        self._all.clear()
+
+
+def run(
+    server: RunningServer,
+    folder: Path,
+    seed: int,
+    kinds: Sequence[str],
+    *,
+    clients: int = 4,
+    disk: Path | None = None,
+    patience_s: float = PATIENCE_S,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Do one fault after the other while clients work, and compare what they were told.
+
+    Args:
+        server: It has `HOST_MEMORY`.
+        folder: For what clients tell, and all of it in ``history.json``.
+        seed: Of whatever is left to chance.
+        kinds: Of faults, in order; see `chaos.faults.dealt`.
+        clients: How many there are at a time.
+        disk: The small file system that the runtime directory is on.
+        patience_s: As `left` says.
+        tell: Called with each fault.
+    """
+    outcome, chance = Outcome(seed), random.Random(seed)
+    with contextlib.closing(Clients(server.socket, folder, seed, clients)) as workers:
+        scene = Scene(server, chance, workers.running, workers.replace, disk)  # type: ignore[arg-type]
+        for kind in kinds:
+            time.sleep(chance.choice([0.0, 0.02, 0.2]) + chance.uniform(0.0, 0.3))
+            tell(kind)
+            before = scene.kills
+            inflict(scene, kind)
+            if kind in CUTS and scene.kills > before and patience_s >= GRACE_S:
+                outcome.findings += _away(server)
+            unpin(server)
+        time.sleep(1.0)
+        told = workers.end(outcome.findings)
+    unpin(server)
+    told.append(_last_read(server))
+    outcome.kills, outcome.faults = scene.kills, dict(Counter(event["fault"] for event in scene.events))
+    outcome.counts = dict(Counter(event["kind"] for event in told))
+    outcome.refused = dict(Counter(event["code"] for event in told if event["kind"] == "refused"))
+    outcome.findings += [f"{event['client']}: {event['error']}" for event in told if event["kind"] == "failed"]
+    outcome.findings += check([*told, *scene.events])
+    outcome.findings += left(server, patience_s)
+    (folder / "history.json").write_text(json.dumps([*told, *scene.events]))
     return outcome
 
 
-def _left(server: RunningServer) -> list[str]:
-    """What the server has that nobody needs any more."""
-    deadline = time.monotonic() + 10.0
+def _away(server: RunningServer) -> list[str]:
+    """Wait until the server waits for no session of the one before; those that do not come back in time are given up.
+
+    A server that could not write down that it has ended a session, and was killed, leaves the session and its leases to the next one. Each further
+    kill would have that wait for it anew, and a writer among them would keep all others waiting.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with server.connect("checker") as session:
+            away = [f"session {one.id} of {one.client} is still waited for" for one in session.status().sessions if one.away]
+        if not away or time.monotonic() > deadline:
+            return away
+        time.sleep(0.1)
+
+
+def _last_read(server: RunningServer) -> Event:
+    """What is published in the end; generation 0 if nothing is."""
+    began, generation, digest, said = time.monotonic(), 0, "", ""
+    with server.connect("checker") as session:
+        if any(one.committed for one in PoolGenerations(session, "weights").all()):
+            with session.acquire("weights", "ro", MODEL, timeout_s=10) as lease:
+                assert isinstance(lease, ReadLease)
+                size, said, _ = json.loads(lease.layout.manifest)
+                generation, digest = lease.layout.generation, hashlib.sha256(session.driver.read(lease.map().base, size)).hexdigest()
+    times = {"began": began, "ended": time.monotonic()}
+    return {"client": "checker", "pid": os.getpid(), "kind": "read", "generation": generation, "digest": digest, "said": said, **times}
+
+
+def unpin(server: RunningServer) -> None:
+    """Unpin what clients have pinned that are dead by now. Those that live read what they pin, and miss nothing."""
+    with server.connect("checker") as session:
+        for generation in PoolGenerations(session, "weights").all():
+            if generation.pinned:
+                with contextlib.suppress(GenerationNotFound):
+                    PoolGenerations(session, "weights").unpin(generation.generation)
+
+
+def left(server: RunningServer, patience_s: float = PATIENCE_S) -> list[str]:
+    """What the server has that nobody needs any more.
+
+    A client may have closed its session while there was no server, or while the server could not write that down, just before it was killed. The next
+    one cannot know, and keeps what the session has for a while, since the process lives.
+
+    Args:
+        server: Nobody else uses it.
+        patience_s: Seconds to wait. If they are less than such a while, what there is then is not looked at, should there be such a session.
+    """
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             with server.connect("checker") as session:
                 report = session.status()
         except GmsError as error:
             return [f"the server does not answer: {error}"]
-        explained = sum(pool.allocations for pool in report.pools) + sum(pool.allocations for pool in report.retained)
-        wrong = [
-            f"{report.allocations} allocations, of which pools explain {explained}" if report.allocations != explained else "",
-            *(f"pool {pool.name} has a draft or older generations" for pool in report.pools if pool.draft_bytes or pool.retired_bytes),
-            *(f"cohort {cohort.name} is left" for cohort in report.cohorts),
-        ]
-        found = [sentence for sentence in wrong if sentence]
+        found = list(_superfluous(report))
         if not found or time.monotonic() > deadline:
-            return found
+            return [] if patience_s < GRACE_S and any(session.away for session in report.sessions) else found
         time.sleep(0.1)
 
 
-def _reap(worker: subprocess.Popen[bytes]) -> None:
-    if worker.poll() is None:
-        worker.kill()
-    worker.wait(30)
+def _superfluous(report: Any) -> Iterator[str]:
+    explained = sum(pool.allocations for pool in report.pools) + sum(pool.allocations for pool in report.retained)
+    if report.allocations != explained:
+        yield f"{report.allocations} allocations, of which pools explain {explained}"
+    for pool in report.pools:
+        if pool.draft_bytes or pool.retired_bytes:
+            yield f"pool {pool.name} has a draft or older generations"
+    for cohort in report.cohorts:
+        yield f"cohort {cohort.name} is left"
+    for session in report.sessions:
+        if session.client != "checker" or session.away:
+            yield f"session {session.id} of {session.client} (pid {session.pid}) is left"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--kills", type=int, default=200, help="of the server, and some more during other faults")
+    parser.add_argument("--faults", type=int, default=None, help="of other kinds; as many as kills if not given")
+    parser.add_argument("--out", type=Path, default=Path("build/restarts.json"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="gms-") as folder, running_server(Path(folder) / "run") as server:
-        outcome = run(server, Path(folder), options.seed, options.kills)
-    sys.stdout.write(
-        json.dumps({"seed": outcome.seed, "kills": outcome.kills, "counts": outcome.counts, "findings": outcome.findings[:20]}, indent=2) + "\n"
-    )
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    faults = options.kills if options.faults is None else options.faults
+    began = time.monotonic()
+
+    def tell(line: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - began:7.1f} s  {line}\n")
+        sys.stdout.flush()
+
+    tell(f"SEED={seed} KILLS={options.kills} FAULTS={faults}")
+    with tempfile.TemporaryDirectory(prefix="gms-") as folder:
+        run_folder = Path(folder, "run")
+        run_folder.mkdir(mode=0o700)
+        with small_disk(run_folder) as disk, running_server(run_folder, host_memory=HOST_MEMORY) as server:
+            if disk is None:
+                tell("the disk is never full, since no file system may be mounted here; files are limited instead")
+            kinds = dealt(random.Random(seed), options.kills, faults, disk=disk is not None)
+            outcome = run(server, Path(folder), seed, kinds, disk=disk, tell=tell)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if outcome.findings:
+            shutil.copy(Path(folder, "history.json"), options.out.with_suffix(".history.json"))
+    options.out.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    sys.stdout.write(json.dumps({**asdict(outcome), "findings": outcome.findings[:20]}, indent=2) + "\n")
     return 1 if outcome.findings else 0
 
 
