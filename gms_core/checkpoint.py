@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import msgspec
@@ -22,11 +22,23 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 64 * 2**20
 """A file's digest is the digest of its chunks' digests, so that threads can share one large file."""
 READ_BYTES = 8 * 2**20
-MOST_THREADS = 8
+THREADS = 8
+"""Each reads and digests in turn and waits for the disk most of the time, so their number is not that of the processor's cores."""
 MOST_ENTRIES = 20_000
 """Entries of the cache; the oldest go first."""
 
+WEIGHTS = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")
+"""Names of weight files; the first pattern with a match counts."""
+
 _Cache = dict[str, str]
+
+
+def find_weights(folder: Path, patterns: Sequence[str] = WEIGHTS) -> list[Path]:
+    """The weight files of a folder; none if it has none, or is none. Reads no file."""
+    for pattern in patterns:
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return found
+    return []
 
 
 def cached_digest(files: Sequence[Path], cache_dir: Path | None = None) -> str | None:
@@ -97,10 +109,22 @@ def _key(path: Path) -> str:
 
 
 def _digest_files(files: Sequence[Path]) -> dict[Path, str]:
-    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads, thread_name_prefix="gms-digest") as pool:
-        chunks = {path: list(pool.map(_chunk_reader(path), range(0, max(path.stat().st_size, 1), CHUNK_BYTES))) for path in files}
-    return {path: xxhash.xxh3_128_hexdigest(b"".join(digests)) for path, digests in chunks.items()}
+    """Read files. What nobody has begun to read is left when one cannot be read or this thread is interrupted: a checkpoint takes minutes."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="gms-digest") as pool:
+        try:
+            chunks = {path: [pool.submit(_chunk_reader(path), start) for start in _starts(path)] for path in files}
+            done, _ = wait([chunk for found in chunks.values() for chunk in found], return_when=FIRST_EXCEPTION)
+            for chunk in done:
+                chunk.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {path: xxhash.xxh3_128_hexdigest(b"".join(chunk.result() for chunk in found)) for path, found in chunks.items()}
+
+
+def _starts(path: Path) -> range:
+    """Where the chunks of a file begin; an empty one has one, too."""
+    return range(0, max(path.stat().st_size, 1), CHUNK_BYTES)
 
 
 def _chunk_reader(path: Path) -> Callable[[int], bytes]:

@@ -9,6 +9,20 @@ from pathlib import Path
 
 from gms_core.errors import ConfigurationError, InvalidArgument
 
+SNAPSHOTS = {
+    "GMS_TRANSFER_BACKEND": "What moves the bytes of snapshots.",
+    "GMS_SAVE_WORKERS": "Threads that save an image of a snapshot; 0 for as many as suit the backend.",
+    "GMS_LOAD_WORKERS": "Threads that restore an image of a snapshot; 0 for as many as suit the backend.",
+    "GMS_SHARD_SIZE_BYTES": "Bytes of the largest file of a snapshot.",
+    "GMS_CHECKPOINT_DIR": "The root of snapshots; with GMS_SHARDED_SSD_ROOTS, which of them gets the manifests.",
+    "GMS_SHARDED_SSD_ROOTS": "Several roots of snapshots, separated by colons or commas; each image is striped over all of them.",
+    "GMS_CONTROL_DIR": "Directory of the files by which an orchestrator sees how far a save or a restore is.",
+    "GMS_SNAPSHOT": "For gms-saver and gms-loader: the snapshot, NAME or NAME@VERSION.",
+    "GMS_POOL": "For gms-saver and gms-loader: the pool.",
+    "GMS_DEVICES": "For gms-saver and gms-loader: the devices, separated by commas.",
+}
+"""The variables that only snapshots read: a wrong one disturbs nothing else."""
+
 ENVIRONMENT = {
     "GMS_RUNTIME_DIR": "Directory of the servers' sockets.",
     "GMS_SERVER_USER": "A user, besides this one and root, whose servers are trusted; by name or number.",
@@ -19,6 +33,7 @@ ENVIRONMENT = {
     "GMS_FAILOVER": "The failover block of engines that have none in their own configuration, as JSON.",
     "GMS_ENGINE": "What people call this engine, in status and logs.",
     "GMS_COHORT": "The cohort of an engine's processes; an engine sets it for its children, nobody else sets it.",
+    **SNAPSHOTS,
 }
 """Every variable of GMS, and what it does."""
 
@@ -73,6 +88,11 @@ def settings() -> Settings:
     )
 
 
+def snapshot_environment() -> dict[str, str]:
+    """What the environment says about snapshots, by variable; `gms_core.snapshot.config` says what it means. What is empty is not set."""
+    return {name: value for name in SNAPSHOTS if (value := os.environ.get(name, ""))}
+
+
 def export_cohort(cohort: str, engine: str) -> None:
     """Tell every process that this one starts which cohort it belongs to."""
     os.environ["GMS_COHORT"] = cohort
@@ -82,6 +102,40 @@ def export_cohort(cohort: str, engine: str) -> None:
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment for a child process: this one's, with changes."""
     return {**os.environ, **changes}
+
+
+@dataclass(frozen=True, slots=True)
+class FromManager:
+    """What the service manager that has started this process told it.
+
+    Attributes:
+        socket: Where it hears of readiness and takes descriptors; empty if nowhere.
+        most: How many descriptors it keeps for this service; 0 for none, or if it does not say.
+        main: Whether this is the process that it has started itself: it may not listen to others. None if it does not say, as before version 248.
+        names: Of the descriptors that it has passed, from number 3 on; empty for one without a name.
+    """
+
+    socket: str = ""
+    most: int = 0
+    main: bool | None = None
+    names: tuple[str, ...] = ()
+
+
+def take_from_manager() -> FromManager:
+    """What the service manager has told this process, by the variables of sd_notify(3) and sd_listen_fds(3). They are removed: no child is meant."""
+    taken = {name: os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "LISTEN_PIDFDID")}
+    passed = _number(taken["LISTEN_FDS"]) if taken["LISTEN_PID"] == str(os.getpid()) else 0
+    names, main = taken["LISTEN_FDNAMES"].split(":"), os.environ.get("SYSTEMD_EXEC_PID")
+    return FromManager(
+        socket=taken["NOTIFY_SOCKET"],
+        most=_number(taken["FDSTORE"]),
+        main=main == str(os.getpid()) if main else None,
+        names=tuple(names) if len(names) == passed else ("",) * passed,
+    )
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() and text.isascii() else 0
 
 
 def _default_runtime_dir(environment: Mapping[str, str]) -> Path:

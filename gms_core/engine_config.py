@@ -108,7 +108,8 @@ class FailoverConfig(BaseModel):
         drain_timeout_s: Seconds that running requests get when an operator demotes the engine.
         alias_bytes: Bytes of the memory that all of a shadow's KV addresses share.
         bridge_bytes: About how much KV memory a promoted engine begins with while processes of the last one are still exiting; 0 to wait for
-            those. The first engine of a pool decides, and the server keeps so much memory beside the pool's.
+            those, None for 1 GiB, or a sixteenth of a smaller KV memory. The first engine of a pool decides, and the server keeps so much memory
+            beside the pool's.
         rehearse: Whether a shadow asks itself a few requests before it stands by, so that the first one after its promotion is no slower than others.
         huge_pages: Whether an engine's processes put their own host memory into huge pages before they stand by: the kernel ends them much sooner
             then, and for that their successor waits.
@@ -127,7 +128,7 @@ class FailoverConfig(BaseModel):
     promotion_timeout_s: Seconds = 60.0
     drain_timeout_s: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 30.0
     alias_bytes: Annotated[int, Field(gt=0)] = 256 * 2**20
-    bridge_bytes: Annotated[int, Field(ge=0)] = 0
+    bridge_bytes: Annotated[int, Field(ge=0)] | None = None
     rehearse: bool = True
     huge_pages: bool = True
     status_address: Annotated[str, AfterValidator(_address)] | None = None

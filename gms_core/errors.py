@@ -91,7 +91,7 @@ class ProtocolError(GmsError):
 
 
 class VersionMismatch(ProtocolError):
-    """Client and server speak protocol versions that have no overlap."""
+    """Client and server speak protocol versions that have no overlap, or the server is too old for what is asked of it or was left to it."""
 
     code = "version_mismatch"
 
@@ -165,6 +165,18 @@ class GenerationConflict(GmsError):
     code = "generation_conflict"
 
 
+class GenerationNotFound(GmsError):
+    """The pool has no such generation, or has it no more: nothing kept it."""
+
+    code = "generation_not_found"
+
+
+class ArenaTooSmall(GmsError):
+    """A generation does not fit into the addresses that this process has reserved for the one that it reads."""
+
+    code = "arena_too_small"
+
+
 class CohortFenced(GmsError):
     """The server is ending this engine: one of its processes died, was silent for too long, or was ended by an operator."""
 
@@ -202,7 +214,7 @@ class QuotaExceeded(GmsError):
 
 
 class KeeperLost(GmsError):
-    """The process that keeps a device's memory while its server is restarted does not answer, or cannot be started."""
+    """What keeps a device's memory while its server is restarted does not answer, or cannot be started."""
 
     code = "keeper_lost"
     retryable = True
@@ -262,6 +274,55 @@ class CheckpointNotFound(GmsError):
     """The checkpoint that the writer has to load is not there."""
 
     code = "checkpoint_not_found"
+
+
+class SnapshotError(GmsError):
+    """A snapshot cannot be saved, found, read or used."""
+
+    code = "snapshot"
+
+
+class SnapshotNotFound(SnapshotError):
+    """There is no snapshot of that name or version, or one of its roots or files is not there."""
+
+    code = "snapshot_not_found"
+
+
+class SnapshotDamaged(SnapshotError):
+    """A snapshot's manifest contradicts itself, or its files do not hold the bytes that were saved. Nothing of it is published."""
+
+    code = "snapshot_damaged"
+
+
+class SnapshotMismatch(SnapshotError):
+    """A snapshot is sound, but of another format, model or kind of memory than what is wanted here."""
+
+    code = "snapshot_mismatch"
+
+
+class SnapshotBusy(SnapshotError):
+    """Another process is saving under that name, or removing what is there."""
+
+    code = "snapshot_busy"
+    retryable = True
+
+
+class TransferFailed(GmsError):
+    """Bytes could not be read or written: a full disk, a broken one, or an object store that does not answer. The message names the file."""
+
+    code = "transfer_failed"
+
+
+class TransferCancelled(TransferFailed):
+    """A transfer was ended early, by a signal or because another part of the same job has failed."""
+
+    code = "transfer_cancelled"
+
+
+class BackendUnavailable(GmsError):
+    """A transfer backend cannot be used on this machine, or not for this job. The message says what it lacks."""
+
+    code = "backend_unavailable"
 
 
 def _tree(root: type[GmsError]) -> list[type[GmsError]]:

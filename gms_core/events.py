@@ -41,9 +41,15 @@ class Kind(enum.StrEnum):
     POOL_DRAFT_BEGUN = "pool_draft_begun", "session {session} (pid {pid}) writes generation {generation}"
     POOL_DRAFT_DROPPED = "pool_draft_dropped", "the draft of generation {generation} was given up by session {session}, and is dropped"
     POOL_COMMITTED = "pool_committed", "session {session} (pid {pid}) committed generation {generation}, {bytes} bytes in {allocations} allocations"
+    POOL_ROLLED_BACK = "pool_rolled_back", "session {session} (pid {pid}) brought generation {to} back, as generation {generation}, {bytes} bytes"
+    POOL_DRAFT_RENUMBERED = "pool_draft_renumbered", "what session {session} (pid {pid}) writes is generation {generation} now: {before} is taken"
+    POOL_PINNED = "pool_pinned", "session {session} (pid {pid}) pinned generation {generation}"
+    POOL_UNPINNED = "pool_unpinned", "session {session} (pid {pid}) unpinned generation {generation}"
+    POOL_GENERATION_DROPPED = "pool_generation_dropped", "session {session} (pid {pid}) dropped generation {generation}"
     POOL_GENERATION_FREED = "pool_generation_freed", "generation {generation}, {bytes} bytes, is freed"
     POOL_LEASE_GRANTED = "pool_lease_granted", "session {session} (pid {pid}) reads generation {generation}", logging.INFO, True
     POOL_LEASE_RELEASED = "pool_lease_released", "session {session} gave up its read lease", logging.INFO, True
+    POOL_LEASE_MOVED = "pool_lease_moved", "session {session} (pid {pid}) reads generation {generation} in place of {before}", logging.INFO, True
     POOL_PLANNING = "pool_planning", "{engine} plans it"
     POOL_PLANNED = "pool_planned", "{engine} has planned {bytes} bytes in {allocations} allocations"
     POOL_DROPPED = "pool_dropped", "its {bytes} bytes are freed, and its plan is forgotten"

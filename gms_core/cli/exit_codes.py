@@ -26,13 +26,14 @@ class ExitCode(enum.IntEnum):
     FINDINGS = 3, "A check found something that fails."
     NO_SERVER = 4, "No server answers, or its connection was lost."
     PERMISSION = 5, "The owner, mode or user of a socket, a directory or a peer is not what the policy allows."
-    IDENTITY = 6, "What is published is not what was expected."
+    IDENTITY = 6, "What is published, or in a snapshot, is not what was expected."
     TIMEOUT = 7, "What was waited for (a lease, a role, an engine) did not come in time."
-    UNSUPPORTED = 8, "The engine, its version or the protocol's version is not supported."
+    UNSUPPORTED = 8, "The engine, its version, the protocol's version or a transfer backend is not supported."
     NO_DEVICE = 9, "The device, its driver or the driver's bindings are not there, or the driver failed."
     NO_MEMORY = 10, "The device has no room, or a quota is used up."
-    NOT_FOUND = 11, "The pool, the checkpoint or the engine is not there."
+    NOT_FOUND = 11, "The pool, its generation, the checkpoint, the snapshot or the engine is not there."
     FAILOVER = 12, "An engine cannot be kept alive, was ended by a server, cannot be ended, or cannot have the role that was asked for."
+    SNAPSHOT = 13, "The bytes of a snapshot cannot be read or written, are not those that were saved, or another process is at work on it."
     INTERRUPTED = 130, "It was interrupted from the keyboard."
 
 
@@ -53,6 +54,7 @@ BY_ERROR: dict[type[errors.GmsError], ExitCode] = {
     errors.OutOfMemory: ExitCode.NO_MEMORY,
     errors.QuotaExceeded: ExitCode.NO_MEMORY,
     errors.PoolNotFound: ExitCode.NOT_FOUND,
+    errors.GenerationNotFound: ExitCode.NOT_FOUND,
     errors.CheckpointNotFound: ExitCode.NOT_FOUND,
     errors.EngineNotFound: ExitCode.NOT_FOUND,
     errors.EngineFailed: ExitCode.FAILOVER,
@@ -61,6 +63,11 @@ BY_ERROR: dict[type[errors.GmsError], ExitCode] = {
     errors.NotPromoted: ExitCode.FAILOVER,
     errors.PromotionFailed: ExitCode.FAILOVER,
     errors.RoleConflict: ExitCode.FAILOVER,
+    errors.SnapshotNotFound: ExitCode.NOT_FOUND,
+    errors.SnapshotMismatch: ExitCode.IDENTITY,
+    errors.SnapshotError: ExitCode.SNAPSHOT,
+    errors.TransferFailed: ExitCode.SNAPSHOT,
+    errors.BackendUnavailable: ExitCode.UNSUPPORTED,
     errors.GmsError: ExitCode.FAILURE,
 }
 """Exit code of an error class and of its subclasses that have no entry of their own."""

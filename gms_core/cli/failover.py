@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import click
 import msgspec
 
-from gms_core.cli.options import format_size, output_option, runtime_dir_option
-from gms_core.errors import AcquireTimeout, LeaseConflict, PoolNotFound, PromotionFailed, RoleConflict, ServerUnavailable
+from gms_core.cli.options import device_option, format_size, output_option, ranks_option, runtime_dir_option
+from gms_core.errors import AcquireTimeout, LeaseConflict, PoolNotFound, PromotionFailed, RoleConflict
 
 if TYPE_CHECKING:
-    from gms_core.cli.servers import ServerState
     from gms_core.fleet.engines import Engine
     from gms_core.protocol.messages import Role, StatusReport
 
@@ -116,27 +115,24 @@ def demote(engine: str | None, wait: bool, timeout: float, runtime_dir: Path, ou
 
 @failover.command(short_help="Free retained memory that no engine uses.")
 @click.argument("pool", nargs=-1)
+@ranks_option
+@device_option
 @runtime_dir_option
 @output_option("text", "json")
-def drop(pool: tuple[str, ...], runtime_dir: Path, output: str) -> None:
-    """Free the memory of each retained POOL on all devices that answer, and forget its plan, so that the next engine measures anew.
+def drop(pool: tuple[str, ...], ranks: bool, devices: tuple[str, ...], runtime_dir: Path, output: str) -> None:
+    """Free the memory of each retained POOL on all devices, and forget its plan, so that the next engine measures anew.
 
-    Without POOL: all of them. On the device host the pools of further ranks, POOL.1 and so on, go with POOL. Nothing is freed if an engine uses one
-    of them already.
+    Without POOL: all of them. Nothing is freed if an engine uses one of them already.
     """
+    from gms_core.cli.servers import all_reports, is_meant
     from gms_core.client import connect
     from gms_core.devices import DeviceId
     from gms_core.protocol.messages import Drop
     from gms_core.runtime_dir import socket_path
 
-    reports = _reports(runtime_dir)
-    there = [
-        (report.device, found)
-        for report in reports
-        for found in report.retained
-        if found.state != "empty" and (not pool or _without_rank(found.name) in pool or found.name in pool)
-    ]
-    if missing := sorted(set(pool) - {name for _, found in there for name in (found.name, _without_rank(found.name))}):
+    retained = [(report.device, found) for report in all_reports(runtime_dir, CLIENT, devices) for found in report.retained if found.state != "empty"]
+    there = [(device, found) for device, found in retained if not pool or any(is_meant(found.name, device, name, ranks=ranks) for name in pool)]
+    if missing := [name for name in sorted(set(pool)) if not any(is_meant(found.name, device, name, ranks=ranks) for device, found in there)]:
         raise PoolNotFound(f"nothing is retained in {', '.join(missing)}", hint="gms failover status lists them.")
     for device, found in there:
         if found.holder or found.users or found.state == "planning":
@@ -163,31 +159,10 @@ def document(reports: list[StatusReport], found: list[Engine], runtime_dir: Path
     }
 
 
-def _without_rank(pool: str) -> str:
-    """The name without the number of a rank: on the device host each rank has a pool of its own."""
-    name, dot, number = pool.rpartition(".")
-    return name if dot and number.isdecimal() else pool
-
-
-def _states(runtime_dir: Path) -> list[ServerState]:
-    from gms_core.cli.servers import ask
-    from gms_core.runtime_dir import sockets
-
-    return [ask(path, CLIENT) for path in sockets(runtime_dir)]
-
-
 def _reports(runtime_dir: Path) -> list[StatusReport]:
-    """What the servers that answer say.
+    from gms_core.cli.servers import reports
 
-    Raises:
-        ServerUnavailable: None does.
-    """
-    states = _states(runtime_dir)
-    reports = [state.report for state in states if state.report is not None]
-    if not reports:
-        why = next((state.error.message for state in states if state.error is not None), f"no server has a socket in {runtime_dir}")
-        raise ServerUnavailable(why, hint="gms status shows the servers; gms serve starts them.")
-    return reports
+    return reports(runtime_dir, CLIENT)
 
 
 def _show(reports: list[StatusReport], found: list[Engine]) -> None:

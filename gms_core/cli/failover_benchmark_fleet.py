@@ -22,8 +22,9 @@ from gms_core.cli.failover_benchmark_result import Kind
 from gms_core.client import Session, connect
 from gms_core.config import child_environment
 from gms_core.errors import AcquireTimeout, EngineFailed, GmsError, rebuild
+from gms_core.exit_words import how
 from gms_core.fleet.engines import Engine, engines
-from gms_core.fleet.groups import Group, how, last_line
+from gms_core.fleet.groups import Group, last_line
 from gms_core.protocol.messages import EndStatus, StatusReport
 from gms_core.runtime_dir import sockets
 

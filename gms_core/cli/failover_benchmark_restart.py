@@ -16,7 +16,8 @@ from gms_core.cli.failover_benchmark_client import Endpoint, Tokens, first_answe
 from gms_core.cli.failover_benchmark_result import Restart
 from gms_core.config import child_environment
 from gms_core.errors import EngineFailed, InvalidArgument
-from gms_core.fleet.groups import Group, how, last_line
+from gms_core.exit_words import how
+from gms_core.fleet.groups import Group, last_line
 from gms_core.plugins.engines import EngineAdapter
 from gms_core.plugins.loading import load
 

@@ -104,3 +104,9 @@ runtime_dir_option = click.option(
     callback=_directory,
     help="Directory of the servers' sockets.  [default: GMS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/gms, /run/gms for root, /tmp/gms-UID]",
 )
+
+device_option = click.option(
+    "--device", "devices", multiple=True, metavar="UUID|host", help="Only this device. Can be given several times.  [default: all that have the pool]"
+)
+
+ranks_option = click.option("--ranks", is_flag=True, help="On the device host: the pools of an engine's further ranks too: POOL.1, POOL.2 and so on.")

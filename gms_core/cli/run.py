@@ -58,6 +58,14 @@ UNKNOWN_COMMAND = (
     help="Device whose server is needed. Can be given several times.  [default: any that runs, or all]",
 )
 @click.option("--no-serve", is_flag=True, help="Start no server: fail if none runs.")
+@click.option("--restore", metavar="SNAPSHOT", help="Publish this snapshot, NAME or NAME@VERSION, before engines start, unless that is done already.")
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(path_type=Path, readable=False),
+    help="Directory that the snapshot lies in. Can be given several times.  [default: GMS_SHARDED_SSD_ROOTS, GMS_CHECKPOINT_DIR]",
+)
 @click.option(
     "--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Directory of the engines' output.  [default: logs in the runtime directory]"
 )
@@ -86,6 +94,8 @@ def run(
     status_address: str | None,
     names: tuple[str, ...],
     no_serve: bool,
+    restore: str | None,
+    roots: tuple[Path, ...],
     log_dir: Path | None,
     stop_timeout: float,
     start_timeout: float,
@@ -99,6 +109,7 @@ def run(
     engine that ends is started again, as a shadow. Ctrl-C ends the shadows, the primary, then the server if it was started here; a second one kills.
     """
     from gms_core.cli.run_display import display
+    from gms_core.cli.run_restore import restore_command
     from gms_core.failover.locks import check_lock
     from gms_core.fleet.restarts import Policy
     from gms_core.fleet.supervisor import Wanted, supervise
@@ -112,6 +123,7 @@ def run(
     check_lock(failover.lock)
     prepared = _command(command)
     directory = prepare(runtime_dir, ANY_GROUP)
+    restoring = restore_command(restore, roots, names, directory)
     devices, serve = _servers(names, directory, no_serve=no_serve)
     wanted = Wanted(
         command=lambda number: [_numbered(word, number) for word in prepared],
@@ -125,6 +137,7 @@ def run(
         log_dir=_log_dir(log_dir or directory / "logs"),
         policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout, parallel_starts=parallel_starts),
         stop_timeout_s=stop_timeout,
+        restore=restoring,
     )
     with display(output) as shown:
         supervise(wanted, shown.change, shown.tick)

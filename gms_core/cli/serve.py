@@ -62,6 +62,13 @@ HOST_HINT = "To serve host memory to engines that run on CPU: gms serve --device
     help="What a user or a pool may have on each device: user=NAME or pool=NAME (* for each), then bytes, allocations, metadata or sessions. "
     "Can be given several times.",
 )
+@click.option(
+    "--keeper",
+    type=click.Choice(["process", "systemd"]),
+    default="process",
+    show_default=True,
+    help="What has the memory while a device has no server: a process for each device, or the descriptor store of the systemd unit that this is.",
+)
 @click.option("--replace", is_flag=True, help="Take over the devices of servers that run there already, such as those of an older version.")
 @click.option("--metrics", type=HostPort(), metavar="HOST:PORT", help="Where Prometheus finds metrics, at /metrics.  [default: nowhere]")
 def serve(
@@ -71,19 +78,26 @@ def serve(
     keep_s: float,
     allow: tuple[str, ...],
     quotas: tuple[str, ...],
+    keeper: str,
     replace: bool,
     metrics: tuple[str, int] | None,
 ) -> None:
     """Run one device server per device, until SIGTERM or SIGINT.
 
     Prints a line on standard output for each device once engines can connect to it. A server that is killed is started again and goes on with
-    all that there was: memory, what is published, who reads and who holds what. To end by SIGTERM or SIGINT gives the memory up.
+    all that there was: memory, what is published, who reads and who holds what. To end by SIGTERM or SIGINT gives the memory up; with --keeper
+    systemd that is left to systemd, which closes it when the unit is stopped, and passes it on when the unit is restarted.
     """
     from gms_core.allowed import allowed
     from gms_core.devices import HOST
+    from gms_core.keeper.store import check as check_store
     from gms_core.quotas import parse_quotas
     from gms_core.server.supervisor import serve as supervise
+    from gms_core.service_manager import ServiceManager
 
+    manager, stored = ServiceManager(), keeper == "systemd"
+    if stored:
+        check_store(manager)
     if host_memory is not None and HOST not in names:
         raise InvalidArgument("--host-memory has no meaning without --device host")
     devices = resolve(names)
@@ -99,7 +113,9 @@ def serve(
             for device in devices:
                 replaced |= take_over(device, runtime_dir, only_check=check)
     with serving_metrics(endpoint, replaced=replaced):
-        code = supervise(devices, runtime_dir, host_memory, _announce, keep_s=keep_s, allow=admitted.words, quotas=limited)
+        code = supervise(
+            devices, runtime_dir, host_memory, _announce, keep_s=keep_s, allow=admitted.words, quotas=limited, manager=manager, stored=stored
+        )
     raise click.exceptions.Exit(code)
 
 
@@ -118,7 +134,7 @@ def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> bool:
         GmsError: It does not want to, or does not go.
     """
     from gms_core.client import connect
-    from gms_core.protocol.messages import HandOver
+    from gms_core.protocol.messages import STAYS, HandOver
     from gms_core.runtime_dir import lock_path, socket_path
 
     path = socket_path(device, runtime_dir)
@@ -129,6 +145,10 @@ def take_over(device: DeviceId, runtime_dir: Path, *, only_check: bool) -> bool:
             if session.welcome.version < 2:
                 raise VersionMismatch(
                     f"the server at {path} (gms {session.welcome.server}) is too old to hand anything over", hint="Stop it, and the engines with it."
+                )
+            if STAYS in session.welcome.features:
+                raise InvalidArgument(
+                    f"the server at {path} hands nothing over: systemd starts the next one", hint="Run systemctl restart with the name of its unit."
                 )
             if only_check:
                 return True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from gms_core.cli.servers import ServerState
     from gms_core.fleet.event_reader import Cursor
-    from gms_core.protocol.messages import SessionStatus, StatusReport
+    from gms_core.protocol.messages import PoolStatus, SessionStatus, StatusReport
 
 SCHEMA = "gms-status/1"
 CLIENT = "gms status"
@@ -159,7 +159,7 @@ def _pools(report: StatusReport) -> RenderableType:
         pools.add_row(
             pool.name,
             pool.state,
-            str(pool.generation or "-"),
+            _generation(pool),
             size,
             str(pool.allocations),
             plain(pool.identity.get("model", "-")),
@@ -168,6 +168,12 @@ def _pools(report: StatusReport) -> RenderableType:
             str(len(pool.waiting)),
         )
     return pools
+
+
+def _generation(pool: PoolStatus) -> str:
+    """The committed generation, and which ones are kept without readers."""
+    pinned = ", ".join(str(one.generation) for one in pool.generations if one.pinned)
+    return str(pool.generation or "-") + (f" (pinned: {pinned})" if pinned else "")
 
 
 def _quotas(report: StatusReport) -> RenderableType:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from gms_core.errors import InvalidArgument, OutOfMemory, SessionClosed
-from gms_core.layout import Allocation
-from gms_core.vmm.driver import Access, Address, Descriptor, Driver, Handle
+from gms_core.client.segments import Exchange, Segment, grant, runs, unmap
+from gms_core.errors import ArenaTooSmall, GmsError, InvalidArgument, OutOfMemory, ProtocolError, SessionClosed
+from gms_core.layout import Allocation, check_allocations
+from gms_core.vmm.driver import Access, Address, Descriptor, Driver
 from gms_core.vmm.undo import UndoStack
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One allocation in the arena."""
-
-    allocation: Allocation
-    handle: Handle
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +30,14 @@ Take = Callable[[Sequence[Received]], None]
 descriptors, and growing its table of them, which costs some ten milliseconds in a process with threads, is not needed either."""
 Receive = Callable[[Take], None]
 """Gets allocations from the server."""
+ReceiveSome = Callable[[Sequence[int], Take], None]
+"""Gets allocations of these numbers from the server."""
 Provide = Callable[[Sequence[int], Take], None]
 """Asks the server for new allocations of these sizes."""
+
+
+MOST_AT_ONCE = 4096
+"""Allocations of one request to the server, which refuses more than it has set itself a limit for."""
 
 
 def round_up(size: int, unit: int) -> int:
@@ -52,17 +54,16 @@ class Arena:
     Attributes:
         base: The first address.
         capacity: Bytes of reserved addresses.
-        length: Bytes from ``base`` that are backed by allocations.
         used: Bytes from ``base`` that `allocate` has given out.
     """
 
     def __init__(self, driver: Driver, capacity: int, access: Access = Access.READ_WRITE) -> None:
         self.capacity = round_up(max(capacity, 1), driver.granularity)
         self.base: Address = driver.reserve(self.capacity)
-        self.length = 0
         self.used = 0
         self._driver = driver
         self._segments: list[Segment] = []
+        self._strays: list[Segment] = []
         self._access = access
         self._mapped = True
         self._closed = False
@@ -74,6 +75,11 @@ class Arena:
         if slab_bytes <= 0 or slab_bytes % self._driver.granularity:
             raise InvalidArgument(f"a slab of {slab_bytes} bytes is not a positive multiple of {self._driver.granularity}")
         self._provide, self._slab = provide, slab_bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes from ``base`` that are backed by allocations."""
+        return self._segments[-1].end if self._segments else 0
 
     @property
     def allocations(self) -> tuple[Allocation, ...]:
@@ -126,6 +132,35 @@ class Arena:
             whole, rest = divmod(missing, self._slab) if self._slab else (0, missing)
             self._extend([self._slab] * whole + [rest] * bool(rest))
 
+    def back(self, places: Sequence[tuple[int, int]]) -> None:
+        """Back an empty arena by allocations of just these offsets and sizes, as an arena had them that was saved; all of it is used then.
+
+        Args:
+            places: Offset and bytes of each, in order.
+
+        Raises:
+            InvalidArgument: The arena has memory already or is read-only, or the driver has no such sizes and offsets.
+            ManifestError: They are not in order, or overlap.
+            ArenaTooSmall: They are over what the device has in all.
+            OutOfMemory: The server has no room. Nothing is mapped; what it had made already stays in the draft, and goes with that.
+        """
+        self._check_usable()
+        if self._provide is None or self._segments:
+            raise InvalidArgument("only an empty arena that can grow is backed by given allocations")
+        if any(number % self._driver.granularity for place in places for number in place):
+            raise InvalidArgument(f"allocations of a saved layout are not at multiples of {self._driver.granularity} bytes")
+        check_allocations([Allocation(0, offset, size) for offset, size in places])
+        if places and sum(places[-1]) > self.capacity:
+            raise ArenaTooSmall(f"{sum(places[-1])} bytes are over the arena's {self.capacity} bytes, which is all that the device has")
+        provide, sizes, offsets = self._provide, [size for _, size in places], iter([offset for offset, _ in places])
+
+        def receive(take: Take) -> None:
+            for first in range(0, len(sizes), MOST_AT_ONCE):
+                provide(sizes[first : first + MOST_AT_ONCE], take)
+
+        self.adopt(receive, lambda _: next(offsets))
+        self.used = self.length
+
     def _extend(self, sizes: Sequence[int]) -> None:
         self._check_usable()
         if self._provide is None:
@@ -156,15 +191,9 @@ class Arena:
                     added.append(Segment(Allocation(item.id, offset, item.size), handle))
 
             receive(take)
-            self._grant(added)
+            grant(driver, self.base, added, self._access)
             undo.commit()
         self._segments = sorted([*self._segments, *added], key=lambda segment: segment.allocation.offset)
-        self.length = max((segment.allocation.offset + segment.allocation.size for segment in self._segments), default=0)
-
-    def _grant(self, segments: Sequence[Segment]) -> None:
-        """Set the access of segments, one call for each contiguous run: the cost of the call is per call far more than per byte."""
-        for start, end in _runs(segments):
-            self._driver.set_access(Address(self.base + start), end - start, self._access)
 
     def set_access(self, access: Access) -> None:
         """Change the right to all that is mapped, once the device has finished this process's work."""
@@ -172,7 +201,7 @@ class Arena:
         before, self._access = self._access, access
         self._driver.synchronize()
         try:
-            self._grant(self._segments)
+            grant(self._driver, self.base, self._segments, self._access)
         except BaseException:
             self._access = before
             raise
@@ -183,7 +212,6 @@ class Arena:
         while self._segments and (last := self._segments[-1]).allocation.offset >= self.used:
             self._driver.unmap(Address(self.base + last.allocation.offset), last.allocation.size)
             self._segments.pop()
-            self.length = last.allocation.offset
             dropped.append(last.allocation.id)
             self._driver.release(last.handle)
         return dropped
@@ -232,7 +260,6 @@ class Arena:
             undo.commit()
         driver.release(last.handle)
         self._segments[-1] = segment
-        self.length = offset + size
         return last.allocation.id
 
     def _put_back(self, segment: Segment) -> None:
@@ -247,10 +274,11 @@ class Arena:
     def unmap(self) -> None:
         """Give up access and mappings; addresses and memory stay. Idempotent."""
         self._check_open()
+        self._unmap_strays()
         if not self._mapped:
             return
         self._driver.synchronize()
-        for start, end in _runs(self._segments):
+        for start, end in runs(self._segments):
             self._driver.unmap(Address(self.base + start), end - start)
         self._mapped = False
 
@@ -259,14 +287,80 @@ class Arena:
         self._check_open()
         if self._mapped:
             return
+        self._unmap_strays()
         with UndoStack() as undo:
             for segment in self._segments:
                 address = Address(self.base + segment.allocation.offset)
                 self._driver.map(address, segment.allocation.size, segment.handle)
                 undo.push(self._driver.unmap, address, segment.allocation.size)
-            self._grant(self._segments)
+            grant(self._driver, self.base, self._segments, self._access)
             undo.commit()
         self._mapped = True
+
+    def replace(self, allocations: Sequence[Allocation], receive: ReceiveSome) -> None:
+        """Bind the addresses to other allocations. Those of them that lie here already, at the same offset, are not touched.
+
+        Everything that can fail before the old memory is unmapped does so before: the new memory is imported by then.
+
+        Args:
+            allocations: All that the arena has then, in order.
+            receive: Gets those that it lacks.
+
+        Raises:
+            ArenaTooSmall: They do not fit into the reserved addresses.
+            GmsError: The arena is as it was. If the old memory could not be mapped again either, it is unmapped, as by `unmap`, and the hint says so.
+        """
+        self._check_open()
+        extent = max((allocation.offset + allocation.size for allocation in allocations), default=0)
+        if extent > self.capacity:
+            raise ArenaTooSmall(
+                f"{extent} bytes do not fit into the {self.capacity} bytes of addresses that are reserved here",
+                hint="Release the lease and acquire another one, or reserve more addresses when it is mapped first.",
+            )
+        here = {segment.allocation: segment for segment in self._segments}
+        missing = {allocation.id: allocation for allocation in allocations if allocation not in here}
+        driver, new, after = self._driver, list[Segment](), list[Segment]()
+        exchange = Exchange(driver, self.base, self._access, self._segments)
+        try:
+            with UndoStack(kept=lambda: self._segments is after) as undo:
+
+                def take(received: Sequence[Received]) -> None:
+                    for item in received:
+                        allocation = missing.pop(item.id, None)
+                        if allocation is None:
+                            raise ProtocolError(f"the server sent allocation {item.id}, which was not asked for, or sent it twice")
+                        handle = driver.import_descriptor(item.descriptor, allocation.size)
+                        undo.push(driver.release, handle)
+                        new.append(Segment(allocation, handle))
+
+                if missing:
+                    receive(tuple(missing), take)
+                if missing:
+                    raise ProtocolError(f"the server did not send allocations {sorted(missing)[:5]}")
+                kept = [here.pop(allocation) for allocation in allocations if allocation in here]
+                after.extend(sorted([*kept, *new], key=lambda segment: segment.allocation.offset))
+                if self._mapped:
+                    exchange.carry_out([*here.values()], new, undo)
+                self._segments = after
+        except BaseException as error:
+            if self._mapped and self._segments is not after and not exchange.is_undone:
+                self._mapped = False
+                self._strays += exchange.unmap_all()
+                if isinstance(error, GmsError):
+                    error.add_hint("The memory that was mapped before is not mapped any more; remap tries that again.")
+            raise
+        self.used = extent
+        for segment in here.values():
+            try:
+                driver.release(segment.handle)
+            except GmsError as error:  # a leak at worst; the arena has the other memory, and its owner must not hear that it has not
+                log.error("allocation %d, which is not mapped any more, is not given up: %s", segment.allocation.id, error)
+
+    def _unmap_strays(self) -> None:
+        """Unmap what an exchange that failed could not unmap."""
+        while self._strays:
+            unmap(self._driver, self.base, self._strays[-1])
+            self._strays.pop()
 
     def close(self) -> None:
         """Unmap everything and give the addresses back. Tensors that lie here must not be used any more. Idempotent."""
@@ -287,15 +381,3 @@ class Arena:
         self._check_open()
         if not self._mapped:
             raise SessionClosed("the arena is unmapped", hint="Call remap first.")
-
-
-def _runs(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """The contiguous ranges, as offsets, that segments in arena order cover."""
-    runs: list[tuple[int, int]] = []
-    for segment in segments:
-        start, end = segment.allocation.offset, segment.allocation.offset + segment.allocation.size
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], end)
-        else:
-            runs.append((start, end))
-    return runs

@@ -12,10 +12,11 @@ import msgspec
 
 from gms_core.allowed import trusted_servers
 from gms_core.config import settings
-from gms_core.errors import ConnectionLost, PermissionRefused, ProtocolError, ServerUnavailable, SessionClosed, rebuild
+from gms_core.errors import ConnectionLost, PermissionRefused, ProtocolError, ServerUnavailable, SessionClosed, VersionMismatch, rebuild
 from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import close_descriptors
-from gms_core.protocol.messages import Failure, Hello, Message, Waiting, Welcome
+from gms_core.protocol.generations import FEATURE, GenerationRequest
+from gms_core.protocol.messages import Commit, Failure, Hello, Message, Waiting, Welcome
 from gms_core.protocol.peer import connect, peer_credentials
 from gms_core.runtime_dir import check_socket, keeper_path, start_hint, untrusted
 
@@ -182,6 +183,24 @@ def accepted(answer: Answer) -> Answer:
         close_descriptors(descriptors)
         raise rebuild(reply.code, reply.message, reply.hint, reply.details)
     return answer
+
+
+def require(welcome: Welcome, feature: str) -> None:
+    """Raise `VersionMismatch` unless the server has a feature: to an older one the request would be a broken protocol, and the session would end."""
+    if feature not in welcome.features:
+        raise VersionMismatch(
+            f"this server (gms {welcome.server}) is too old for what is asked of it",
+            hint="gms serve --replace, of this version of gms, takes over from it.",
+        )
+
+
+def check_known(welcome: Welcome, request: Message) -> None:
+    """Raise `VersionMismatch` if a server is too old for a request, or would carry out a part of it only.
+
+    It is asked of each request when that is sent: the server that a session goes on at may be older than the one before.
+    """
+    if isinstance(request, GenerationRequest) or (isinstance(request, Commit) and request.pin):
+        require(welcome, FEATURE)
 
 
 def in_the_time_left(request: Message, deadline: float) -> Message:

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 
 from gms_core import __version__, death_notice
 from gms_core.client.arena import Received, Take, round_up
-from gms_core.client.dial import Answer, accepted, final, greet_next, in_the_time_left, resume
+from gms_core.client.dial import Answer, accepted, check_known, final, greet_next, in_the_time_left, resume
 from gms_core.client.lease import ReadLease, WriteLease
 from gms_core.client.watch import watch
 from gms_core.config import settings
@@ -28,6 +28,7 @@ from gms_core.errors import (
     InvalidArgument,
     ProtocolError,
     SessionClosed,
+    VersionMismatch,
 )
 from gms_core.layout import Identity
 from gms_core.protocol.channel import Channel
@@ -189,7 +190,7 @@ class Session:
             raise InvalidArgument(f"a timeout of {timeout_s} s is not a finite, non-negative number")
         if slab_bytes is not None and slab_bytes <= 0:
             raise InvalidArgument(f"a slab of {slab_bytes} bytes is not positive")
-        granted, _ = self._call(Acquire(pool, mode, identity, timeout_s, replace), timeout_s + REPLY_S, on_wait)
+        granted, _ = self._call(Acquire(pool, mode, identity, timeout_s, replace, renumbers=True), timeout_s + REPLY_S, on_wait)
         if isinstance(granted, ReadGranted):
             return ReadLease(self, pool, granted.layout)
         write = _expect(WriteGranted, (granted, ()))
@@ -293,6 +294,7 @@ class Session:
         asked = time.monotonic()
         while True:
             try:
+                check_known(self.welcome, request)
                 self._channel.send(request)
                 return final(self._channel, timeout_s, on_wait)
             except ConnectionLost as error:
@@ -353,6 +355,8 @@ class Session:
         """Close the session when a request was broken off, by whatever: what the server did is unknown, and no later request may read its answer."""
         try:
             yield
+        except VersionMismatch:
+            raise  # this server was not asked
         except BaseException:
             self.close()
             raise

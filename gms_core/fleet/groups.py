@@ -118,6 +118,13 @@ class Group:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
 
+    def end(self, patience_s: float) -> int:
+        """End it politely, and come back when every process is gone; returns the first one's exit code."""
+        self.ask_to_end(patience_s)
+        while not self.settle():
+            time.sleep(0.02)
+        return self.reap()
+
     def kill(self) -> None:
         """End all of it at once; see `settle`."""
         self.asked, self._deadline = True, time.monotonic()
@@ -155,22 +162,21 @@ def session_of(pid: int) -> int | None:
     return None if found is None else found.session
 
 
-def how(code: int) -> str:
-    """An exit code in words."""
-    if code >= 0:
-        return f"exited with code {code}"
-    return f"was ended by signal {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
+def last_line(log: Path, begin: str = "", after: int = 0) -> str:
+    """The last line at the end of a log that says anything; empty if there is none.
 
-
-def last_line(log: Path) -> str:
-    """The last line of a log that says anything; empty if there is none."""
+    Args:
+        log: The file.
+        begin: Only of lines that begin so.
+        after: Only of what is behind so many bytes.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            file.seek(max(after, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    return next((line for line in reversed(lines) if line), "")
+    return next((line for line in reversed(lines) if line and line.startswith(begin)), "")
 
 
 def _without_secrets(heading: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gms_core.errors import EngineFailed, ServerUnavailable
-from gms_core.fleet.groups import Group, how, last_line
+from gms_core.exit_words import how
+from gms_core.fleet.groups import Group, last_line
 
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 30.0
@@ -83,9 +84,6 @@ class OwnServer:
         """End it if it is ours."""
         if self._group is None:
             return
-        self._group.ask_to_end(STOP_S)
-        while not self._group.settle():
-            time.sleep(0.02)
+        self._group.end(STOP_S)
         self._tell("ended", "")
-        self._group.reap()
         self._group = None

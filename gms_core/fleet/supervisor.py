@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gms_core.errors import EngineFailed
+from gms_core.exit_words import how
 from gms_core.fleet.engines import Engine, engines
-from gms_core.fleet.groups import Group, how, last_line, session_of
+from gms_core.fleet.groups import Group, last_line, session_of
 from gms_core.fleet.own_server import OwnServer
 from gms_core.fleet.restarts import GiveUp, Policy, Seen, Start, ended, new_fleet, next_step, observed, started
+from gms_core.fleet.restoring import Restoring
 from gms_core.fleet.view import Change, EngineRow, FleetView
 from gms_core.fleet.watcher import Watcher
 from gms_core.protocol.messages import StatusReport
@@ -49,6 +51,7 @@ class Wanted:
         log_dir: Where the output of each engine goes, in a file of its own.
         policy: When to start what.
         stop_timeout_s: Seconds that an engine gets to end by itself.
+        restore: Command that publishes what engines need, before they start and when a server has come back; None if there is nothing to do.
     """
 
     command: Callable[[int], Sequence[str]]
@@ -62,6 +65,7 @@ class Wanted:
     log_dir: Path
     policy: Policy
     stop_timeout_s: float
+    restore: tuple[str, ...] | None = None
 
 
 def supervise(wanted: Wanted, on_change: Callable[[Change], None], on_tick: Callable[[list[EngineRow]], None]) -> None:
@@ -84,7 +88,10 @@ def supervise(wanted: Wanted, on_change: Callable[[Change], None], on_tick: Call
         log = wanted.log_dir / "server.log"
         server = OwnServer(wanted.serve, wanted.environment(None), log, lambda state, detail: view.tell(Change("server", state, detail)))
         stack.callback(server.end)
-        fleet = _Supervisor(wanted, view, watcher, server, told)
+        log = wanted.log_dir / "restore.log"
+        restoring = Restoring(wanted.restore, wanted.environment(None), log, lambda state, detail: view.tell(Change("restore", state, detail)))
+        stack.callback(restoring.end)
+        fleet = _Supervisor(wanted, view, watcher, server, restoring, told)
         stack.callback(fleet.end)
         fleet.run()
 
@@ -99,8 +106,9 @@ class _Exit:
 
 
 class _Supervisor:
-    def __init__(self, wanted: Wanted, view: FleetView, watcher: Watcher, server: OwnServer, told: socket.socket) -> None:
+    def __init__(self, wanted: Wanted, view: FleetView, watcher: Watcher, server: OwnServer, restoring: Restoring, told: socket.socket) -> None:
         self._wanted, self._view, self._watcher, self._server, self._told = wanted, view, watcher, server, told
+        self._restoring = restoring
         self._fleet = new_fleet(())
         self._groups: dict[int, Group] = {}
         self._found: dict[int, Engine] = {}
@@ -118,6 +126,7 @@ class _Supervisor:
             reports = self._watcher.reports()
             devices = {report.device for report in reports}
             self._server.observe(answers=bool(devices) and devices >= set(self._wanted.devices))
+            self._restoring.observe(server_up=self._server.up)
             self._take_in(reports)
             self._end_hanging()
             self._bury()
@@ -135,7 +144,9 @@ class _Supervisor:
     def _wait(self, seconds: float) -> None:
         """Wait until something happens, at most so long."""
         poll = select.poll()
-        ending = self._ending
+        ending = self._ending or self._restoring.ending
+        if self._restoring.pidfd >= 0:
+            poll.register(self._restoring.pidfd, select.POLLIN)
         for group in self._groups.values():
             exited = group.first_has_exited
             ending = ending or exited or group.asked
@@ -206,7 +217,7 @@ class _Supervisor:
 
     def _act(self) -> float:
         """Start what is to be started; returns when there may be more to do, on the monotonic clock."""
-        step = next_step(self._fleet, time.monotonic(), self._wanted.policy, server_up=self._server.up)
+        step = next_step(self._fleet, time.monotonic(), self._wanted.policy, server_up=self._server.up and self._restoring.done)
         if isinstance(step, GiveUp):
             raise self._failure(step)
         if not isinstance(step, Start):

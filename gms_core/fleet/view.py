@@ -37,8 +37,9 @@ class Change:
     """Something has changed.
 
     Attributes:
-        subject: An engine's name, ``server`` or ``run``.
-        state: What it is now. A server is ``starting``, ``up``, ``lost`` (it does not answer) or ``ended``; a run is ``ending``.
+        subject: An engine's name, ``server``, ``restore`` or ``run``.
+        state: What it is now. A server is ``starting``, ``up``, ``lost`` (it does not answer) or ``ended``; a restore is ``starting``, ``done`` or
+            ``failed``; a run is ``ending``.
         detail: Why.
         engine: All of it, if it is an engine.
     """

@@ -62,6 +62,7 @@ def _pools(device: str, report: StatusReport) -> Iterator[Sample]:
         for layout, size in (("committed", pool.bytes), ("draft", pool.draft_bytes), ("retired", pool.retired_bytes)):
             yield Sample("gms_pool_bytes", (device, pool.name, layout), size)
         yield Sample("gms_pool_readers", (device, pool.name), len(pool.readers))
+        yield Sample("gms_pool_pinned", (device, pool.name), sum(one.pinned for one in pool.generations))
         yield Sample("gms_pool_waiting", (device, pool.name), len(pool.waiting))
     for retained in report.retained:
         yield Sample("gms_retained_epoch", (device, retained.name), retained.epoch)

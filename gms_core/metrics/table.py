@@ -37,6 +37,7 @@ METRICS = {
     "gms_pool_generation": Metric("gauge", "Committed generation of a published pool; 0 if there is none.", ("pool",)),
     "gms_pool_bytes": Metric("gauge", "Memory of a published pool: of its committed layout, its draft, and its retired layouts.", ("pool", "layout")),
     "gms_pool_readers": Metric("gauge", "Sessions with a read lease on a published pool, whatever the generation.", ("pool",)),
+    "gms_pool_pinned": Metric("gauge", "Generations of a published pool that are pinned: kept without readers.", ("pool",)),
     "gms_pool_waiting": Metric("gauge", "Sessions that wait for a lease on a published pool.", ("pool",)),
     "gms_retained_epoch": Metric("gauge", "Last epoch of a retained pool that was granted.", ("pool",)),
     "gms_retained_bytes": Metric("gauge", "Memory of a retained pool.", ("pool",)),
@@ -45,7 +46,7 @@ METRICS = {
     "gms_lock_term": Metric("gauge", "Last term of a failover lock that was granted.", ("lock",)),
     "gms_lock_held": Metric("gauge", "Whether an engine has a failover lock: 1 or 0.", ("lock",)),
     "gms_engines": Metric("gauge", "Engines that have joined the server, by role; one that is being ended is fenced.", ("role",)),
-    "gms_commits_total": Metric("counter", "Generations that were committed."),
+    "gms_commits_total": Metric("counter", "Generations that were committed; those that a rollback brought back are not among them."),
     "gms_leases_granted_total": Metric("counter", "Leases that were granted: write, read, or hold of a retained pool.", ("mode",)),
     "gms_requests_total": Metric(
         "counter", "Requests that were carried out, by outcome: ok, the code of an error, gone (the client was) or failed.", ("request", "outcome")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gms_core.failover.status import RoleChange
     from gms_core.plugins.engines import EngineAdapter
     from gms_core.plugins.findings import Check
+    from gms_core.snapshot.transfer import TransferBackend
 
 hookspec = pluggy.HookspecMarker("gms")
 hookimpl = pluggy.HookimplMarker("gms")
@@ -25,6 +26,11 @@ def gms_engines() -> list[EngineAdapter]:  # type: ignore[empty-body]
 @hookspec
 def gms_doctor_checks() -> list[Check]:  # type: ignore[empty-body]
     """Return the checks that ``gms doctor`` runs."""
+
+
+@hookspec
+def gms_transfer_backends() -> list[TransferBackend]:  # type: ignore[empty-body]
+    """Return the backends that the plugin can move a snapshot's bytes with."""
 
 
 @hookspec

@@ -33,10 +33,22 @@ from gms_core.protocol.engines import (
     Report,
     WillNotify,
 )
+from gms_core.protocol.generations import (
+    AwaitGeneration,
+    BeginMove,
+    DropGeneration,
+    EndMove,
+    Newer,
+    Pin,
+    Rollback,
+    RolledBack,
+    Unpin,
+)
 from gms_core.protocol.observation import Durations, Event, EventBatch, Events, Observation, RequestCount
 from gms_core.protocol.status import (
     CohortStatus,
     EndStatus,
+    GenerationStatus,
     LockStatus,
     MemberStatus,
     MemoryWait,
@@ -89,6 +101,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
         session: This session's number.
         token: With which it can be resumed; empty if it cannot be.
         grace_s: Seconds for which another server may follow this one.
+        features: What the server can do beyond the version: ``generations`` for the requests of `gms_core.protocol.generations`; and `STAYS`.
     """
 
     version: int
@@ -99,6 +112,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     session: int
     token: str = ""
     grace_s: float = 0.0
+    features: tuple[str, ...] = ()
 
 
 class Acquire(Message, frozen=True, tag="acquire"):
@@ -110,6 +124,7 @@ class Acquire(Message, frozen=True, tag="acquire"):
         identity: What the caller expects (a reader) or is about to publish (a writer).
         timeout_s: Seconds to wait at most; 0 does not wait.
         replace: With ``rw``: the committed generation that the new one replaces. Its readers keep it; it is dropped first when it has none.
+        renumbers: Whether a writer takes a later generation at its commit than `WriteGranted` says, when a rollback has taken that meanwhile.
     """
 
     pool: str
@@ -117,6 +132,7 @@ class Acquire(Message, frozen=True, tag="acquire"):
     identity: Identity
     timeout_s: float
     replace: int | None = None
+    renumbers: bool = False
 
 
 class Waiting(Message, frozen=True, tag="waiting"):
@@ -130,7 +146,7 @@ class WriteGranted(Message, frozen=True, tag="write_granted"):
 
     Attributes:
         pool: Its name.
-        generation: The number that the commit will carry.
+        generation: The number that the commit will carry; or a later one, if the writer said that it `renumbers`.
     """
 
     pool: str
@@ -196,12 +212,14 @@ class Commit(Message, frozen=True, tag="commit"):
     Attributes:
         allocations: All that stays, in arena order. Allocations of the draft that are not named are freed.
         identity: Replaces the identity of `Acquire`, now that the writer knows all of it.
+        pin: Keep the generation without readers too, until `Unpin`.
     """
 
     pool: str
     allocations: tuple[Allocation, ...]
     manifest: bytes
     identity: Identity
+    pin: bool = False
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -211,6 +229,10 @@ class Release(Message, frozen=True, tag="release"):
     """
 
     pool: str
+
+
+STAYS = "stays"
+"""Stands among the features of a server that hands nothing over: it refuses `HandOver`."""
 
 
 class HandOver(Message, frozen=True, tag="hand_over"):
@@ -251,6 +273,13 @@ Request = (
     | Hold
     | AwaitWhole
     | Drop
+    | AwaitGeneration
+    | BeginMove
+    | EndMove
+    | Pin
+    | Unpin
+    | Rollback
+    | DropGeneration
     | HandOver
     | Status
     | Events
@@ -267,6 +296,8 @@ Reply = (
     | PlanDue
     | Planned
     | Held
+    | Newer
+    | RolledBack
     | StatusReport
     | EventBatch
     | Done
@@ -275,11 +306,14 @@ Reply = (
 
 __all__ = [
     "PROTOCOL_VERSIONS",
+    "STAYS",
     "Acquire",
     "Allocate",
+    "AwaitGeneration",
     "AwaitRole",
     "AwaitWhole",
     "Beat",
+    "BeginMove",
     "CohortStatus",
     "Commit",
     "Depart",
@@ -287,15 +321,18 @@ __all__ = [
     "Discard",
     "Done",
     "Drop",
+    "DropGeneration",
     "Durations",
     "Elect",
     "Elected",
+    "EndMove",
     "EndStatus",
     "Event",
     "EventBatch",
     "Events",
     "Export",
     "Failure",
+    "GenerationStatus",
     "HandOver",
     "Held",
     "Hello",
@@ -308,9 +345,11 @@ __all__ = [
     "MemoryWait",
     "Message",
     "Mode",
+    "Newer",
     "Observation",
     "Order",
     "Orders",
+    "Pin",
     "Plan",
     "PlanDue",
     "Planned",
@@ -325,9 +364,12 @@ __all__ = [
     "RequestCount",
     "RetainedStatus",
     "Role",
+    "Rollback",
+    "RolledBack",
     "SessionStatus",
     "Status",
     "StatusReport",
+    "Unpin",
     "Waiting",
     "Welcome",
     "WillNotify",

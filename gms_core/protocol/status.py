@@ -18,18 +18,38 @@ class Status(Message, frozen=True, tag="status"):
     brief: bool = False
 
 
+class GenerationStatus(msgspec.Struct, frozen=True):
+    """One generation that is there.
+
+    Attributes:
+        committed: Whether it is the one that new readers get; else something keeps it.
+        bytes: Of its layout. Generations with one digest may have the same memory.
+        readers: Sessions that read it, or are moving to it.
+        pinned: Whether it is kept without readers.
+    """
+
+    generation: int
+    committed: bool
+    digest: str
+    identity: dict[str, str]
+    bytes: int
+    readers: tuple[int, ...]
+    pinned: bool
+
+
 class PoolStatus(msgspec.Struct, frozen=True):
     """One pool.
 
     Attributes:
-        state: ``empty``, ``writing`` or ``committed``.
+        state: ``committed``; or else ``writing``; or else ``retired``, where only older generations are kept; or else ``empty``.
         generation: The committed one, or 0.
         bytes: Of the committed layout.
         draft_bytes: Of the layout being written.
-        retired_bytes: Of older generations that readers still keep.
+        retired_bytes: Of older generations that readers or pins still keep, without what the committed one has too.
         readers: Sessions that read any generation.
         writer: Session that writes, or 0.
         waiting: Sessions in the queue.
+        generations: All that are there, the oldest first.
     """
 
     name: str
@@ -44,6 +64,7 @@ class PoolStatus(msgspec.Struct, frozen=True):
     readers: tuple[int, ...]
     writer: int
     waiting: tuple[int, ...]
+    generations: tuple[GenerationStatus, ...] = ()
 
 
 class RetainedStatus(msgspec.Struct, frozen=True):
@@ -188,6 +209,8 @@ class StatusReport(Message, frozen=True, tag="status_report"):
 
     Attributes:
         observation: What it has counted; None from a version that counts nothing, and has no events.
+        cut: Whether something was left out that a message has no room for: identities of older generations first, then sessions and who reads,
+            then older generations and all identities.
     """
 
     server: str
@@ -209,3 +232,4 @@ class StatusReport(Message, frozen=True, tag="status_report"):
     observation: Observation | None = None
     memory_queue: tuple[MemoryWait, ...] = ()
     quotas: tuple[QuotaStatus, ...] = ()
+    cut: bool = False

@@ -5,6 +5,7 @@ from gms_core.pytorch.materialise import check_no_meta, materialise
 from gms_core.pytorch.memory import Report, TensorArena
 from gms_core.pytorch.placed import placed
 from gms_core.pytorch.publish import publish
-from gms_core.pytorch.slots import Slot, SlotFilter, Step
+from gms_core.pytorch.slots import SlotFilter
+from gms_core.tensor_manifest import Slot, Step
 
 __all__ = ["Report", "Slot", "SlotFilter", "Step", "TensorArena", "capture", "check_no_meta", "materialise", "placed", "publish"]

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from gms_core.pytorch.slots import SEQUENCES, Slot, SlotFilter, Step, attributes, key_step, never
+from gms_core.pytorch.slots import SEQUENCES, SlotFilter, attributes, key_step, never
+from gms_core.tensor_manifest import Slot, Step
 
 Steps = tuple[Step, ...]
 

@@ -13,12 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from gms_core.errors import ManifestError, UnpopulatedModule
 from gms_core.pytorch.discover import Found, Steps, discover
-from gms_core.pytorch.manifest import StorageRecord, TensorRecord, decode
+from gms_core.pytorch.manifest import decode, element
 from gms_core.pytorch.memory import Report, TensorArena, check_inside, names, report_on
 from gms_core.pytorch.publish import with_index
 from gms_core.pytorch.regions import regions
-from gms_core.pytorch.slots import MISSING, Slot, SlotFilter, never, read, write
+from gms_core.pytorch.slots import MISSING, SlotFilter, never, read, write
 from gms_core.pytorch.tensors import bytes_on, dressed_as, has_overlap, is_empty_meta, is_unpopulated, storage_at, tensor_on, why_not_shared
+from gms_core.tensor_manifest import Slot, StorageRecord, TensorRecord
 
 _CHANGES = "allow_changes=True takes over what the writer's engine changed after loading; rebuilt= names slots that this engine builds itself."
 
@@ -154,7 +155,7 @@ def _difference(record: TensorRecord, value: object) -> str | None:
         return None
     if is_lazy(value):
         return "is a lazy parameter here"
-    if tuple(value.shape) != record.shape or value.dtype != record.element:
+    if tuple(value.shape) != record.shape or value.dtype != element(record):
         return f"is {record.dtype}{list(record.shape)} and here {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return None
 
@@ -202,7 +203,7 @@ def _plan(
 
 def _tensor(record: TensorRecord, memory: object) -> torch.Tensor:
     try:
-        return tensor_on(memory, record.element, record.offset, record.shape, record.stride)
+        return tensor_on(memory, element(record), record.offset, record.shape, record.stride)
     except RuntimeError as error:
         raise ManifestError(f"the tensor manifest is damaged: {record.name}: {error}", hint="Publish again.") from error
 
@@ -221,7 +222,7 @@ def _can_take(target: torch.Tensor | None, record: TensorRecord, storage: Storag
     """Whether a target has memory of its own that the content can be copied into, so that everybody who knows that memory sees it."""
     if target is None or target.numel() == 0:
         return False
-    alike = (tuple(target.shape), target.stride(), target.dtype) == (record.shape, record.stride, record.element)
+    alike = (tuple(target.shape), target.stride(), target.dtype) == (record.shape, record.stride, element(record))
     at_home = target.device == (device if storage.place == "arena" else torch.device("cpu"))
     return alike and at_home and not has_overlap(target) and not arena.contains(target.data_ptr())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gms_core.errors import ManifestError
-from gms_core.pytorch.manifest import StorageRecord
+from gms_core.tensor_manifest import StorageRecord
 
 ALIGNMENT = 512
 """Bytes; what CUDA's own allocators give, and kernels may rely on."""

@@ -12,11 +12,11 @@ import torch
 from gms_core.errors import ManifestError, UnpopulatedModule
 from gms_core.pytorch.cuda_pool import give_out, reclaim
 from gms_core.pytorch.discover import Found, discover
-from gms_core.pytorch.manifest import StorageRecord, TensorRecord, encode
 from gms_core.pytorch.memory import Report, TensorArena, keep, names, report_on
 from gms_core.pytorch.regions import Region, regions
 from gms_core.pytorch.slots import SlotFilter, never
 from gms_core.pytorch.tensors import LACKS_BYTES, bytes_on, is_empty_meta, is_unpopulated, move_storage, storage_at, why_not_shared
+from gms_core.tensor_manifest import StorageRecord, TensorRecord, encode
 
 log = logging.getLogger(__name__)
 

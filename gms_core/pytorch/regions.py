@@ -9,7 +9,7 @@ import torch
 
 from gms_core.errors import ManifestError
 from gms_core.pytorch.discover import Found
-from gms_core.pytorch.manifest import TensorRecord
+from gms_core.tensor_manifest import TensorRecord
 
 
 @dataclass(slots=True)

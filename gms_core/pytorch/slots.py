@@ -1,4 +1,4 @@
-"""Where a tensor hangs in a module: typed steps from the root, how to read them and how to write them."""
+"""Where a tensor hangs in a module: how to read what is in a slot, and how to write it."""
 
 from __future__ import annotations
 
@@ -6,42 +6,11 @@ import collections
 import contextlib
 import copyreg
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import msgspec
 import torch
 
-Kind = Literal["module", "parameter", "buffer", "attribute", "item", "key", "index"]
-
-
-class Step(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One step from a holder to what it holds.
-
-    Attributes:
-        kind: ``module``, ``parameter`` and ``buffer`` are registered in a module; ``attribute`` is in the ``__dict__`` or ``__slots__`` of any
-            object; ``item`` is a dict's value under a string or integer, ``key`` one under another key, known by its ``repr``; ``index`` is in a
-            list, tuple or deque.
-        name: The name, key or index.
-    """
-
-    kind: Kind
-    name: str | int
-
-
-class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A place in a module that refers to a tensor. ``str(slot)`` is what a Python programmer would write.
-
-    Attributes:
-        steps: From the root module; the last one is no ``module``.
-        persistent: Whether a buffer belongs to the module's state dict.
-    """
-
-    steps: tuple[Step, ...]
-    persistent: bool = True
-
-    def __str__(self) -> str:
-        return path(self.steps)
-
+from gms_core.tensor_manifest import Kind, Slot, Step
 
 SlotFilter = Callable[[Slot], bool]
 """Says yes or no to a slot."""
@@ -50,19 +19,6 @@ SlotFilter = Callable[[Slot], bool]
 def never(slot: Slot) -> bool:  # noqa: ARG001 - a SlotFilter
     """No, to every slot."""
     return False
-
-
-def path(steps: tuple[Step, ...]) -> str:
-    """Steps as a Python programmer would write them."""
-    text = ""
-    for step in steps:
-        if step.kind == "index" or step.kind == "key":
-            text += f"[{step.name}]"
-        elif step.kind == "item":
-            text += f"[{step.name!r}]"
-        else:
-            text += f".{step.name}" if text else str(step.name)
-    return text
 
 
 def key_step(key: object) -> Step:

@@ -75,15 +75,15 @@ class Accounts:
         if self._open[uid] <= 0:
             del self._open[uid]
 
-    def check_joins(self, pool: str) -> None:
+    def check_joins(self, pool: str, session: SessionId) -> None:
         """Refuse one more session in a pool that has as many as it may have.
 
         Raises:
             QuotaExceeded: It has.
         """
         for quota in effective(self._quotas, "pool", pool):
-            if quota.resource == "sessions":
-                check_one(quota, pool, self._sessions_of(pool), 1)
+            if quota.resource == "sessions" and session not in (there := self._sessions_of(pool)):
+                check_one(quota, pool, len(there), 1)
 
     @contextlib.contextmanager
     def memory(self, uid: int, pool: str, sizes: Sequence[int]) -> Iterator[None]:
@@ -108,10 +108,7 @@ class Accounts:
             QuotaExceeded: It is.
         """
         if self._quotas:
-            left, old = list(self._holdings()), pool.committed
-            if old is not None and old.generation not in pool.readers.values():
-                left.remove(self._of_layout(pool.name, old))  # it goes with the commit
-            check(self._quotas, Holding(uid, pool.name, metadata=metadata_bytes(identity, manifest)), left)
+            check(self._quotas, Holding(uid, pool.name, metadata=metadata_bytes(identity, manifest)), list(self._holdings(committing=pool)))
 
     def check_plan(self, uid: int, pool: str, plan: bytes) -> None:
         """Refuse a plan that is larger than the user or the pool may have.
@@ -126,15 +123,28 @@ class Accounts:
         """A user has published a layout."""
         self._layouts.setdefault(pool, {})[generation] = uid
 
+    def rolled_back(self, pool: str, to: int, generation: int) -> None:
+        """A layout was published once more: it is still of the user who has made it, whoever brought it back."""
+        owners = self._layouts.setdefault(pool, {})
+        owners[generation] = owners.get(to, self.own_uid)
+
     def planned(self, uid: int, pool: str) -> None:
         """A user has made the memory of a retained pool."""
         self._plans[pool] = uid
 
     def writer_of(self, pool: PublishedPool) -> int | None:
-        """Whose the pool is: of the user who writes it, or else has published what it has; None if it is nobody's."""
+        """Whose the pool is: of the user who writes it, or else has published the last of what it has; None if it is nobody's."""
         if pool.draft is not None and (session := self._sessions.get(pool.draft.session)) is not None:
             return session.peer.uid
-        return self._layouts.get(pool.name, {}).get(pool.committed.generation, self.own_uid) if pool.committed else None
+        return self.last_maker_of(pool)
+
+    def last_maker_of(self, pool: PublishedPool) -> int | None:
+        """The user who has published the last of what a pool has; None if it has nothing."""
+        return self.maker_of(pool, max(pool.generations.all(), default=0))
+
+    def maker_of(self, pool: PublishedPool, generation: int) -> int | None:
+        """The user who has published a generation; None if it is not there."""
+        return self._layouts.get(pool.name, {}).get(generation, self.own_uid) if pool.generations.find(generation) is not None else None
 
     def planner_of(self, pool: RetainedPool) -> int | None:
         """Whose a retained pool is: of the user who plans or has planned it; None if it is nobody's."""
@@ -176,26 +186,37 @@ class Accounts:
     def _used(self, quota: Quota, who: str, holdings: Sequence[Holding]) -> int:
         if quota.resource != "sessions":
             return used(quota, who, holdings)
-        return self._open[int(who)] if quota.scope == "user" else self._sessions_of(who)
+        return self._open[int(who)] if quota.scope == "user" else len(self._sessions_of(who))
 
     def _has(self, name: str, generation: int) -> bool:
         pool = self.published.get(name)
-        return pool is not None and pool.layout(generation) is not None
+        return pool is not None and pool.generations.find(generation) is not None
 
-    def _sessions_of(self, name: str) -> int:
+    def _sessions_of(self, name: str) -> set[SessionId]:
+        """Those that use a pool, or wait for something of it."""
         if (published := self.published.get(name)) is not None:
-            return len(published.readers) + len(published.queue) + (published.draft is not None)
+            writer = {published.draft.session} if published.draft is not None else set()
+            return {*published.readers, *published.watchers, *(waiter.session for waiter in published.queue), *writer}
         if (retained := self.retained.get(name)) is not None:
-            return len(retained.users) + len(retained.asking) + (retained.planner is not None)
-        return 0
+            planner = (retained.planner,) if retained.planner is not None else ()
+            return {*retained.users, *(asking.claim.session for asking in (*retained.asking, *planner))}
+        return set()
 
-    def _holdings(self) -> Iterator[Holding]:
+    def _holdings(self, committing: PublishedPool | None = None) -> Iterator[Holding]:
+        """What everybody has.
+
+        Args:
+            committing: A pool that is about to commit: what will go with that counts no more.
+        """
         for pool in self.published.values():
             if pool.draft is not None and pool.draft.sizes:
                 session = self._sessions.get(pool.draft.session)
                 uid = session.peer.uid if session is not None else self.own_uid
                 yield Holding(uid, pool.name, sum(pool.draft.sizes.values()), len(pool.draft.sizes))
-            yield from (self._of_layout(pool.name, layout) for layout in (pool.committed, *pool.retired.values()) if layout is not None)
+            layouts = pool.generations.all()
+            staying = pool.generations.kept if pool is committing else layouts.keys()
+            once = {pool.generations.origin(generation): one for generation, one in layouts.items() if generation in staying}
+            yield from (self._of_layout(pool.name, layout) for layout in once.values())
         for retained in self.retained.values():
             if retained.identity is not None:
                 allocations = (*retained.allocations, *retained.spares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -44,20 +45,23 @@ class Estate:
         self.keeping.end()
 
 
-def take_over(socket_path: Path, device: str, patience_s: float) -> Estate:
+def take_over(socket_path: Path, device: str, patience_s: float | None) -> Estate:
     """Find what the last server of a socket has left, or begin anew. The caller owns the socket's lock.
 
     Args:
         socket_path: Of the server.
         device: Its device.
-        patience_s: Seconds without a server after which the keeper gives the memory up.
+        patience_s: Seconds without a server after which the keeper gives the memory up; None if the supervisor is the keeper.
 
     Raises:
         KeeperLost: There is no keeper, and none can be started.
+        ServerUnavailable: Systemd has the memory for another service.
         JournalUnavailable: The journal cannot be read or written.
+        VersionMismatch: A later version has left what this one would not understand. It is left as it is.
     """
     path = keeper_path(socket_path)
-    keeper = Keeper(path, patience_s)
+    find = functools.partial(Keeper, path, patience_s, stored=patience_s is None)
+    keeper = find()
     try:
         journal, state = _journal(journal_path(socket_path), device, keeper.label)
         found = keeper.kept()
@@ -78,7 +82,7 @@ def take_over(socket_path: Path, device: str, patience_s: float) -> Estate:
         keeper.close()
         raise
     allocations = {identifier: (Descriptor(kept[identifier][1]), size) for identifier, size in state.allocations.items()}
-    return Estate(Keeping(keeper, lambda: Keeper(path, patience_s), label), journal, state, allocations)
+    return Estate(Keeping(keeper, find, label), journal, state, allocations)
 
 
 def _journal(path: Path, device: str, label: str) -> tuple[Journal, State]:
@@ -93,3 +97,6 @@ def _journal(path: Path, device: str, label: str) -> tuple[Journal, State]:
         log.error("%s: it is put aside, and everything begins anew", error.message)
         journal.close()
         return Journal.replacing(path), State()
+    except BaseException:
+        journal.close()
+        raise

@@ -98,8 +98,10 @@ class CohortRequests:
         """A session that was taken over is there again."""
         self._fencer.came_back(session.id)
 
-    def forget(self, session: SessionId) -> None:
-        """A session that was taken over will not come back: its process has joined with another one."""
+    def forget(self, session: SessionId, successor: SessionId) -> None:
+        """A session that was taken over will not come back: its process has joined with another one, which has its locks from now on."""
+        for seat in self._owned(lambda claim: claim.session == session):
+            seat.hand_on(successor)
         self.cohorts.forget(session)
         self._fencer.forget(session)
         self._changed()
@@ -175,7 +177,9 @@ class CohortRequests:
         check_wait(request.timeout_s, self._limits.wait_s)
         claim = self.claim(session)
         seat = self._lock(request.lock)
-        if session.repeats and seat.holder is not None and seat.holder.session == session.id:
+        if seat.holder is not None and seat.holder.cohort == claim.cohort and self._are_of_one_process(seat.holder.session, session):
+            seat.hand_on(session.id)  # asked again, or by the session that follows one which was given up
+            self._changed()
             await session.send(Elected(request.lock, seat.number), ())
             return
         self._post(seat.claim(claim, first=self.goes_first(claim)))
@@ -183,6 +187,10 @@ class CohortRequests:
             f"lock {request.lock}", request.timeout_s, ended, lambda: self._post(seat.withdraw(session.id, request.timeout_s))
         )
         await session.send(Elected(request.lock, seated.number), ())
+
+    def _are_of_one_process(self, known: SessionId, session: Session) -> bool:
+        other = self._sessions.get(known)
+        return known == session.id or (other is not None and session.is_of(other))
 
     async def await_role(self, session: Session, request: AwaitRole, ended: asyncio.Event) -> None:
         """Answer once the session's engine has a role."""

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 CHECK_KEEPER_S = 2.0
 """Seconds between two looks at whether the keeper is there."""
 _HANDED_OVER = "another server takes over"
+_LEFT_TO_SYSTEMD = "it was told to end, and systemd has the memory"
 
 
 async def serve_device(
@@ -41,6 +42,7 @@ async def serve_device(
     *,
     host_memory: int | None,
     keep_s: float,
+    stored: bool,
     allow: Sequence[str],
     quotas: Sequence[Quota],
     lifeline: int,
@@ -53,6 +55,7 @@ async def serve_device(
         directory: The runtime directory, prepared.
         host_memory: Bytes that the ``host`` device offers; None for all that the machine has.
         keep_s: Seconds for which the memory is kept without a server.
+        stored: Whether the supervisor is the keeper, and systemd decides what becomes of the memory.
         allow: Who may use the server besides its own user and root; see `gms_core.allowed`.
         quotas: What users and pools may have.
         lifeline: Descriptor of a pipe whose other end the supervisor holds: its end is the supervisor's end.
@@ -76,13 +79,14 @@ async def serve_device(
         leave("the supervisor has gone")
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, leave, "")
+        # To systemd a restart is a stop and a start: whether there is a next server it alone knows, and closes what it keeps if there is none.
+        loop.add_signal_handler(number, leave, _LEFT_TO_SYSTEMD if stored else "")
     loop.add_reader(lifeline, supervisor_gone)
     path, admitted = socket_path(device, directory), allowed(allow)
     driver = open_physical_driver(device, host_memory)
     # The lock goes last: until then the keeper and the journal are this one's.
     with bound_socket(path, admitted.files) as listening, contextlib.ExitStack() as ends:
-        estate, memory, service = _begin(device, path, driver, keep_s, quotas, lambda: leave(_HANDED_OVER))
+        estate, memory, service = _begin(device, path, driver, keep_s, stored, quotas, lambda: leave(_HANDED_OVER))
         ends.callback(estate.leave)
         ends.callback(memory.close)
         checking = asyncio.create_task(_check_keeper(memory))
@@ -103,14 +107,14 @@ async def serve_device(
 
 
 def _begin(
-    device: DeviceId, path: Path, driver: PhysicalDriver, keep_s: float, quotas: Sequence[Quota], on_hand_over: Callable[[], None]
+    device: DeviceId, path: Path, driver: PhysicalDriver, keep_s: float, stored: bool, quotas: Sequence[Quota], on_hand_over: Callable[[], None]
 ) -> tuple[Estate, Memory, Service]:
     """Go on with what the last server has left, or, if that is beyond this one, begin anew: a device without a server is worse."""
     limits = Limits(keep_s=keep_s).within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     while True:
-        estate = take_over(path, device, keep_s)
+        estate = take_over(path, device, None if stored else keep_s)
         memory = Memory(driver, limits, estate.keeping)
-        service = Service(device, memory, limits, estate.journal, on_hand_over, quotas)
+        service = Service(device, memory, limits, estate.journal, None if stored else on_hand_over, quotas)
         try:
             memory.adopt(estate.allocations, estate.state.about.allocation if estate.state.about else 0)
             estate.keeping.everything = memory.kept
@@ -150,6 +154,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--runtime-dir", type=Path, required=True)
     parser.add_argument("--host-memory", type=int)
     parser.add_argument("--keep", type=float, required=True)
+    parser.add_argument("--stored", action="store_true")
     parser.add_argument("--allow", action="append", default=[])
     parser.add_argument("--quotas", type=decode_quotas, default=())
     parser.add_argument("--lifeline", type=int, required=True)
@@ -166,6 +171,7 @@ def run(arguments: list[str]) -> int:
                 options.runtime_dir,
                 host_memory=options.host_memory,
                 keep_s=options.keep,
+                stored=options.stored,
                 allow=options.allow,
                 quotas=options.quotas,
                 lifeline=options.lifeline,

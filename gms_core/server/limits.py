@@ -22,9 +22,11 @@ class Limits:
         received_bytes: Of requests of one user that have arrived, on all its connections, and were not looked at yet.
         sessions: Connections at a time.
         pools: Names of pools.
+        pins: Generations of one pool that are kept without readers.
         allocations: Allocations in all pools together.
         memory_waiters: Requests that may wait for memory at a time.
         batch: Allocations of one request.
+        identity_bytes: Of an identity, which status tells of every generation.
         metadata_bytes: Of an identity and a manifest together; less than a message may have, since readers get them in one.
         wait_s: Seconds that a request may ask to wait.
         exit_s: Seconds from SIGKILL to a process's exit, after which whoever waits for its memory is told that it cannot be ended.
@@ -42,9 +44,11 @@ class Limits:
     received_bytes: int = 2**30
     sessions: int = 16384
     pools: int = 256
+    pins: int = 256
     allocations: int = 65536
     memory_waiters: int = 256
     batch: int = 8192
+    identity_bytes: int = 64 * 2**10
     metadata_bytes: int = 48 * 2**20
     wait_s: float = 24 * 3600.0
     exit_s: float = 30.0
@@ -68,10 +72,18 @@ def check_name(name: str, *, others: Collection[str]) -> None:
         raise LeaseConflict(f"pool {name!r} is of the other class: weights are published, KV memory is retained", hint="Use another tag.")
 
 
+def check_pins(limits: Limits, pool: str, pins: Collection[int]) -> None:
+    """Refuse one more pin of a pool that has as many as it may."""
+    if len(pins) >= limits.pins:
+        raise QuotaExceeded(f"{limits.pins} generations of pool {pool!r} are pinned already", hint="gms pool unpin gives one of them up.")
+
+
 def check_metadata(limits: Limits, identity: Identity, manifest: bytes = b"") -> None:
     """Refuse metadata that is too large."""
-    size = metadata_bytes(identity, manifest)
-    if size > limits.metadata_bytes:
+    own = metadata_bytes(identity)
+    if own > limits.identity_bytes:
+        raise QuotaExceeded(f"an identity of {own} bytes is over the limit of {limits.identity_bytes}", hint="A digest of what is long says as much.")
+    if (size := own + len(manifest)) > limits.metadata_bytes:
         raise QuotaExceeded(f"{size} bytes of metadata are over the limit of {limits.metadata_bytes}")
 
 
@@ -88,4 +100,4 @@ def printable(text: str, limits: Limits) -> str:
 
 def metadata_bytes(identity: Identity, manifest: bytes = b"") -> int:
     """Bytes of an identity and a manifest, or a plan, together."""
-    return len(manifest) + sum(len(name) + len(value) for name, value in identity.fields.items())
+    return len(manifest) + sum(len(name.encode()) + len(value.encode()) for name, value in identity.fields.items())

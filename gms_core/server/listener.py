@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 BACKLOG = 1024
 COMPLAINTS, COMPLAINTS_S = 20, 10.0
 """Refused connections that are logged in so many seconds."""
+CANCEL_AGAIN_S = 0.2
+"""Seconds that a connection's task has to end, until it is told so once more."""
 NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 
 
@@ -111,9 +113,10 @@ class Listener:
                 task.add_done_callback(self._tasks.discard)
         finally:
             self._service.stop()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            while self._tasks:  # more than once: whatever swallows a cancellation must not keep the device from its next server
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN_S)
 
     async def _serve(self, accepted: socket.socket) -> None:
         with contextlib.closing(Connection(accepted, self._service.limits, self._received)) as connection:

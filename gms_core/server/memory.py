@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from gms_core.errors import AllocationTooLarge, GmsError, InvalidArgument, KeeperLost, OutOfMemory, QuotaExceeded
@@ -91,6 +91,7 @@ class Memory:
         self._limits = limits
         self._owned: dict[int, Owned] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gms-driver")
+        self._checking: Future[None] | None = None
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="gms-memory-info")  # a long allocation delays no status
         self._queue = MemoryQueue()
         self._orders: dict[int, _Order] = {}
@@ -109,9 +110,9 @@ class Memory:
         self.last = max([last, *allocations])
 
     def check_keeper(self) -> None:
-        """See that the keeper is there, in the driver's thread."""
-        if self._keeping is not None:
-            self._thread.submit(self._keeping.check)
+        """See that the keeper is there, in the driver's thread, unless it is still being looked after."""
+        if self._keeping is not None and (self._checking is None or self._checking.done()):
+            self._checking = self._thread.submit(self._keeping.check)
 
     def kept(self) -> dict[str, int]:
         """Descriptors of all allocations by the names that the keeper has for them."""
@@ -127,8 +128,10 @@ class Memory:
 
     async def info(self) -> MemoryInfo:
         """Free and total bytes of the device. What was given up before counts as free, unless the driver is busy for long."""
+        # Not by wait_for, which before Python 3.12 swallows a cancellation in the moment of the answer: a server that ends would wait for ever.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.wrap_future(self._thread.submit(int)), SETTLE_S)
+            async with asyncio.timeout(SETTLE_S):
+                await asyncio.wrap_future(self._thread.submit(int))
         return await self._ask()
 
     async def _ask(self) -> MemoryInfo:
@@ -200,7 +203,8 @@ class Memory:
                     continue
                 self._refuse_late(considered, free, loop.time())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), RETRY_S)
+                    async with asyncio.timeout(RETRY_S):
+                        await self._wake.wait()
         except Exception as error:
             log.exception("memory cannot be made")
             for order in self._orders.values():
@@ -266,7 +270,9 @@ class Memory:
                 self.last += 1
                 made.append((self.last, Owned(handle, descriptor, size)))
             if self._keeping is not None:
-                self._keeping.keep({kept_name(identifier, owned.size): owned.descriptor for identifier, owned in made})
+                kept = {kept_name(identifier, owned.size): owned.descriptor for identifier, owned in made}
+                undo.push(self._keeping.forget, list(kept))  # it may take some and have no room for the rest
+                self._keeping.keep(kept)
             self._owned.update(made)
             undo.commit()
         return made
@@ -295,7 +301,7 @@ class Memory:
             try:
                 self._keeping.drop([kept_name(identifier, one.size) for identifier, one in owned.items()])
             except KeeperLost as error:
-                log.error("%s", error)  # what it keeps goes with it, or is given up by the next server, which does not know it
+                log.error("%s", error)  # the next check, or the next server, has one that is rid of what nobody knows
         for one in owned.values():
             try:
                 os.close(one.descriptor)

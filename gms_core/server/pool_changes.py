@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 
 from gms_core.events import Facts, Kind
 from gms_core.layout import Allocation, Layout
-from gms_core.server.published import Draft, PublishedPool
+from gms_core.server.draft import Draft
+from gms_core.server.effects import SessionId
+from gms_core.server.published import PublishedPool
+from gms_core.server.records import RollbackRecord
 from gms_core.server.retained import RetainedPool
 from gms_core.server.seat import Claim
 
 Change = tuple[Kind, Facts]
+
+NOBODY = SessionId(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +27,17 @@ class PublishedView:
         draft: The one that is being written.
         committed: The one that new readers get.
         layouts: All that have memory, by generation.
+        pins: Generations that are kept without readers.
+        number: Of the draft, which a rollback changes.
+        rollback: What the committed one came of, if it was a rollback.
     """
 
     draft: Draft | None = None
     committed: Layout | None = None
     layouts: Mapping[int, Layout] = field(default_factory=dict)
+    pins: frozenset[int] = frozenset()
+    number: int = 0
+    rollback: RollbackRecord | None = None
 
 
 NEW = PublishedView()
@@ -47,16 +58,15 @@ class RetainedView:
 
 def same_published(pool: PublishedPool, view: PublishedView) -> bool:
     """Whether nothing of it has changed but who reads, which is what happens most: no other look is needed then."""
-    kept = len(view.layouts) - (view.committed is not None)
-    return pool.draft is view.draft and pool.committed is view.committed and len(pool.retired) == kept
+    now, kept = pool.generations, len(view.layouts) - (view.committed is not None)
+    return pool.draft is view.draft and now.committed is view.committed and len(now.retired) == kept and now.pins == view.pins
 
 
 def look_published(pool: PublishedPool) -> PublishedView:
     """The pool as it is now."""
-    committed = pool.committed
-    if committed is None:
-        return PublishedView(pool.draft, None, dict(pool.retired))
-    return PublishedView(pool.draft, committed, {**pool.retired, committed.generation: committed})
+    now, draft = pool.generations, pool.draft
+    rollback = next((one for one in pool.rollbacks.values() if one.generation == now.current), None)
+    return PublishedView(draft, now.committed, now.all(), frozenset(now.pins), draft.generation if draft is not None else 0, rollback)
 
 
 def look_retained(pool: RetainedPool) -> RetainedView:
@@ -65,9 +75,18 @@ def look_retained(pool: RetainedPool) -> RetainedView:
     return RetainedView(planner, pool.allocations, pool.spares, pool.seat.number, pool.seat.holder, pool.unproven is None)
 
 
-def published_changes(before: PublishedView, after: PublishedView) -> Iterator[Change]:
-    """What has happened to a published pool, in the order in which it must have."""
-    draft = before.draft
+def published_changes(before: PublishedView, after: PublishedView, by: SessionId = NOBODY) -> Iterator[Change]:
+    """What has happened to a published pool, in the order in which it must have.
+
+    Args:
+        before: The pool at the first look.
+        after: At the second.
+        by: The session that asked for it, for those changes that do not say themselves whose they are.
+    """
+    draft, rollback = before.draft, after.rollback
+    if rollback is not None and rollback.generation not in before.layouts:
+        size = after.layouts[rollback.generation].size
+        yield Kind.POOL_ROLLED_BACK, {"session": rollback.session, "to": rollback.to, "generation": rollback.generation, "bytes": size}
     if draft is not None and after.draft is not draft:
         layout = after.layouts.get(draft.generation)
         if layout is not None:
@@ -75,11 +94,26 @@ def published_changes(before: PublishedView, after: PublishedView) -> Iterator[C
             yield Kind.POOL_COMMITTED, {"session": draft.session, "generation": layout.generation, "bytes": size, "allocations": count}
         else:
             yield Kind.POOL_DRAFT_DROPPED, {"session": draft.session, "generation": draft.generation}
-    for generation, layout in before.layouts.items():
-        if generation not in after.layouts:
-            yield Kind.POOL_GENERATION_FREED, {"generation": generation, "bytes": layout.size}
+    elif draft is not None and after.number != before.number:
+        yield Kind.POOL_DRAFT_RENUMBERED, {"session": draft.session, "generation": after.number, "before": before.number}
+    for kind, generations in ((Kind.POOL_PINNED, after.pins - before.pins), (Kind.POOL_UNPINNED, before.pins - after.pins)):
+        for generation in sorted(generations):
+            yield kind, {"session": by, "generation": generation}
+    yield from _freed(before, after)
     if after.draft is not None and after.draft is not draft:
         yield Kind.POOL_DRAFT_BEGUN, {"session": after.draft.session, "generation": after.draft.generation}
+
+
+def _freed(before: PublishedView, after: PublishedView) -> Iterator[Change]:
+    """The generations that have gone, each with the bytes that have gone with it: what a rollback has brought back stays."""
+    gone = sorted(before.layouts.keys() - after.layouts.keys())
+    if not gone:
+        return
+    left = {allocation.id for layout in after.layouts.values() for allocation in layout.allocations}
+    for generation in gone:
+        sizes = {allocation.id: allocation.size for allocation in before.layouts[generation].allocations if allocation.id not in left}
+        left.update(sizes)
+        yield Kind.POOL_GENERATION_FREED, {"generation": generation, "bytes": sum(sizes.values())}
 
 
 def retained_changes(before: RetainedView, after: RetainedView) -> Iterator[Change]:

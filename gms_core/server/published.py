@@ -1,100 +1,93 @@
-"""A published pool as a pure state machine: who writes, who reads which generation, who waits for what.
+"""A published pool as a pure state machine: who writes, who reads which generation, who waits for what. `Generations` says what is kept, and by what.
 
 No I/O: each call returns the effects that the server has to carry out, in order. A call that raises has changed nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
-from gms_core.errors import AcquireTimeout, GenerationConflict, IdentityMismatch, LeaseConflict
-from gms_core.layout import Allocation, Identity, Layout, check_allocations, layout_digest
+import msgspec
+
+from gms_core.errors import AcquireTimeout, GenerationConflict, GmsError, IdentityMismatch, InvalidArgument, LeaseConflict
+from gms_core.layout import Allocation, Identity, Layout, layout_digest
 from gms_core.protocol.messages import Mode
+from gms_core.server.draft import Draft
 from gms_core.server.effects import Free, Refuse, SessionId, Wait
-from gms_core.server.records import DraftRecord, PublishedRecord
-
-
-@dataclass(frozen=True)
-class GrantWrite:
-    """The session is the writer of this generation to be."""
-
-    session: SessionId
-    generation: int
-
-
-@dataclass(frozen=True)
-class GrantRead:
-    """The session reads this layout."""
-
-    session: SessionId
-    layout: Layout
-
-
-Effect = GrantWrite | GrantRead | Wait | Refuse | Free
-
-
-@dataclass(frozen=True)
-class Waiter:
-    """A request that is not answered yet."""
-
-    session: SessionId
-    mode: Mode
-    identity: Identity
-    replace: int | None
-    reason: str = ""
-
-
-@dataclass
-class Draft:
-    """The layout that the writer builds.
-
-    Attributes:
-        sizes: Bytes of each allocation.
-        batch: The writer's number of its last request for allocations, and ``batch_ids`` what it got: asked again, it gets the same ones.
-    """
-
-    session: SessionId
-    generation: int
-    sizes: dict[int, int] = field(default_factory=dict)
-    batch: int = 0
-    batch_ids: tuple[int, ...] = ()
+from gms_core.server.generations import Generations
+from gms_core.server.grants import Effect, GrantRead, GrantWrite, News, Waiter
+from gms_core.server.records import DraftRecord, PublishedRecord, RollbackRecord
 
 
 class PublishedPool:
     """The state of one published pool.
 
     Attributes:
-        committed: The layout that new readers get.
-        retired: Older layouts by generation, each kept by at least one reader.
-        readers: The generation that each reading session has.
+        generations: The layouts that are there, and what keeps them.
         draft: What the writer builds, if there is one.
         queue: Unanswered requests in order of arrival.
+        watchers: The generation after which each waiting session wants to be told of the next one.
+        rollbacks: The last rollback that each session has asked for, so that it can be told the same once more.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, last: int = 0) -> None:
         self.name = name
-        self.committed: Layout | None = None
-        self.retired: dict[int, Layout] = {}
-        self.readers: dict[SessionId, int] = {}
+        self.generations = Generations(name, last)
+        self._first = last
         self.draft: Draft | None = None
         self.queue: list[Waiter] = []
-        self._generation = 0
+        self.watchers: dict[SessionId, int] = {}
+        self.rollbacks: dict[SessionId, RollbackRecord] = {}
 
-    def acquire(self, session: SessionId, mode: Mode, identity: Identity, replace: int | None = None) -> list[Effect]:
-        """Ask for a lease; the answer is among the effects, now or of a later call.
+    @property
+    def committed(self) -> Layout | None:
+        """The layout that new readers get."""
+        return self.generations.committed
+
+    @property
+    def readers(self) -> Mapping[SessionId, int]:
+        """The generation that each reading session has."""
+        return self.generations.readers
+
+    def acquire(
+        self,
+        session: SessionId,
+        mode: Mode,
+        identity: Identity,
+        replace: int | None = None,
+        *,
+        renumbers: bool = False,
+        forbidden: Callable[[], GmsError | None] = lambda: None,
+    ) -> list[Effect]:
+        """Ask for a lease; the answer is among the effects, now or of a later call. ``forbidden`` says why the session may not write when it could.
 
         Raises:
             LeaseConflict: The session already has a lease on this pool, or waits for one.
         """
         if self.lease_of(session) or any(waiter.session == session for waiter in self.queue):
             raise LeaseConflict(f"this session already has, or waits for, a lease on pool {self.name!r}", hint="Release it first.")
-        self.queue.append(Waiter(session, mode, identity, replace))
+        self.queue.append(Waiter(session, mode, identity, replace, renumbers, forbidden))
         return self._settle()
+
+    def watch(self, session: SessionId, after: int) -> list[Effect]:
+        """Ask to be told of a committed generation later than this one; the answer is among the effects, now or of a later call.
+
+        Raises:
+            LeaseConflict: The session has asked already.
+        """
+        if session in self.watchers:
+            raise LeaseConflict(f"this session waits for a generation of pool {self.name!r} already")
+        self.watchers[session] = after
+        told = self._tell()
+        return told if session not in self.watchers else [*told, Wait(session, f"generation {self.generations.last} is the last one")]
 
     def withdraw(self, session: SessionId, waited_s: float) -> list[Effect]:
         """Take a waiting request back because its time is over; none if it was answered meanwhile."""
+        after = self.watchers.pop(session, None)
+        if after is not None:
+            return [Refuse(session, AcquireTimeout(f"no generation of pool {self.name!r} later than {after} was committed within {waited_s:g} s"))]
         waiting = next((waiter for waiter in self.queue if waiter.session == session), None)
         if waiting is None:
             return []
@@ -102,24 +95,23 @@ class PublishedPool:
         message = f"no lease on pool {self.name!r} within {waited_s:g} s: {waiting.reason}"
         return [Refuse(session, AcquireTimeout(message)), *self._settle()]
 
+    def writing(self, session: SessionId) -> Draft:
+        """The draft that a session writes.
+
+        Raises:
+            LeaseConflict: It writes none.
+        """
+        if self.draft is None or self.draft.session != session:
+            raise LeaseConflict(f"this session has no write lease on pool {self.name!r}")
+        return self.draft
+
     def add(self, session: SessionId, allocations: Sequence[tuple[int, int]], batch: int = 0) -> None:
         """Add allocations (id, bytes) to the draft, in answer to the writer's request of that number.
 
         Raises:
             LeaseConflict: The session is not the writer.
         """
-        draft = self._writing(session)
-        draft.sizes.update(allocations)
-        draft.batch, draft.batch_ids = batch, tuple(identifier for identifier, _ in allocations)
-
-    def added(self, session: SessionId, batch: int) -> dict[int, int]:
-        """What was added in answer to the writer's request of that number, if it was the last one; bytes by id.
-
-        Raises:
-            LeaseConflict: The session is not the writer.
-        """
-        draft = self._writing(session)
-        return {identifier: draft.sizes[identifier] for identifier in draft.batch_ids if identifier in draft.sizes} if batch == draft.batch else {}
+        self.writing(session).add(allocations, batch)
 
     def discard(self, session: SessionId, ids: Sequence[int]) -> list[Effect]:
         """Take allocations out of the draft.
@@ -127,8 +119,8 @@ class PublishedPool:
         Raises:
             LeaseConflict: The session is not the writer, or one of them is not in its draft.
         """
-        draft = self._writing(session)
-        self._check_owned(draft, ids)
+        draft = self.writing(session)
+        draft.check_owned(ids)
         for identifier in ids:
             del draft.sizes[identifier]
         return [Free(tuple(ids))] if ids else []
@@ -140,15 +132,14 @@ class PublishedPool:
             LeaseConflict: The session is not the writer, or an allocation is not of its draft.
             ManifestError: The allocations overlap or are out of order.
         """
-        draft = self._writing(session)
-        self._check_owned(draft, [allocation.id for allocation in allocations])
-        if wrong := [allocation.id for allocation in allocations if draft.sizes[allocation.id] != allocation.size]:
-            raise LeaseConflict(f"allocations {wrong} do not have the sizes that the commit says")
-        check_allocations(allocations)
+        draft = self.writing(session)
+        draft.check_commit(allocations)
         return draft
 
-    def commit(self, session: SessionId, allocations: Sequence[Allocation], manifest: bytes, identity: Identity) -> list[Effect]:
-        """Publish the draft, and make the writer its first reader, in one step.
+    def commit(
+        self, session: SessionId, allocations: Sequence[Allocation], manifest: bytes, identity: Identity, *, pin: bool = False
+    ) -> list[Effect]:
+        """Publish the draft, and make the writer its first reader, in one step; with ``pin`` it is kept without readers too.
 
         Raises:
             LeaseConflict, ManifestError: As `check_commit` says.
@@ -159,23 +150,95 @@ class PublishedPool:
         digest = layout_digest(identity, allocations, manifest)
         layout = Layout(draft.generation, identity, tuple(allocations), manifest, digest)
         effects: list[Effect] = [Free(dropped)] if dropped else []
-        effects += self._retire()
-        self.committed, self.draft, self._generation = layout, None, layout.generation
-        self.readers[session] = layout.generation
+        effects += self.generations.publish(layout)
+        self.draft = None
+        self.generations.readers[session] = layout.generation
+        if pin:
+            self.generations.pin(layout.generation)
         return [*effects, GrantRead(session, layout), *self._settle()]
+
+    def rollback(self, session: SessionId, to: int, expected: int, number: int = 0) -> list[Effect]:
+        """Publish the layout of an older generation once more, as a new generation with the same allocations.
+
+        Args:
+            session: Who wants it; `rollbacks` tells it the number.
+            to: The generation whose layout it is.
+            expected: The committed generation as the caller knows it; 0 if there is none.
+            number: The session's own, of this request.
+
+        Raises:
+            GenerationConflict: Another one is committed.
+            GenerationNotFound: There is no generation ``to`` any more.
+            InvalidArgument: It is the committed one.
+            LeaseConflict: The writer of the next generation could not take a later number than it was told.
+        """
+        current = self.generations.current
+        if current != expected:
+            raise GenerationConflict(f"generation {expected} of pool {self.name!r} was to be rolled back, but the committed one is {current}")
+        older = self.generations.get(to)
+        if to == current:
+            raise InvalidArgument(f"generation {to} of pool {self.name!r} is the committed one already")
+        draft = self.draft
+        if draft is not None and not draft.renumbers:
+            raise LeaseConflict(
+                f"session {draft.session} is writing generation {draft.generation} of pool {self.name!r}, and its client is too old to be given "
+                "another number"
+            )
+        layout = msgspec.structs.replace(older, generation=self.generations.last + 1)
+        effects: list[Effect] = [*self.generations.publish(layout, to)]
+        if draft is not None:
+            draft.generation = layout.generation + 1
+        self.rollbacks[session] = RollbackRecord(session, to, expected, layout.generation, number)
+        return [*effects, *self._settle()]
+
+    def pin(self, generation: int) -> list[Effect]:
+        """Keep a generation without readers; raises what `Generations.pin` does."""
+        self.generations.pin(generation)
+        return self._settle()
+
+    def unpin(self, generation: int) -> list[Effect]:
+        """Keep a generation no more than any other; raises what `Generations.unpin` does."""
+        return [*self.generations.unpin(generation), *self._settle()]
+
+    def drop(self, generation: int) -> list[Effect]:
+        """Free a generation that nobody reads and that is not pinned, the committed one too; raises what `Generations.drop` does."""
+        return [*self.generations.drop(generation), *self._settle()]
+
+    def begin_move(self, session: SessionId, identity: Identity, generation: int) -> GrantRead:
+        """Let a reader have the committed generation beside its own, until it says which one it keeps.
+
+        Args:
+            session: It reads an older one, or the same.
+            identity: What it expects.
+            generation: The one that it means; 0 for whichever is committed.
+
+        Raises:
+            LeaseConflict: It reads nothing, or is moving already.
+            GenerationConflict: Another one is committed, or none.
+            IdentityMismatch: It is something else.
+        """
+        committed = self.committed
+        if committed is not None and generation not in (0, committed.generation):
+            raise GenerationConflict(f"generation {generation} of pool {self.name!r} is not the committed one any more: {committed.generation} is")
+        if committed is not None and (differences := identity.differences(committed.identity)):
+            raise self._mismatch(committed, differences)
+        return GrantRead(session, self.generations.begin_move(session))
+
+    def end_move(self, session: SessionId, kept: int) -> list[Effect]:
+        """A reader that had two generations keeps this one alone; raises what `Generations.end_move` does."""
+        return [*self.generations.end_move(session, kept), *self._settle()]
 
     def release(self, session: SessionId) -> list[Effect]:
         """End whatever the session has here: its lease with the draft, or its place in the queue."""
         self.queue = [waiter for waiter in self.queue if waiter.session != session]
+        self.watchers.pop(session, None)
+        self.rollbacks.pop(session, None)
         effects: list[Effect] = []
         if self.draft is not None and self.draft.session == session:
             if self.draft.sizes:
                 effects.append(Free(tuple(self.draft.sizes)))
             self.draft = None
-        generation = self.readers.pop(session, None)
-        if generation is not None and generation in self.retired and generation not in self.readers.values():
-            effects.append(Free(_ids(self.retired.pop(generation))))
-        return [*effects, *self._settle()]
+        return [*effects, *self.generations.leave(session), *self._settle()]
 
     def lease_of(self, session: SessionId) -> str:
         """``write``, ``read`` or empty."""
@@ -193,98 +256,68 @@ class PublishedPool:
             return dict(self.draft.sizes)
         if session not in self.readers:
             raise LeaseConflict(f"this session has no lease on pool {self.name!r}")
-        return {allocation.id: allocation.size for allocation in self._layout(self.readers[session]).allocations}
+        return _sizes(self.generations.get(self.readers[session]))
+
+    def exportable_to(self, session: SessionId) -> dict[int, int]:
+        """The same, with those of the generation that the session is moving to.
+
+        Raises:
+            LeaseConflict: It has no lease.
+        """
+        moving = self.generations.moving.get(session)
+        return {**self.allocations_of(session), **(_sizes(self.generations.get(moving)) if moving is not None else {})}
 
     def granted(self, session: SessionId) -> GrantWrite | GrantRead | None:
         """The grant that the session has, as it was told once."""
         if self.draft is not None and self.draft.session == session:
             return GrantWrite(session, self.draft.generation)
-        return GrantRead(session, self._layout(self.readers[session])) if session in self.readers else None
-
-    def check_writer(self, session: SessionId) -> None:
-        """Raise unless this session writes.
-
-        Raises:
-            LeaseConflict: It does not.
-        """
-        self._writing(session)
-
-    def layout(self, generation: int) -> Layout | None:
-        """The layout of a generation that is committed, or kept by its readers."""
-        if self.committed is not None and self.committed.generation == generation:
-            return self.committed
-        return self.retired.get(generation)
+        return GrantRead(session, self.generations.get(self.readers[session])) if session in self.readers else None
 
     def record(self) -> PublishedRecord:
         """What the next server has to know, apart from layouts and readers."""
-        draft = self.draft
+        draft, generations = self.draft, self.generations
         return PublishedRecord(
-            self._generation,
-            self.committed.generation if self.committed else 0,
-            tuple(sorted(self.retired)),
-            DraftRecord(draft.session, draft.generation, draft.sizes, draft.batch, draft.batch_ids) if draft else None,
+            generations.last,
+            generations.current,
+            tuple(sorted(generations.retired)),
+            draft.record if draft is not None else None,
+            tuple(sorted(generations.pins)),
+            tuple(self.rollbacks.values()),
+            dict(generations.origins),
         )
 
     @classmethod
     def of(cls, name: str, record: PublishedRecord, layouts: Mapping[int, Layout]) -> Self:
         """The pool of a record. What has no layout is left out; the last generation's number is kept."""
         pool = cls(name)
-        pool._generation = record.generation
-        pool.committed = layouts.get(record.committed)
-        pool.retired = {generation: layouts[generation] for generation in record.retired if generation in layouts}
+        pool.generations.last = record.generation
+        pool.generations.restore(record.committed, record.retired, record.pinned, record.origins, layouts)
+        pool.rollbacks = {rollback.session: rollback for rollback in record.rollbacks}
         return pool
 
     def resume_draft(self, draft: DraftRecord) -> None:
         """The draft of a session that may come back."""
-        self.draft = Draft(draft.session, draft.generation, dict(draft.sizes), draft.batch, draft.batch_ids)
+        self.draft = Draft.of(draft)
 
-    def resume_reader(self, session: SessionId, generation: int) -> bool:
-        """The read lease of a session that may come back; returns whether there is such a generation."""
-        if self.layout(generation) is None:
-            return False
-        self.readers[session] = generation
-        return True
+    def resume_reader(self, session: SessionId, generation: int, moving: int = 0) -> None:
+        """The read lease of a session that may come back, and the generation that it was moving to. What is not there is left out."""
+        for had, one in ((self.generations.readers, generation), (self.generations.moving, moving)):
+            if self.generations.find(one) is not None:
+                had[session] = one
 
     def drop_unread(self) -> list[Effect]:
-        """Free older generations that nobody reads, once all readers are known."""
-        unread = [generation for generation in self.retired if generation not in self.readers.values()]
-        return [Free(_ids(self.retired.pop(generation))) for generation in unread]
+        """Free older generations that nothing keeps, once all readers are known."""
+        return [*self.generations.collect()]
 
     @property
     def idle(self) -> bool:
         """Whether the pool was never anything: nothing is lost when it is forgotten."""
-        return self.empty and self._generation == 0
+        return self.empty and self.generations.last == self._first
 
     @property
     def empty(self) -> bool:
         """Whether the pool holds nothing and nobody; it may still know its last generation."""
-        return self.committed is None and self.draft is None and not self.queue and not self.readers
-
-    def _layout(self, generation: int) -> Layout:
-        if self.committed is not None and self.committed.generation == generation:
-            return self.committed
-        return self.retired[generation]
-
-    def _writing(self, session: SessionId) -> Draft:
-        if self.draft is None or self.draft.session != session:
-            raise LeaseConflict(f"this session has no write lease on pool {self.name!r}")
-        return self.draft
-
-    def _check_owned(self, draft: Draft, ids: Sequence[int]) -> None:
-        if len(set(ids)) != len(ids):
-            raise LeaseConflict("an allocation is named twice")
-        if strange := [identifier for identifier in ids if identifier not in draft.sizes]:
-            raise LeaseConflict(f"allocations {strange} are not in the draft of pool {self.name!r}")
-
-    def _retire(self) -> list[Effect]:
-        """Make room for another committed layout: readers keep the old one, else it is freed."""
-        old, self.committed = self.committed, None
-        if old is None:
-            return []
-        if old.generation in self.readers.values():
-            self.retired[old.generation] = old
-            return []
-        return [Free(_ids(old))]
+        return self.committed is None and not (self.generations.retired or self.draft or self.queue or self.watchers or self.readers)
 
     def _settle(self) -> list[Effect]:
         """Answer every request that can be answered now, in order of arrival. Readers never look at the queue, so no waiting writer blocks one."""
@@ -295,11 +328,21 @@ class PublishedPool:
             if isinstance(decision, str):
                 if decision != waiter.reason:
                     effects.append(Wait(waiter.session, decision))
-                waiting.append(Waiter(waiter.session, waiter.mode, waiter.identity, waiter.replace, decision))
+                waiting.append(dataclasses.replace(waiter, reason=decision))
             else:
                 effects += decision
         self.queue = waiting
-        return effects
+        return [*effects, *self._tell()]
+
+    def _tell(self) -> list[Effect]:
+        """Answer every session that waits for a generation which is committed now."""
+        committed = self.committed
+        if committed is None:
+            return []
+        told = [session for session, after in self.watchers.items() if committed.generation > after]
+        for session in told:
+            del self.watchers[session]
+        return [News(session, committed) for session in told]
 
     def _decide(self, waiter: Waiter) -> list[Effect] | str:
         """Effects that answer the request, or the reason why it has to wait."""
@@ -308,32 +351,37 @@ class PublishedPool:
         committed = self.committed
         differences = waiter.identity.differences(committed.identity) if committed else {}
         if committed and not differences:
-            self.readers[waiter.session] = committed.generation
+            self.generations.readers[waiter.session] = committed.generation
             return [GrantRead(waiter.session, committed)]
         if self.draft is not None:
             return f"session {self.draft.session} is writing generation {self.draft.generation}"
         if committed:
             return [Refuse(waiter.session, self._mismatch(committed, differences))]
         if waiter.mode == "auto":
-            return self._start_draft(waiter.session)
+            forbidden = waiter.forbidden()
+            return self._start_draft(waiter) if forbidden is None else f"nothing is published, and {forbidden.message}"
         return "nothing is published yet and nobody is writing"
 
     def _decide_write(self, waiter: Waiter) -> list[Effect] | str:
-        if self.draft is not None:
-            return f"session {self.draft.session} is writing generation {self.draft.generation}"
-        if waiter.replace is None:
-            return self._start_draft(waiter.session)
-        current = self.committed.generation if self.committed else 0
-        if current != waiter.replace:
+        current = self.generations.current
+        if waiter.replace not in (None, current):  # also while one is written: what gets that number need not be what the caller has in mind
             message = f"generation {waiter.replace} of pool {self.name!r} was to be replaced, but the committed one is {current}"
             return [Refuse(waiter.session, GenerationConflict(message))]
-        if holders := sorted(session for session, generation in self.readers.items() if generation == current):
+        if self.draft is not None:
+            return f"session {self.draft.session} is writing generation {self.draft.generation}"
+        if (forbidden := waiter.forbidden()) is not None:
+            return [Refuse(waiter.session, forbidden)]
+        if waiter.replace is None:
+            return self._start_draft(waiter)
+        if holders := self.generations.readers_of(current):
             return f"generation {current} is still read by sessions {', '.join(map(str, holders))}"
-        return [*self._retire(), *self._start_draft(waiter.session)]
+        if current in self.generations.pins:
+            return f"generation {current} is pinned"
+        return [*self.generations.retire(), *self._start_draft(waiter)]
 
-    def _start_draft(self, session: SessionId) -> list[Effect]:
-        self.draft = Draft(session, self._generation + 1)
-        return [GrantWrite(session, self.draft.generation)]
+    def _start_draft(self, waiter: Waiter) -> list[Effect]:
+        self.draft = Draft(waiter.session, self.generations.last + 1, waiter.renumbers)
+        return [GrantWrite(waiter.session, self.draft.generation)]
 
     def _mismatch(self, committed: Layout, differences: dict[str, str]) -> IdentityMismatch:
         listing = "; ".join(f"{name}: {pair}" for name, pair in differences.items())
@@ -344,5 +392,5 @@ class PublishedPool:
         )
 
 
-def _ids(layout: Layout) -> tuple[int, ...]:
-    return tuple(allocation.id for allocation in layout.allocations)
+def _sizes(layout: Layout) -> dict[int, int]:
+    return {allocation.id: allocation.size for allocation in layout.allocations}

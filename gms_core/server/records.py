@@ -11,8 +11,11 @@ from gms_core.protocol.messages import Order, Role
 from gms_core.server.effects import SessionId
 from gms_core.server.seat import Claim
 
-FORMAT = 1
-"""Of all of them together. A server reads the formats that it knows, and takes nothing over from another."""
+FORMATS = (1, 2)
+"""Of all of them together: those that a server knows, the one in which everything can be said last. It takes nothing over from a later one, and
+leaves what there is. 2 is written only while a generation is there that a rollback has made: a server that knows 1 alone, and would take everything
+over from it, would free the memory of that one with the generation that it came from.
+"""
 
 
 HolderState = Literal["alive", "mute", "gone"]
@@ -29,6 +32,7 @@ class About(msgspec.Struct, frozen=True):
         session: Number of the last session.
         allocation: Number of the last allocation.
         restarts: See `gms_core.protocol.observation.Observation`.
+        generation: The highest number of a generation of all published pools that were forgotten.
     """
 
     format: int
@@ -38,16 +42,28 @@ class About(msgspec.Struct, frozen=True):
     session: int = 0
     allocation: int = 0
     restarts: dict[str, int] = {}
+    generation: int = 0
 
 
 class DraftRecord(msgspec.Struct, frozen=True):
-    """A draft; see `gms_core.server.published.Draft`."""
+    """A draft; see `gms_core.server.draft.Draft`."""
 
     session: SessionId
     generation: int
     sizes: dict[int, int]
     batch: int = 0
     batch_ids: tuple[int, ...] = ()
+    renumbers: bool = False
+
+
+class RollbackRecord(msgspec.Struct, frozen=True):
+    """What a session has asked for, by which number of its own, and the generation that came of it."""
+
+    session: SessionId
+    to: int
+    expected: int
+    generation: int
+    number: int = 0
 
 
 class PublishedRecord(msgspec.Struct, frozen=True):
@@ -56,13 +72,24 @@ class PublishedRecord(msgspec.Struct, frozen=True):
     Attributes:
         generation: The last one that was committed.
         committed: The one that new readers get; 0 if there is none.
-        retired: Those that are kept by readers.
+        retired: Those that are kept by readers or pins.
+        pinned: Those that are kept without readers.
+        rollbacks: The last one of each session.
+        origins: Of each generation that a rollback has made, the one under whose number its layout is written.
     """
 
     generation: int
     committed: int = 0
     retired: tuple[int, ...] = ()
     draft: DraftRecord | None = None
+    pinned: tuple[int, ...] = ()
+    rollbacks: tuple[RollbackRecord, ...] = ()
+    origins: dict[int, int] = {}
+
+    @property
+    def written(self) -> dict[int, int]:
+        """A generation of each layout that is there, by the number under which that is written."""
+        return {self.origins.get(generation, generation): generation for generation in (self.committed, *self.retired) if generation}
 
 
 SeatRecord = tuple[int, Claim | None, str]
@@ -123,6 +150,8 @@ class SessionRecord(msgspec.Struct, frozen=True):
         started: As of `MemberRecord`.
         leases: Generation that it reads, by pool.
         uses: Retained pools whose plan it has.
+        moves: Generation that it is about to read instead, by pool.
+        away_since: When the first server began to wait for its client, on the monotonic clock; 0 if that was there.
     """
 
     token: str
@@ -134,6 +163,8 @@ class SessionRecord(msgspec.Struct, frozen=True):
     started: int = 0
     leases: dict[str, int] = {}
     uses: tuple[str, ...] = ()
+    moves: dict[str, int] = {}
+    away_since: float = 0.0
 
 
 class OwnersRecord(msgspec.Struct, frozen=True):

@@ -7,9 +7,13 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+from msgspec.structs import replace
+
 from gms_core import __version__
 from gms_core.events import Kind
-from gms_core.protocol.messages import PoolStatus, SessionStatus, StatusReport
+from gms_core.protocol.framing import MAX_PAYLOAD
+from gms_core.protocol.messages import GenerationStatus, PoolStatus, SessionStatus, StatusReport
 from gms_core.protocol.peer import PeerCredentials
 from gms_core.server.effects import SessionId
 from gms_core.server.observer import Observer
@@ -51,19 +55,32 @@ class Reported(Protocol):
 def pool_status(pool: PublishedPool) -> PoolStatus:
     """One pool as it is now."""
     committed, draft = pool.committed, pool.draft
+    readers = pool.generations.readers_by_generation()
     return PoolStatus(
         name=pool.name,
-        state="writing" if draft and not committed else "committed" if committed else "empty",
+        state="committed" if committed else "writing" if draft else "retired" if pool.generations.retired else "empty",
         generation=committed.generation if committed else 0,
         digest=committed.digest if committed else "",
         identity=committed.identity.fields if committed else {},
         allocations=len(committed.allocations) if committed else 0,
         bytes=committed.size if committed else 0,
         draft_bytes=sum(draft.sizes.values()) if draft else 0,
-        retired_bytes=sum(layout.size for layout in pool.retired.values()),
+        retired_bytes=pool.generations.retired_bytes,
         readers=tuple(sorted(pool.readers)),
         writer=draft.session if draft else 0,
         waiting=tuple(waiter.session for waiter in pool.queue),
+        generations=tuple(
+            GenerationStatus(
+                generation=generation,
+                committed=layout is committed,
+                digest=layout.digest,
+                identity=layout.identity.fields,
+                bytes=layout.size,
+                readers=tuple(readers.get(generation, ())),
+                pinned=generation in pool.generations.pins,
+            )
+            for generation, layout in sorted(pool.generations.all().items())
+        ),
     )
 
 
@@ -88,6 +105,10 @@ async def status_report(service: Service, *, brief: bool) -> StatusReport:
         service: The server's.
         brief: Whether to leave out the sessions.
     """
+    return _within(await _whole_report(service, brief=brief), MAX_PAYLOAD)
+
+
+async def _whole_report(service: Service, *, brief: bool) -> StatusReport:
     info = await service.memory.info()
     published, waits = service.published.pools, service.memory.waits()
     sessions = [] if brief else sorted(service.sessions.items())
@@ -112,6 +133,35 @@ async def status_report(service: Service, *, brief: bool) -> StatusReport:
         memory_queue=waits,
         quotas=service.accounts.status(),
     )
+
+
+def _within(report: StatusReport, most: int) -> StatusReport:
+    """As much of a report as so many bytes have room for: an operator has to see something just when there is too much of everything."""
+    for cut in (_without_older_identities, _without_sessions, _without_generations):
+        if len(msgspec.msgpack.encode(report)) <= most:
+            break
+        report = replace(cut(report), cut=True)
+    return report
+
+
+def _without_older_identities(report: StatusReport) -> StatusReport:
+    pools = (
+        replace(pool, generations=tuple(one if one.committed else replace(one, identity={}) for one in pool.generations)) for pool in report.pools
+    )
+    return replace(report, pools=tuple(pools))
+
+
+def _without_sessions(report: StatusReport) -> StatusReport:
+    pools = (replace(pool, readers=(), waiting=(), generations=tuple(replace(one, readers=()) for one in pool.generations)) for pool in report.pools)
+    retained = (replace(pool, users=(), waiting=()) for pool in report.retained)
+    return replace(report, sessions=(), pools=tuple(pools), retained=tuple(retained))
+
+
+def _without_generations(report: StatusReport) -> StatusReport:
+    pools = (
+        replace(pool, identity={}, generations=tuple(replace(one, identity={}) for one in pool.generations if one.committed)) for pool in report.pools
+    )
+    return replace(report, pools=tuple(pools), retained=tuple(replace(pool, identity={}) for pool in report.retained))
 
 
 def tell_of_start(observer: Observer, device: str, state: State) -> None:

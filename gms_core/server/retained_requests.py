@@ -84,7 +84,7 @@ class RetainedRequests:
             await session.send(PlanDue(pool.name), ())
             return
         try:
-            self._accounts.check_joins(pool.name)
+            self._accounts.check_joins(pool.name, session.id)
             self._apply(pool, pool.ask_plan(claim, request.identity))
             answer = await session.answer(
                 f"plan of pool {pool.name}", request.timeout_s, ended, lambda: self._apply(pool, pool.withdraw(session.id, request.timeout_s))

@@ -6,7 +6,7 @@ it calls `vacate` once that is proven.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gms_core.errors import AcquireTimeout, CohortFenced, GmsError, LeaseConflict
 from gms_core.server.effects import Refuse, SessionId, Wait
@@ -68,6 +68,11 @@ class Seat:
     def resume(self, number: int, holder: Claim | None, ending: str) -> None:
         """Take a seat over as `record` told it."""
         self.number, self.holder, self.ending = number, holder, ending
+
+    def hand_on(self, session: SessionId) -> None:
+        """The holder's process goes on with another session."""
+        assert self.holder is not None
+        self.holder = replace(self.holder, session=session)
 
     def claim(self, claim: Claim, *, first: bool = False) -> list[SeatEffect]:
         """Ask for the seat; the answer is among the effects, now or of a later call.

@@ -10,15 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from gms_core import __version__
-from gms_core.errors import (
-    ConnectionLost,
-    JournalUnavailable,
-    LeaseConflict,
-    ProtocolError,
-    QuotaExceeded,
-)
+from gms_core.errors import ConnectionLost, InvalidArgument, JournalUnavailable, LeaseConflict, ProtocolError, QuotaExceeded
 from gms_core.events import Kind
+from gms_core.protocol.generations import FEATURE, GenerationRequest
 from gms_core.protocol.messages import (
+    STAYS,
     Acquire,
     Allocate,
     AwaitRole,
@@ -57,14 +53,16 @@ from gms_core.server.cohort_requests import CohortRequests
 from gms_core.server.durable import Durable
 from gms_core.server.effects import SessionId
 from gms_core.server.exports import send_descriptors
+from gms_core.server.generation_requests import GenerationRequests
+from gms_core.server.grace import Grace
 from gms_core.server.handshake import agreed_version
 from gms_core.server.journal import Journal
-from gms_core.server.kinds import GRANTING, IDLE, added_bytes
+from gms_core.server.kinds import GRANTING, IDLE, added_bytes, written_again
 from gms_core.server.limits import Limits, check_metadata, check_name, printable
 from gms_core.server.memory import Memory
 from gms_core.server.observer import Observer
 from gms_core.server.published_requests import PublishedRequests
-from gms_core.server.records import FORMAT, About
+from gms_core.server.records import About
 from gms_core.server.report import status_report, tell_of_start
 from gms_core.server.retained_requests import RetainedRequests
 from gms_core.server.rights import check_rights
@@ -83,7 +81,7 @@ class Service:
         memory: Its allocations.
         limits: Bounds on what clients may cost.
         journal: Where the state is written for the next server; None for a server that nothing outlives.
-        on_hand_over: Called when another server is to take over; this one has to end without releasing anything.
+        on_hand_over: Called when another server is to take over; this one has to end without releasing anything. None to refuse.
         quotas: What users and pools may have.
     """
 
@@ -93,7 +91,7 @@ class Service:
         memory: Memory,
         limits: Limits,
         journal: Journal | None = None,
-        on_hand_over: Callable[[], None] = lambda: None,
+        on_hand_over: Callable[[], None] | None = lambda: None,
         quotas: Sequence[Quota] = (),
     ) -> None:
         self.device = device
@@ -134,6 +132,7 @@ class Service:
             others=lambda: self.retained.pools,
             tell=tell,
         )
+        self.generations = GenerationRequests(self.published, limits, self.accounts, tell)
         self.retained = RetainedRequests(
             self.sessions,
             memory,
@@ -154,7 +153,8 @@ class Service:
             observer=self.observer,
         )
         self.accounts.published, self.accounts.retained = self.published.pools, self.retained.pools
-        self._last_session, self._in_grace, self._stopping = 0, False, False
+        self.grace = Grace(self.sessions, limits.grace_s, self._give_up)
+        self._last_session, self._stopping = 0, False
         self.started = time.monotonic()
 
     async def open(self, hello: Hello, peer: PeerCredentials, send: Send, open_pidfd: Callable[[], int]) -> Session:
@@ -193,16 +193,19 @@ class Service:
         session.send, session.open_pidfd, session.repeats = send_when_written, open_pidfd, hello.repeats
         driver = self.memory.driver
         grace_s = self.limits.keep_s if session.token else 0.0
-        welcome = Welcome(version, __version__, self.device, driver.name, driver.granularity, session.id, session.token, grace_s)
+        features = (FEATURE,) if self._on_hand_over is not None else (FEATURE, STAYS)
+        welcome = Welcome(version, __version__, self.device, driver.name, driver.granularity, session.id, session.token, grace_s, features)
         self.durable.touch("about/", f"session/{session.id}")
         self.sessions[session.id] = session
-        session.detached, session.promises = False, True
+        away_since, session.away_since = session.away_since, 0.0
+        session.detached, session.overdue, session.promises = False, False, True
         try:
             await session.send(welcome, ())
         except BaseException:
             if hello.resume:  # this try was given up, and the client may be at its next one
-                session.detached = True
-                asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+                session.detached, session.away_since = True, away_since
+                self.durable.touch(f"session/{session.id}")
+                self.grace.wind()
             else:
                 self.close(session)
             raise
@@ -248,7 +251,7 @@ class Service:
         self.accounts.resume(state.owners)
         self.engines.resume(state.cohorts, state.ended, state.locks)
         self.retained.resume(state.retained, with_memory=state.with_memory)
-        self.published.resume(state.pools, state.sessions)
+        self.published.resume(state.pools, state.sessions, state.about.generation if state.about else 0)
         for number, record in state.sessions.items():
             if (cohort := self.engines.cohorts.joined(number)) is not None:
                 for name in record.uses:
@@ -261,42 +264,36 @@ class Service:
         gone = [session for session in self.sessions.values() if session.started and process_started(session.peer.pid) != session.started]
         for session in gone:
             self.close(session)
-        self._in_grace = True
-        asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+        self.grace.begin()
 
-    def _end_grace(self) -> None:
+    def _give_up(self, session: Session) -> None:
         """Whoever has not come back by now has lost what it had; but no engine is ended because it is slow, as long as its process lives."""
-        self._in_grace = False
-        away = [session for session in self.sessions.values() if session.detached]
-        for session in away:
-            if self.engines.cohorts.joined(session.id) is None or process_started(session.peer.pid) != session.started:
-                self.observer.tell(Kind.SESSION_LOST, str(session.id), **session.who, seconds=self.limits.grace_s)
-                self.close(session)
-        if any(session.detached for session in away):
-            asyncio.get_running_loop().call_later(self.limits.grace_s, self._end_grace)
+        if self.engines.cohorts.joined(session.id) is None or process_started(session.peer.pid) != session.started:
+            self.observer.tell(Kind.SESSION_LOST, str(session.id), **session.who, seconds=self.limits.grace_s)
+            self.close(session)
 
     def _drop_stale(self, session: Session, cohort: str) -> None:
-        """A process joins a cohort anew: sessions of it that it has not come back to, and will not, are no members any more."""
-        if self._in_grace:
-            return
-        for stale in [other for other in self.sessions.values() if other.detached and other.is_of(session)]:
+        """A process has joined a cohort anew: sessions of it that it has not come back to, and will not, are no members any more."""
+        for stale in [other for other in self.sessions.values() if other.detached and other.overdue and other.is_of(session)]:
             joined = self.engines.cohorts.joined(stale.id)
             if joined is not None and joined.name == cohort:
-                self.engines.forget(stale.id)
+                self.engines.forget(stale.id, session.id)
                 self.close(stale)
 
     def _about(self) -> About:
-        return About(FORMAT, self.device, self._label, boot_id(), self._last_session, self.memory.last, self.observer.restarts)
+        format_, generation = self.published.format, self.published.forgotten
+        return About(format_, self.device, self._label, boot_id(), self._last_session, self.memory.last, self.observer.restarts, generation)
 
     def _session_value(self, number: SessionId) -> bytes | None:
         session = self.sessions.get(number)
         if session is None or not session.token:
             return None
-        return encode(session.record(self.published.leases_of(number), self.retained.used_by(number)))
+        return encode(session.record(self.published.leases_of(number), self.retained.used_by(number), self.published.moves_of(number)))
 
     def stop(self) -> None:
         """The server is about to end its connections, by its own will: that says nothing about the engines, so none is ended for it."""
         self._stopping = True
+        self.grace.close()
         self.engines.close()
         self.durable.write_if_possible()
 
@@ -311,9 +308,7 @@ class Service:
             try:
                 check_rights(session, request, self.accounts, self.sessions, self.engines.cohorts.by_name, self.engines.locks)
                 if isinstance(request, GRANTING) and not session.repeats:  # one that was carried out needs no room, and must not be refused
-                    self.durable.reserve(
-                        added_bytes(request) + self.durable.size("retained") + self.durable.size(f"pool/{getattr(request, 'pool', '')}")
-                    )
+                    self.durable.reserve(added_bytes(request) + sum(map(self.durable.size, written_again(request))))
                 await self._handle(session, request, ended)
             finally:
                 session.repeats, session.promises = False, True
@@ -337,8 +332,8 @@ class Service:
                     self.published.release(session, request.pool)
                 await session.send(Done(), ())
             case Join():
-                self._drop_stale(session, request.cohort)
                 await self.engines.join(session, request)
+                self._drop_stale(session, request.cohort)  # not before: a process is watched at every moment, and its exit frees its locks
             case WillNotify():
                 await self.engines.will_notify(session)
             case Report():
@@ -357,6 +352,8 @@ class Service:
                     self.retained.prefer(request.cohort)
                 self.durable.write_if_possible()  # an operator is obeyed on a full disk too
                 await session.send(Done(), ())
+            case _ if isinstance(request, GenerationRequest):
+                await self.generations.handle(session, request, ended)
             case Plan():
                 check_metadata(self.limits, request.identity)
                 check_name(request.pool, others=self.published.pools)
@@ -376,6 +373,8 @@ class Service:
             case Events():
                 await self.observer.events(session, request, ended, self.limits.wait_s)
             case HandOver():
+                if self._on_hand_over is None:
+                    raise InvalidArgument("systemd starts the next server of this device", hint="Run systemctl restart with the name of its unit.")
                 self.observer.tell(Kind.SERVER_HANDED_OVER, self.device, pid=session.peer.pid)
                 await session.send(Done(), ())
                 self._on_hand_over()
@@ -384,7 +383,7 @@ class Service:
 
     async def _export(self, session: Session, request: Export) -> None:
         retained = self.retained.pools.get(request.pool)
-        covered = retained.allocations_of(session.id) if retained is not None else self.published.allocations_of(session.id, request.pool)
+        covered = retained.allocations_of(session.id) if retained is not None else self.published.covered(session.id, request)
         if strange := [identifier for identifier in request.ids if identifier not in covered]:
             raise LeaseConflict(f"allocations {strange[:5]} are not covered by this session's lease on pool {request.pool!r}")
         await send_descriptors(self.memory, session, [(identifier, covered[identifier]) for identifier in request.ids or covered])

@@ -36,6 +36,8 @@ class Session:
         token: With which its client can resume it at the next server; empty if it cannot.
         started: When the client's process was started, in ticks of the kernel; 0 if that is not known.
         detached: Whether it was taken over from the server before, and its client has not come back yet.
+        away_since: When the first server began to wait for its client, on the monotonic clock; 0 if that is there.
+        overdue: Whether its client has had all the time that there is to come back.
         repeats: Whether the client's next request may have been carried out already.
         promises: Whether the answer to the request that is being carried out rests on what the next server has to know.
     """
@@ -51,6 +53,8 @@ class Session:
     token: str = ""
     started: int = 0
     detached: bool = False
+    away_since: float = 0.0
+    overdue: bool = False
     repeats: bool = False
     promises: bool = True
 
@@ -68,15 +72,16 @@ class Session:
         """Its process, and what that calls itself, for events."""
         return {"pid": self.peer.pid, "client": self.client[:NAME]}
 
-    def record(self, leases: dict[str, int], uses: tuple[str, ...]) -> SessionRecord:
+    def record(self, leases: dict[str, int], uses: tuple[str, ...], moves: dict[str, int]) -> SessionRecord:
         """What the next server has to know.
 
         Args:
             leases: Generation that it reads, by pool.
             uses: Retained pools whose plan it has.
+            moves: Generation that it is about to read instead, by pool.
         """
         peer = self.peer
-        return SessionRecord(self.token, peer.pid, peer.uid, peer.gid, self.client, self.since, self.started, leases, uses)
+        return SessionRecord(self.token, peer.pid, peer.uid, peer.gid, self.client, self.since, self.started, leases, uses, moves, self.away_since)
 
     async def answer(self, about: str, timeout_s: float, ended: asyncio.Event, withdraw: Callable[[], None]) -> Any:
         """Wait for the decision about this session's request, and tell the client what it waits for.
@@ -119,6 +124,8 @@ class Session:
 
     async def _next(self, deadline: float, ended: asyncio.Event) -> Any:
         """The next decision about the session's request; None when its time is over."""
+        if not self.answers.empty():
+            return self.answers.get_nowait()  # decided at once, as most are: no task is needed
         answer = asyncio.ensure_future(self.answers.get())
         gone = asyncio.ensure_future(ended.wait())
         try:
@@ -135,6 +142,7 @@ class Session:
 
 def detached(number: SessionId, record: SessionRecord) -> Session:
     """A session of the server before, whose client has not come back yet."""
+    now = time.monotonic()
 
     async def send(_: Message, __: tuple[int, ...]) -> None:
         raise ConnectionResetError("the client has not come back yet")
@@ -150,6 +158,7 @@ def detached(number: SessionId, record: SessionRecord) -> Session:
         token=record.token,
         started=record.started,
         detached=True,
+        away_since=min(now, record.away_since) or now,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gms_core.errors import JournalDamaged
+from gms_core.errors import JournalDamaged, VersionMismatch
 from gms_core.layout import Layout
 from gms_core.server.effects import SessionId
 from gms_core.server.journal import Values
 from gms_core.server.published import PublishedPool
-from gms_core.server.records import FORMAT, About, CohortRecord, OwnersRecord, PublishedRecord, RetainedRecord, SeatRecord, SessionRecord
+from gms_core.server.records import FORMATS, About, CohortRecord, OwnersRecord, PublishedRecord, RetainedRecord, SeatRecord, SessionRecord
 
 _encoder = msgspec.msgpack.Encoder()
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -54,15 +55,21 @@ def read(values: Values, device: str, label: str) -> State:
         label: Of the keeper that is there now.
 
     Raises:
-        JournalDamaged: It is of another device, or in a format that this version does not know.
+        JournalDamaged: It is of another device, or cannot be understood.
+        VersionMismatch: It is in the format of a later version.
     """
     if not values:
         return State()
     if "about/" not in values:
         raise JournalDamaged("the journal does not say whose it is")
     about = decode(values["about/"], About)
-    if about.format != FORMAT or about.device != device:
-        raise JournalDamaged(f"the journal is of {about.device} in format {about.format}, not of {device} in format {FORMAT}")
+    if about.format not in FORMATS:
+        raise VersionMismatch(
+            f"what the last server of {device} has left is in format {about.format}, and this version knows {', '.join(map(str, FORMATS))}",
+            hint="Start a server of that later version; nothing was changed.",
+        )
+    if about.device != device:
+        raise JournalDamaged(f"the journal is of {about.device}, not of {device}")
     state = State(about, with_memory=bool(label) and (about.label, about.boot) == (label, boot_id()))
     by_kind: dict[str, dict[str, bytes]] = {}
     for name, value in values.items():
@@ -71,15 +78,15 @@ def read(values: Values, device: str, label: str) -> State:
     state.numbers = tuple(SessionId(int(name)) for name in by_kind.get("session", {}))
     layouts: dict[str, dict[int, Layout]] = {}
     for name, value in by_kind.get("layout", {}).items():
-        layout = decode(value, Layout)
-        layouts.setdefault(name.rpartition("/")[0], {})[layout.generation] = layout
+        pool_name, _, number = name.rpartition("/")
+        layouts.setdefault(pool_name, {})[int(number)] = decode(value, Layout)
     for name, value in by_kind.get("pool", {}).items():
         record = decode(value, PublishedRecord)
         pool = state.pools[name] = PublishedPool.of(name, record, layouts.get(name, {}) if state.with_memory else {})
         if state.with_memory and record.draft is not None:
             pool.resume_draft(record.draft)
             state.allocations.update(record.draft.sizes)
-        for kept in (pool.committed, *pool.retired.values()):
+        for kept in (pool.committed, *pool.generations.retired.values()):
             if kept is not None:
                 state.allocations.update({allocation.id: allocation.size for allocation in kept.allocations})
     state.retained = {name: decode(value, RetainedRecord) for name, value in by_kind.get("retained", {}).items()}
@@ -124,16 +131,17 @@ def pool_values(name: str, pool: PublishedPool | None, written: Values) -> dict[
     before = written.get(f"pool/{name}")
     old = decode(before, PublishedRecord) if before is not None else PublishedRecord(0)
     record = pool.record() if pool is not None and not pool.idle else None
-    now = set() if record is None else {generation for generation in (record.committed, *record.retired) if generation}
+    now = record.written if record is not None else {}
     changes: dict[str, bytes | None] = {f"pool/{name}": encode(record) if record is not None else None}
-    for generation in {old.committed, *old.retired} - now - {0}:
-        changes[f"layout/{name}/{generation}"] = None
-    for generation in now:
-        if (key := f"layout/{name}/{generation}") not in written and pool is not None:
-            changes[key] = encode(pool.layout(generation))
+    for number in old.written.keys() - now.keys():
+        changes[f"layout/{name}/{number}"] = None
+    for number, generation in now.items():
+        if (key := f"layout/{name}/{number}") not in written and pool is not None:
+            changes[key] = encode(pool.generations.get(generation))
     return changes
 
 
+@functools.cache
 def boot_id() -> str:
-    """The kernel's random text of this boot, and in which namespace numbers of processes have their meaning."""
+    """The kernel's random text of this boot, and in which namespace numbers of processes count. Neither changes while a process lives."""
     return f"{_BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"

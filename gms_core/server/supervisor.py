@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -19,11 +20,14 @@ from pathlib import Path
 from gms_core.allowed import allowed
 from gms_core.config import child_environment
 from gms_core.devices import HOST, DeviceId
-from gms_core.errors import GmsError, ServerUnavailable, rebuild
+from gms_core.errors import GmsError, ServerUnavailable, VersionMismatch, rebuild
+from gms_core.exit_words import how
 from gms_core.quotas import Quota, encode_quotas
 from gms_core.runtime_dir import prepare, socket_path
 from gms_core.server.exit_codes import HANDED_OVER
+from gms_core.server.own_keepers import OwnKeepers, discard_store
 from gms_core.server.ownership import give_up
+from gms_core.service_manager import ServiceManager
 from gms_core.stop_signals import stop_signals
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 2.0
 KEEP_S = 120.0
 """Seconds for which memory is kept without a server, unless something else is wanted."""
+READY_AGAIN_S = 1.0
+"""Seconds between two tries to tell the service manager of readiness."""
 STOP_S = 5.0
 """Seconds that a device server gets to end by itself."""
 
@@ -50,7 +56,7 @@ class Child:
         delay_s: Seconds before the next restart.
         was_ready: Whether clients could ever connect to it.
         failed: Whether it has ended, or could not be started, since the supervisor began.
-        handed_over: Whether another supervisor has its device now.
+        not_ours: Whether another supervisor has its device now, or should: a later version has left there what this one cannot take over.
     """
 
     device: DeviceId
@@ -64,7 +70,7 @@ class Child:
     delay_s: float = FIRST_DELAY_S
     was_ready: bool = False
     failed: bool = False
-    handed_over: bool = False
+    not_ours: bool = False
 
 
 def serve(
@@ -76,6 +82,8 @@ def serve(
     keep_s: float = KEEP_S,
     allow: Sequence[str] = (),
     quotas: Sequence[Quota] = (),
+    manager: ServiceManager | None = None,
+    stored: bool = False,
 ) -> int:
     """Run device servers until SIGTERM or SIGINT, or until others have taken over all of their devices.
 
@@ -87,20 +95,32 @@ def serve(
         keep_s: Seconds for which memory is kept while a device has no server.
         allow: Who may use the servers besides this user and root; see `gms_core.allowed`.
         quotas: What users and pools may have on each device.
+        manager: The service manager; it is told when the first of the servers is ready, and when they end.
+        stored: Whether this process is the keeper, and the service manager has what it keeps, instead of a process for each device.
 
     Returns:
         0 once all have ended because they were told to, or were taken over.
 
     Raises:
-        GmsError: The runtime directory is not safe, or no device could be served at all.
+        GmsError: The runtime directory is not safe, no device could be served at all, or the service manager was to keep something and does not.
     """
     admitted = allowed(allow)
     directory = prepare(runtime_dir, admitted.files)
     options = [word for one in admitted.words for word in ("--allow", one)] + (["--quotas", encode_quotas(quotas)] if quotas else [])
+    manager = manager or ServiceManager()
+    keepers = None
+    if stored:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one descriptor an allocation, of all devices
+        keepers = OwnKeepers(devices, directory, manager)
+        options.append("--stored")
+    else:
+        discard_store(manager)
     with stop_signals((signal.SIGTERM, signal.SIGINT)) as told, contextlib.ExitStack() as children_end:
         children = [Child(device) for device in devices]
-        children_end.callback(_stop, children, directory)
-        supervisor = _Supervisor(children, directory, host_memory, keep_s, options, on_ready, told)
+        children_end.callback(_stop, children, directory, stored=stored)
+        children_end.callback(manager.tell, "STOPPING=1")
+        supervisor = _Supervisor(children, directory, host_memory, keep_s, options, on_ready, told, manager, keepers)
         supervisor.run()
     return 0
 
@@ -115,6 +135,8 @@ class _Supervisor:
         options: Sequence[str],
         on_ready: Callable[[DeviceId, Path], None],
         told: socket.socket,
+        manager: ServiceManager,
+        keepers: OwnKeepers | None,
     ) -> None:
         self._children = children
         self._directory = directory
@@ -123,6 +145,9 @@ class _Supervisor:
         self._options = options
         self._on_ready = on_ready
         self._told = told
+        self._manager = manager
+        self._keepers = keepers
+        self._has_told = False
 
     def run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -130,7 +155,7 @@ class _Supervisor:
             for child in self._children:
                 self._start(child, selector)
             while True:
-                events = selector.select(self._until_next_restart())
+                events = selector.select(self._until_next_try())
                 for key, _ in events:
                     if key.fileobj is self._told:
                         return
@@ -139,17 +164,35 @@ class _Supervisor:
                         self._read_ready(child, selector)
                     else:
                         self._ended(child, selector)
-                if all(child.handed_over for child in self._children):
+                self._tell_when_ready()
+                if all(child.not_ours for child in self._children):
                     return
                 for child in self._children:
-                    if child.process is None and not child.handed_over and child.restart_at <= time.monotonic():
+                    if child.process is None and not child.not_ours and child.restart_at <= time.monotonic():
                         self._start(child, selector)
 
-    def _until_next_restart(self) -> float | None:
-        waits = [child.restart_at - time.monotonic() for child in self._children if child.process is None and not child.handed_over]
+    def _tell_when_ready(self) -> None:
+        """Tell the service manager, until it could be told, that a device can be served: another one that hangs must not take that down."""
+        if self._is_ready and not self._has_told:
+            self._has_told = self._manager.tell("READY=1")
+
+    @property
+    def _is_ready(self) -> bool:
+        return any(child.was_ready for child in self._children)
+
+    def _until_next_try(self) -> float | None:
+        waits = [child.restart_at - time.monotonic() for child in self._children if child.process is None and not child.not_ours]
+        waits += [READY_AGAIN_S] if self._is_ready and not self._has_told else []
         return max(0.0, min(waits)) if waits else None
 
     def _start(self, child: Child, selector: selectors.BaseSelector) -> None:
+        try:
+            if self._keepers is not None:
+                self._keepers.begin(child.device)
+        except GmsError as error:  # another server still ends, or there is no room: the other devices must be served
+            child.started_at = time.monotonic()
+            self._try_later(child, error)
+            return
         child.started_at = time.monotonic()
         lifeline, child.lifeline = os.pipe()
         child.ready, ready = os.pipe()
@@ -196,9 +239,11 @@ class _Supervisor:
         code = _reap(child)
         if code == HANDED_OVER:
             log.info("another server has taken %s over", child.device)
-            child.handed_over = True
+            child.not_ours = True
             return
-        self._try_later(child, _failure(child, code))
+        error = _failure(child, code)
+        child.not_ours = isinstance(error, VersionMismatch)
+        self._try_later(child, error)
 
     def _try_later(self, child: Child, error: GmsError) -> None:
         child.failed = True
@@ -206,6 +251,9 @@ class _Supervisor:
             child.delay_s = FIRST_DELAY_S
         if all(other.failed and not other.was_ready for other in self._children):
             raise error
+        if child.not_ours:
+            log.error("%s", error)
+            return
         log.error("%s; starting it again in %.1f s", error, child.delay_s)
         child.restart_at = time.monotonic() + child.delay_s
         child.delay_s = min(2 * child.delay_s, LONGEST_DELAY_S)
@@ -220,8 +268,7 @@ def _failure(child: Child, code: int) -> GmsError:
     if child.message.startswith(b"["):
         code_of_error, message, hint = json.loads(child.message)
         return rebuild(code_of_error, message, hint, {})
-    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    return ServerUnavailable(f"the device server of {child.device} {how}")
+    return ServerUnavailable(f"the device server of {child.device} {how(code)}")
 
 
 def _reap(child: Child) -> int:
@@ -232,8 +279,8 @@ def _reap(child: Child) -> int:
     return code
 
 
-def _stop(children: Sequence[Child], directory: Path) -> None:
-    """End all device servers: politely, then by SIGKILL. What is left by those that could not end so is given up."""
+def _stop(children: Sequence[Child], directory: Path, *, stored: bool) -> None:
+    """End all device servers: politely, then by SIGKILL. What is left by those that could not end so is given up, unless systemd decides that."""
     running = [child for child in children if child.process is not None]
     for child in running:
         if child.process is not None:
@@ -245,10 +292,10 @@ def _stop(children: Sequence[Child], directory: Path) -> None:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
-        child.handed_over = _reap(child) == HANDED_OVER
+        child.not_ours = _reap(child) == HANDED_OVER
         if child.ready is not None:
             os.close(child.ready)
             child.ready = None
     for child in children:
-        if not child.handed_over:
+        if not child.not_ours and not stored:
             give_up(socket_path(child.device, directory))

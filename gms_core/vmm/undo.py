@@ -17,10 +17,15 @@ class UndoStack:
 
     An inverse that fails does not keep the others from running, and never hides the error that ended the block: it is told as a note of that
     error. When the block ended well, the first failure is raised, with the others as its notes.
+
+    Args:
+        kept: Says whether what was done is to be kept although `commit` was not called: an interrupt can come between `commit` and the assignment
+            that makes the owner rely on what was done, but not within that assignment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[], bool] = lambda: False) -> None:
         self._inverses: list[tuple[str, Callable[[], object]]] = []
+        self._kept = kept
 
     def push(self, inverse: Callable[Arguments, object], *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         """Register the inverse of a call that has just succeeded."""
@@ -36,6 +41,8 @@ class UndoStack:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         failures: list[tuple[str, Exception]] = []
+        if self._kept():
+            self.commit()
         while self._inverses:
             name, inverse = self._inverses.pop()
             try:
