@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,11 +87,21 @@ def wait_until_healthy(engine: Program, port: int, patience_s: float = 600.0) ->
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         engine.check()
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            if answer.status == 200:
-                return time.monotonic() - engine.started
+        if get(port, "/health")[0] == 200:
+            return time.monotonic() - engine.started
         time.sleep(0.2)
     raise ProgramError(f"{engine.name} was not healthy after {patience_s:g} s; the end of its log:\n{engine.tail()}")
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    """Status and body of a page; 0 and nothing while nobody answers there."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
 
 
 def complete(port: int, model: str, prompt: str, count: int) -> list[str]:

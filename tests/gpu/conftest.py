@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.gpu.story import used_gib
+
 
 @pytest.fixture(scope="session", autouse=True)
-def opened_once() -> None:
-    """NVML opens a socket for itself when a process initialises it, and keeps it: that is nothing that a test has left behind."""
-    import pynvml
-
-    pynvml.nvmlInit()
+def asked_once() -> None:
+    """NVML opens a socket for itself when a process first asks it something, and keeps it: that is nothing that a test has left behind."""
+    used_gib()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,9 +62,9 @@ class Story:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             engine.check()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{status_port}/gms/status", timeout=5) as answer:
-                if json.load(answer)["role"] == role:
-                    return
+            status, body = self._programs.get(status_port, "/gms/status")
+            if status == 200 and json.loads(body)["role"] == role:
+                return
             time.sleep(0.05)
         raise AssertionError(f"{engine.name} is not {role}:\n{engine.tail()}")
 

@@ -1,6 +1,8 @@
 """Publish and read plain bytes, as short as it can be said."""
 
-from gms_core.client import WriteLease
+import time
+
+from gms_core.client import PoolGenerations, WriteLease
 from gms_core.layout import Identity
 
 MODEL = Identity({"content": "abc", "dtype": "bf16"})
@@ -19,3 +21,16 @@ def publish(session, data, pool="weights", identity=MODEL, manifest=b"manifest",
 def read_all(session, lease, size):
     arena = lease.map()
     return session.driver.read(arena.base, size)
+
+
+def generations(session):
+    """Number, whether committed, whether pinned, and readers of each generation of the weights."""
+    return [(one.generation, one.committed, one.pinned, len(one.readers)) for one in PoolGenerations(session, "weights").all()]
+
+
+def until(condition, patience_s=30.0):
+    """Wait for what another process or thread does."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
+import functools
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from gms_core.errors import ConnectionLost, GmsError, JournalUnavailable, LeaseConflict, QuotaExceeded
-from gms_core.layout import Allocation, Identity
+from gms_core.layout import Allocation
 from gms_core.protocol.messages import (
     Acquire,
     Allocate,
@@ -44,87 +45,16 @@ from gms_core.protocol.messages import (
 from gms_core.protocol.peer import PeerCredentials
 from gms_core.quotas import Quota
 from gms_core.server import journal as journal_module
-from gms_core.server.journal import Journal
 from gms_core.server.limits import Limits
-from gms_core.server.memory import Memory
 from gms_core.server.records import About
-from gms_core.server.service import Service
-from gms_core.server.state import decode, encode, read
-from gms_core.vmm.host import HostDriver
-
-PAGE = 4096
-MODEL = Identity({"content": "abc"})
-LABEL = "the keeper's"
-
-
-class Client:
-    """A client of a service in this process; it can come back to another one."""
-
-    def __init__(self, service: Service, uid: int | None = None) -> None:
-        self.service = service
-        self.uid = os.getuid() if uid is None else uid
-        self.replies: list[Any] = []
-        self.ended = asyncio.Event()
-
-    async def open(self, hello: Hello | None = None) -> Client:
-        peer = PeerCredentials(os.getpid(), self.uid, 0)
-        self.session = await self.service.open(hello or Hello((2, 1)), peer, self.send, lambda: os.pidfd_open(os.getpid()))
-        self.welcome = self.replies[-1]
-        return self
-
-    async def come_back(self, service: Service, *, repeats: bool = False) -> Client:
-        self.service = service
-        return await self.open(Hello((2, 1), resume=self.welcome.token, session=self.welcome.session, repeats=repeats))
-
-    async def send(self, message: Any, _: Any) -> None:
-        self.replies.append(message)
-
-    async def ask(self, request: Any) -> Any:
-        await self.service.handle(self.session, request, self.ended)
-        return self.replies[-1]
-
-
-class Host:
-    """Servers one after the other, with one journal and one memory, which in reality a keeper has."""
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        self._path = folder / "journal"
-        self._stack = stack
-        self._memory: Memory | None = None
-        self._service: Service | None = None
-
-    def next(self, limits: Limits | None = None, quotas: Sequence[Quota] = ()) -> Service:
-        """A server that takes over from the last one, which has been killed."""
-        limits = limits or Limits()
-        if self._service is not None:
-            self._service.engines.close()  # a killed server ends nobody, and members here are this very process
-        journal = self._stack.enter_context(contextlib.closing(Journal(self._path)))
-        state = read(journal.values, "host", LABEL)
-        memory = self._stack.enter_context(contextlib.closing(Memory(HostDriver(256 * PAGE), limits)))
-        if self._memory is not None:
-            kept = {int(name.split("/")[1]): (os.dup(number), int(name.split("/")[2])) for name, number in self._memory.kept().items()}
-            assert kept.keys() >= state.allocations.keys()
-            memory.adopt({number: kept[number] for number in state.allocations}, state.about.allocation if state.about else 0)  # type: ignore[misc]
-        self._memory = memory
-        service = self._service = Service("host", memory, limits, journal, quotas=quotas)
-        service.adopt(state, LABEL)
-        service.durable.write()
-        self._stack.callback(service.stop)
-        return service
+from gms_core.server.state import decode, encode
+from tests.unit.servers_in_turn import MODEL, PAGE, Client, Host, run_in_turn, used
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """Runs a scenario with a `Host`."""
-
-    def scenario(work: Any) -> None:
-        async def main() -> None:
-            with contextlib.ExitStack() as stack:
-                await work(Host(tmp_path, stack))
-
-        asyncio.run(main())
-
-    return scenario
+    return functools.partial(run_in_turn, tmp_path)
 
 
 def test_session_that_does_not_come_back_loses_what_it_had_but_no_engine_is_ended(run: Any) -> None:
@@ -290,6 +220,52 @@ def test_engine_that_joins_anew_leaves_no_stale_member_behind_and_is_not_ended_b
     run(work)
 
 
+@pytest.mark.parametrize("grace_s", [0.2, 30.0], ids=["after the grace", "within the grace"])
+def test_primary_that_joins_anew_keeps_its_lock_which_the_next_gets_when_it_has_exited(run: Any, grace_s: float) -> None:
+    """Its client had given up, so nobody comes back to the session that was elected."""
+
+    async def work(host: Host) -> None:
+        service = host.next()
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
+            primary = await Client(service, engine.pid).open()
+            await primary.ask(Join("cohort", "engine", "election"))
+            first = await primary.ask(Elect("primary", 1.0))
+            service = host.next(Limits(grace_s=grace_s))
+            await asyncio.sleep(0.4)
+            main, election = await Client(service, engine.pid).open(), await Client(service, engine.pid).open()
+            await main.ask(Join("cohort", "engine", "rank 0"))
+            await election.ask(Join("cohort", "engine", "election"))
+            assert await election.ask(Elect("primary", 0.0)) == first
+            shadow = await Client(service).open()
+            await shadow.ask(Join("shadow", "shadow", "rank 0"))
+            waiting = asyncio.ensure_future(shadow.ask(Elect("primary", 30.0)))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            engine.kill()
+            assert (await waiting).term == first.term + 1
+
+    run(work)
+
+
+def test_primary_that_joins_anew_alone_leaves_its_lock_to_the_next_when_it_has_exited(run: Any) -> None:
+    async def work(host: Host) -> None:
+        service = host.next()
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
+            primary = await Client(service, engine.pid).open()
+            await primary.ask(Join("cohort", "engine", "election"))
+            await primary.ask(Elect("primary", 1.0))
+            service = host.next(Limits(grace_s=0.2))
+            await asyncio.sleep(0.4)
+            await (await Client(service, engine.pid).open()).ask(Join("cohort", "engine", "rank 0"))
+            shadow = await Client(service).open()
+            await shadow.ask(Join("shadow", "shadow", "rank 0"))
+            waiting = asyncio.ensure_future(shadow.ask(Elect("primary", 30.0)))
+            engine.kill()
+            assert (await waiting).term == 2
+
+    run(work)
+
+
 def test_try_to_come_back_that_was_given_up_takes_nothing_away(run: Any) -> None:
     async def work(host: Host) -> None:
         client = await Client(host.next()).open()
@@ -378,10 +354,6 @@ def test_restarts_are_counted_from_server_to_server_and_from_a_journal_of_a_vers
     assert decode(encode(older), About).restarts == {}
 
 
-async def used(service: Service) -> dict[tuple[str, str], int]:
-    return {(one.who, one.resource): one.used for one in (await service.report()).quotas}
-
-
 def test_users_have_what_they_had_when_the_next_server_counts(run: Any) -> None:
     quotas = [Quota("user", "*", "bytes", 2**30), Quota("user", "*", "allocations", 99), Quota("user", "*", "metadata", 2**20)]
     quotas += [Quota("user", "*", "sessions", 3), Quota("pool", "*", "bytes", 6 * PAGE)]
@@ -389,7 +361,7 @@ def test_users_have_what_they_had_when_the_next_server_counts(run: Any) -> None:
 
     async def work(host: Host) -> None:
         service = host.next(quotas=quotas)
-        alice, bob, writer = [await Client(service, uid).open() for uid in (alice_uid, bob_uid, alice_uid)]
+        alice, bob, writer = [await Client(service, uid=uid).open() for uid in (alice_uid, bob_uid, alice_uid)]
         await alice.ask(Acquire("a", "rw", MODEL, 0))
         made = await alice.ask(Allocate("a", (PAGE, PAGE, PAGE)))
         await alice.ask(Commit("a", tuple(Allocation(number, at * PAGE, PAGE) for at, number in enumerate(made.ids)), b"manifest", MODEL))

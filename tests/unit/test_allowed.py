@@ -20,9 +20,33 @@ from gms_core.allowed import Allowed, allowed, user_number
 from gms_core.cli import gms
 from gms_core.client import connect
 from gms_core.config import settings
-from gms_core.errors import ConfigurationError, InvalidArgument, PermissionRefused
+from gms_core.errors import AcquireTimeout, ConfigurationError, InvalidArgument, PermissionRefused
 from gms_core.layout import Identity
-from gms_core.protocol.messages import Acquire, Commit, Drop, Elect, Elected, HandOver, Instruct, Join, Plan, Provide, ReadGranted, Release
+from gms_core.protocol.messages import (
+    Acquire,
+    AwaitGeneration,
+    BeginMove,
+    Commit,
+    Done,
+    Drop,
+    DropGeneration,
+    Elect,
+    Elected,
+    EndMove,
+    HandOver,
+    Instruct,
+    Join,
+    Newer,
+    Pin,
+    Plan,
+    Provide,
+    ReadGranted,
+    Release,
+    Rollback,
+    RolledBack,
+    Unpin,
+    WriteGranted,
+)
 from gms_core.protocol.peer import peer_groups
 from gms_core.runtime_dir import ANY_GROUP, check_socket, prepare
 from gms_core.server.listener import bound_socket
@@ -266,6 +290,130 @@ def test_commit_is_refused_when_another_user_has_published_since_the_writer_aske
             serving.accounts.committed(ALICE, "weights", 1)
             await bob.ask(Commit("weights", (), b"", MODEL))  # a draft is its writer's, whoever had the number before
             assert f"by user {BOB} alone" in await _refused(alice, Acquire("weights", "rw", MODEL, 0))
+
+    asyncio.run(scenario())
+
+
+def test_generations_of_another_user_are_read_and_not_kept_freed_or_brought_back() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            alice, bob, root = [await Client(serving, uid).open() for uid in (ALICE, BOB, 0)]
+            await alice.publish("weights", 1, pin=True)
+            assert isinstance(await bob.ask(Acquire("weights", "ro", MODEL, 0)), ReadGranted)
+            await alice.ask(Release("weights"))
+            await alice.publish("weights", 1)
+            await alice.ask(Release("weights"))
+            for request in (Pin("weights", 2), Unpin("weights", 1), DropGeneration("weights", 2), Rollback("weights", 1, 2)):
+                assert f"by user {ALICE} alone" in await _refused(bob, request)
+            assert isinstance(await bob.ask(AwaitGeneration("weights", 1, 0)), Newer)
+            assert isinstance(await bob.ask(BeginMove("weights", MODEL)), ReadGranted)
+            assert isinstance(await bob.ask(EndMove("weights", 2)), Done)
+            await bob.ask(Release("weights"))
+            assert isinstance(await root.ask(Rollback("weights", 1, 2)), RolledBack)
+            assert isinstance(await alice.ask(Pin("weights", 3)), Done), "what an operator brings back is still its maker's"
+            await alice.ask(Unpin("weights", 3))
+            await alice.ask(DropGeneration("weights", 3))
+            assert f"by user {ALICE} alone" in await _refused(bob, Acquire("weights", "rw", MODEL, 0)), "her pinned one is still there"
+            assert f"by user {ALICE} alone" in await _refused(bob, Unpin("weights", 1))
+            await alice.ask(Unpin("weights", 1))
+            assert await bob.publish("weights", 1) == 4
+
+    asyncio.run(scenario())
+
+
+def test_first_to_come_waits_when_what_is_kept_is_another_users() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            alice, bob, root = [await Client(serving, uid).open() for uid in (ALICE, BOB, 0)]
+            await alice.publish("weights", 1, pin=True)
+            await alice.ask(Release("weights"))
+            await alice.publish("weights", 1)
+            await alice.ask(Release("weights"))
+            await alice.ask(DropGeneration("weights", 2))
+            with pytest.raises(AcquireTimeout, match=f"by user {ALICE} alone"):
+                await bob.ask(Acquire("weights", "auto", MODEL, 0))
+            waiting = asyncio.ensure_future(bob.ask(Acquire("weights", "auto", MODEL, 60)))
+            while not bob.session.waiting_for:
+                await asyncio.sleep(0)
+            await alice.ask(Rollback("weights", 1, 0))
+            assert (await waiting).layout.generation == 3
+            await bob.ask(Release("weights"))
+            await alice.ask(DropGeneration("weights", 3))
+            assert isinstance(await root.ask(Acquire("weights", "auto", MODEL, 0)), WriteGranted)
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_a_writer_does_not_write_after_it_what_is_another_users() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            alice, second, bob = [await Client(serving, uid).open() for uid in (ALICE, ALICE, BOB)]
+            await alice.publish("weights", 1, pin=True)
+            await alice.ask(Release("weights"))
+            await alice.publish("weights", 1)
+            await alice.ask(Release("weights"))
+            await alice.ask(DropGeneration("weights", 2))
+            await alice.ask(Acquire("weights", "auto", MODEL, 0))
+            bobs = asyncio.ensure_future(bob.ask(Acquire("weights", "auto", MODEL, 60)))
+            alices = asyncio.ensure_future(second.ask(Acquire("weights", "rw", MODEL, 60)))
+            while not (bob.session.waiting_for and second.session.waiting_for):
+                await asyncio.sleep(0)
+            serving.close(alice.session)
+            assert isinstance(await alices, WriteGranted)
+            await second.ask(Commit("weights", (), b"", MODEL))
+            assert isinstance(await bobs, ReadGranted)
+
+    asyncio.run(scenario())
+
+
+def test_writer_is_refused_when_the_pool_has_become_another_users() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            writing, waiting, root = [await Client(serving, uid).open() for uid in (ALICE, ALICE, 0)]
+            for client in (writing, root):
+                await client.publish("weights", 1, pin=True)
+                await client.ask(Release("weights"))
+            await root.ask(Rollback("weights", 1, 2))
+            await writing.ask(Acquire("weights", "rw", MODEL, 0, renumbers=True))
+            queued = asyncio.ensure_future(waiting.ask(Acquire("weights", "rw", MODEL, 60)))
+            while not waiting.session.waiting_for:
+                await asyncio.sleep(0)
+            await root.ask(Rollback("weights", 2, 3))
+            assert "by user 0 alone" in await _refused(writing, Commit("weights", (), b"", MODEL))
+            await writing.ask(Release("weights"))
+            with pytest.raises(PermissionRefused, match="by user 0 alone"):
+                await queued
+
+    asyncio.run(scenario())
+
+
+def test_user_writes_one_generation_after_the_other_when_the_next_request_waits_already() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            first, second = [await Client(serving, ALICE).open() for _ in range(2)]
+            await first.ask(Acquire("weights", "rw", MODEL, 0))
+            waiting = asyncio.ensure_future(second.ask(Acquire("weights", "rw", MODEL, 60)))
+            while not second.session.waiting_for:
+                await asyncio.sleep(0)
+            await first.ask(Commit("weights", (), b"", MODEL))
+            assert await waiting == WriteGranted("weights", 2)
+
+    asyncio.run(scenario())
+
+
+def test_rollback_to_what_another_user_has_made_is_refused_in_ones_own_pool() -> None:
+    async def scenario() -> None:
+        with service() as serving:
+            alice, bob, root = [await Client(serving, uid).open() for uid in (ALICE, BOB, 0)]
+            for client in (alice, root):
+                await client.publish("weights", 1, pin=True)
+                await client.ask(Release("weights"))
+            assert "by user 0 alone" in await _refused(alice, Rollback("weights", 1, 2))
+            await root.ask(Rollback("weights", 1, 2))
+            assert "by user 0 alone" in await _refused(alice, Rollback("weights", 2, 3))
+            assert "by user 0 alone" in await _refused(alice, Unpin("weights", 2))
+            assert f"by user {ALICE} alone" in await _refused(bob, Rollback("weights", 2, 3))
+            assert await alice.publish("weights", 1) == 4
 
     asyncio.run(scenario())
 

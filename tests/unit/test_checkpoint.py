@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from gms_core import checkpoint
-from gms_core.checkpoint import cached_digest, content_digest
+from gms_core.checkpoint import THREADS, cached_digest, content_digest
 from gms_core.errors import CheckpointNotFound
 
 
@@ -164,3 +166,37 @@ def test_weights_are_read_once_when_several_ask_at_the_same_time(tmp_path: Path,
     assert len(set(found)) == 1
     assert len(found) == 4
     assert bytes_read() - before < 2 * 2**23
+
+
+@pytest.mark.parametrize("trouble", [OSError("the disk is bad"), KeyboardInterrupt()])
+def test_files_that_nobody_reads_yet_are_left_when_one_cannot_be_read_or_ctrl_c_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
+) -> None:
+    """The other readers stand still until the pool of threads is told to end, however far they would have come meanwhile."""
+    files = [tmp_path / f"{number:02}.safetensors" for number in range(40)]
+    for path in files:
+        path.write_bytes(b"x")
+    begun: list[Path] = []
+    told = threading.Event()
+
+    class Threads(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            told.set()
+            super().shutdown(wait=wait)
+
+    def reader(path: Path) -> Callable[[int], bytes]:
+        def digest(_: int) -> bytes:
+            begun.append(path)
+            if path == files[3]:
+                raise trouble
+            assert told.wait(5)
+            return b"digest"
+
+        return digest
+
+    monkeypatch.setattr("gms_core.checkpoint.ThreadPoolExecutor", Threads)
+    monkeypatch.setattr("gms_core.checkpoint._chunk_reader", reader)
+    with pytest.raises((CheckpointNotFound, KeyboardInterrupt)):
+        content_digest(files, tmp_path / "cache")
+    assert len(begun) <= THREADS + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,9 +122,36 @@ def test_retained_memory_is_freed_when_no_engine_uses_it(server: RunningServer) 
     result = _gms(server, "failover", "drop", "no_such")
     assert (result.exit_code, "nothing is retained in no_such" in result.stderr) == (ExitCode.NOT_FOUND, True)
     assert _done(_gms(server, "failover", "drop", "kv_cache")) == "4 KiB of pool kv_cache on host are free\n"
-    told = [json.loads(line) for line in _done(_gms(server, "failover", "drop", "other", "-o", "json")).splitlines()]
+    told = [json.loads(line) for line in _done(_gms(server, "failover", "drop", "other", "--ranks", "-o", "json")).splitlines()]
     assert told == [{"schema": "gms-failover/1", "device": "host", "pool": pool, "bytes": 4096} for pool in ("other", "other.1")]
     assert _done(_gms(server, "failover", "drop")) == ""
+
+
+def test_retained_memory_of_another_pool_stays_when_its_name_only_begins_alike(server: RunningServer) -> None:
+    with processes() as begin:
+        for pool in ("llama-3", "llama-3.1"):
+            engine = begin(server.socket, f"engine of {pool}")
+            engine.ask("plan", pool, "a")
+            engine.ask("provide", "plan", [4096])
+    assert _done(_gms(server, "failover", "drop", "llama-3")) == "4 KiB of pool llama-3 on host are free\n"
+    result = _gms(server, "failover", "drop", "llama-3")
+    assert (result.exit_code, "nothing is retained in llama-3" in result.stderr) == (ExitCode.NOT_FOUND, True)
+    assert _done(_gms(server, "failover", "drop", "llama-3.1", "--device", "host")) == "4 KiB of pool llama-3.1 on host are free\n"
+
+
+def test_no_retained_memory_is_freed_when_one_of_the_servers_does_not_answer(server: RunningServer) -> None:
+    with processes() as begin:
+        engine = begin(server.socket, "engine")
+        engine.ask("plan", "kv_cache", "a")
+        engine.ask("provide", "plan", [4096])
+    silent = server.directory / "GPU-00000000-0000-0000-0000-000000000000.sock"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as other:
+        other.bind(str(silent))
+        silent.chmod(0o600)
+        result = _gms(server, "failover", "drop")
+        assert (result.exit_code, silent.stem in result.stderr, "--device" in result.stderr) == (ExitCode.NO_SERVER, True, True)
+        assert _done(_gms(server, "failover", "drop", "--device", "host")) == "4 KiB of pool kv_cache on host are free\n"
+    silent.unlink()
 
 
 def test_wait_ends_with_an_error_when_the_time_is_over(server: RunningServer, pair: GmsRun) -> None:

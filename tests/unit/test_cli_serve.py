@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -22,9 +23,14 @@ from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import Session, WriteLease, connect
 from gms_core.config import child_environment
-from gms_core.devices import Device
-from gms_core.errors import ConnectionLost, DriverUnavailable, ServerUnavailable
+from gms_core.devices import HOST, Device
+from gms_core.errors import ConnectionLost, DriverUnavailable, ServerUnavailable, VersionMismatch
 from gms_core.layout import Identity
+from gms_core.runtime_dir import journal_path
+from gms_core.server.journal import Journal
+from gms_core.server.records import About
+from gms_core.server.state import decode, encode
+from gms_core.server.supervisor import serve
 from tests.conftest import keepers, owner
 from tests.unit.engine_processes import Refused, processes
 from tests.unit.publishing import MODEL, PAGE, publish, read_all
@@ -185,6 +191,29 @@ def test_memory_is_given_up_when_serve_is_told_to_stop_while_its_device_server_i
 def test_serve_replaces_nobody_and_serves_when_nothing_runs(runtime_dir: Path) -> None:
     with serving(runtime_dir, "--replace"), connect(socket_path=runtime_dir / "host.sock") as session:
         publish(session, b"bytes").release()
+
+
+def test_serve_leaves_what_a_later_version_has_left_to_that(runtime_dir: Path) -> None:
+    with serving(runtime_dir) as first, connect(socket_path=runtime_dir / "host.sock") as session:
+        lease = publish(session, b"bytes")
+        before = _facts(session)
+        _kill(first, runtime_dir)
+        about = _set_format(runtime_dir, 99)
+        with pytest.raises(VersionMismatch, match="format 99"):
+            serve([HOST], runtime_dir, None, lambda *_: None)
+        assert keepers(runtime_dir)
+        _set_format(runtime_dir, about.format)
+        with serving(runtime_dir):
+            assert _facts(session) == before
+            lease.release()
+
+
+def _set_format(runtime_dir: Path, number: int) -> About:
+    """Let the journal say that it is in another format; returns what it said."""
+    with contextlib.closing(Journal(journal_path(runtime_dir / "host.sock"))) as journal:
+        about = decode(journal.values["about/"], About)
+        journal.append({"about/": encode(msgspec.structs.replace(about, format=number))})
+    return about
 
 
 def test_serve_goes_on_with_what_a_killed_one_has_left_when_it_comes_in_time(runtime_dir: Path) -> None:

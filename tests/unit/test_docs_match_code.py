@@ -195,13 +195,14 @@ def _blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["python-api.md", "hooks.md"])
+@pytest.mark.parametrize("page", ["python-api.md", "hooks.md", "../rolling-updates.md"])
 def test_examples_run_when_a_server_is_there(page: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GMS_RUNTIME_DIR", str(server.directory))
     examples = _blocks(REFERENCE / page, "python")
     assert examples
+    names: dict[str, Any] = {}  # a later one goes on with what the ones before have
     for example in examples:
-        exec(compile(example, page, "exec"), {})
+        exec(compile(example, page, "exec"), names)
 
 
 def test_shell_examples_name_commands_and_options_that_exist_when_people_copy_them() -> None:

@@ -92,7 +92,7 @@ class Replayed:
 
     def __init__(self):
         self.writer = None
-        self.generations = {}
+        self.generations, self.pins, self.bytes = set(), set(), 0
 
     def hear(self, kind, facts):
         assert names_in(kind.words) - {"pid"} <= facts.keys()
@@ -104,38 +104,110 @@ class Replayed:
                 assert self.writer == (facts["session"], facts["generation"])
                 self.writer = None
                 if kind is Kind.POOL_COMMITTED:
-                    self.generations[facts["generation"]] = facts["bytes"]
+                    self.generations.add(facts["generation"])
+                    self.bytes += facts["bytes"]
+            case Kind.POOL_DRAFT_RENUMBERED:
+                assert self.writer == (facts["session"], facts["before"])
+                self.writer = (facts["session"], facts["generation"])
+            case Kind.POOL_ROLLED_BACK:
+                assert facts["to"] in self.generations
+                self.generations.add(facts["generation"])
+            case Kind.POOL_PINNED:
+                assert facts["generation"] in self.generations - self.pins
+                self.pins.add(facts["generation"])
+            case Kind.POOL_UNPINNED:
+                self.pins.remove(facts["generation"])
             case Kind.POOL_GENERATION_FREED:
-                assert self.generations.pop(facts["generation"]) == facts["bytes"]
+                self.generations.remove(facts["generation"])
+                self.bytes -= facts["bytes"]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["rw", "ro", "auto", "replace", "add", "commit", "release"]), st.integers(1, 4))))
+STEPS = ["rw", "ro", "auto", "replace", "add", "commit", "commit pinned", "publish", "release", "pin", "unpin", "rollback", "drop", "move"]
+
+
+def take_step(pool, step, session, numbers):
+    """What a session does next; which generation it means goes by its number."""
+    there = sorted(pool.generations.all())
+    chosen = there[session % len(there)] if there else 0
+    match step:
+        case "add":
+            pool.add(session, [(next(numbers), 8)])
+        case "commit" | "commit pinned":
+            kept = [Allocation(i, 8 * n, 8) for n, i in enumerate(pool.draft.sizes if pool.draft else ())]
+            pool.commit(session, kept, b"", A, pin=step == "commit pinned")
+        case "release":
+            pool.release(session)
+        case "pin":
+            pool.pin(chosen)
+        case "unpin":
+            pool.unpin(chosen)
+        case "rollback":
+            pool.rollback(session, chosen, pool.generations.current)
+        case "drop":
+            pool.drop(chosen)
+        case "move":
+            pool.begin_move(session, A, 0)
+            pool.end_move(session, pool.generations.current)
+        case _:
+            replace = pool.generations.current if step == "replace" and pool.committed else None
+            pool.acquire(session, "rw" if step == "replace" else step, A, replace, renumbers=True)
+
+
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(1, 4)), max_size=40))
 def test_events_alone_tell_who_writes_and_which_generations_there_are(steps):
     pool, told, seen, numbers = PublishedPool("weights"), Replayed(), NEW, count(1)
-    for step, number in steps:
+    for several, number in steps:
         session = SessionId(number)
-        try:
-            if step == "add":
-                pool.add(session, [(next(numbers), 8)])
-            elif step == "commit":
-                pool.commit(session, [Allocation(i, 8 * n, 8) for n, i in enumerate(pool.draft.sizes if pool.draft else ())], b"", A)
-            elif step == "release":
-                pool.release(session)
-            else:
-                replace = pool.committed.generation if step == "replace" and pool.committed else None
-                pool.acquire(session, "rw" if step == "replace" else step, A, replace)
-        except GmsError:
-            continue
-        now = look_published(pool)
-        assert same_published(pool, seen) == (list(published_changes(seen, now)) == [])
-        for kind, facts in published_changes(seen, now):
-            told.hear(kind, facts)
-        seen = now
-        assert told.writer == ((pool.draft.session, pool.draft.generation) if pool.draft else None)
-        layouts = [pool.committed, *pool.retired.values()] if pool.committed else [*pool.retired.values()]
-        assert told.generations == {layout.generation: layout.size for layout in layouts}
-        assert same_published(pool, now)
-        assert list(published_changes(now, look_published(pool))) == []
+        for step in ("release", "rw", "add", "commit", "release") if several == "publish" else (several,):
+            try:
+                take_step(pool, step, session, numbers)
+            except GmsError:
+                continue
+            now = look_published(pool)
+            assert same_published(pool, seen) == (list(published_changes(seen, now)) == [])
+            for kind, facts in published_changes(seen, now, session):
+                assert facts.get("session") == session or kind not in (Kind.POOL_PINNED, Kind.POOL_UNPINNED, Kind.POOL_ROLLED_BACK)
+                told.hear(kind, facts)
+            seen = now
+            assert told.writer == ((pool.draft.session, pool.draft.generation) if pool.draft else None)
+            layouts = pool.generations.all()
+            assert told.generations == set(layouts)
+            assert told.pins == pool.generations.pins
+            sizes = {allocation.id: allocation.size for layout in layouts.values() for allocation in layout.allocations}
+            assert told.bytes == sum(sizes.values()), "what several generations have is one memory"
+            assert same_published(pool, now)
+            assert list(published_changes(now, look_published(pool))) == []
+
+
+def test_rollback_is_told_with_the_draft_that_it_moves_and_frees_no_more_than_there_was():
+    pool, seen, told, numbers = PublishedPool("weights"), NEW, [], count(1)
+
+    def after(*steps):
+        nonlocal seen
+        told.clear()
+        for step, session in steps:
+            take_step(pool, step, SessionId(session), numbers)
+            now = look_published(pool)
+            told.extend((kind.value, dict(facts)) for kind, facts in published_changes(seen, now, SessionId(session)))
+            seen = now
+        return told
+
+    after(("rw", 1), ("add", 1), ("commit pinned", 1), ("release", 1), ("rw", 1), ("add", 1), ("commit", 1), ("release", 1))
+    assert after(("rw", 3), ("rollback", 2)) == [
+        ("pool_draft_begun", {"session": 3, "generation": 3}),
+        ("pool_rolled_back", {"session": 2, "to": 1, "generation": 3, "bytes": 8}),
+        ("pool_draft_renumbered", {"session": 3, "generation": 4, "before": 3}),
+        ("pool_generation_freed", {"generation": 2, "bytes": 8}),
+    ]
+    assert after(("unpin", 4)) == [
+        ("pool_unpinned", {"session": 4, "generation": 1}),
+        ("pool_generation_freed", {"generation": 1, "bytes": 0}),
+    ]
+    assert after(("commit pinned", 3)) == [
+        ("pool_committed", {"session": 3, "generation": 4, "bytes": 0, "allocations": 0}),
+        ("pool_pinned", {"session": 3, "generation": 4}),
+        ("pool_generation_freed", {"generation": 3, "bytes": 8}),
+    ]
 
 
 def test_retained_pool_tells_of_its_plan_its_holders_and_the_bridge():

@@ -13,7 +13,7 @@ import time
 import msgspec
 import pytest
 
-from gms_core.client import connect
+from gms_core.client import PoolGenerations, connect
 from gms_core.errors import GmsError, InvalidArgument, OutOfMemory, VersionMismatch
 from gms_core.fleet import event_reader
 from gms_core.fleet.event_reader import Cursor, EventReader, read_past
@@ -67,6 +67,37 @@ def test_publication_is_told_from_the_draft_to_the_end_of_its_last_reader(server
         ("pool_committed", "weights", {"session": one, "generation": 2, "bytes": PAGE, "allocations": 1, **pid}),
         ("pool_generation_freed", "weights", {"generation": 1, "bytes": PAGE}),
         ("pool_lease_released", "weights", {"session": one}),
+    ]
+
+
+def test_pins_rollbacks_moves_and_drops_are_told_with_who_asked_for_them(server):
+    with server.connect() as writer, server.connect() as operator, server.connect() as reader:
+        lease = publish(writer, b"first")
+        pool = PoolGenerations(operator, "weights")
+        pool.pin(1)
+        pool.pin(1)
+        lease.release()
+        publish(writer, b"other").release()
+        moving = reader.acquire("weights", "ro", MODEL, timeout_s=5)
+        before = len(events_of(server))
+        assert pool.rollback(1, expected=2) == 3
+        assert moving.move()
+        pool.unpin(1)
+        moving.release()
+        pool.drop(3)
+        pid = {"pid": writer.status().sessions[0].pid}
+        by, moved = {"session": operator.welcome.session, **pid}, reader.welcome.session
+    told = events_of(server)
+    assert [one for one in told[:before] if one[0] == "pool_pinned"] == [("pool_pinned", "weights", {**by, "generation": 1})]
+    assert told[before:] == [
+        ("pool_rolled_back", "weights", {**by, "to": 1, "generation": 3, "bytes": PAGE}),
+        ("pool_lease_moved", "weights", {"session": moved, "generation": 3, "before": 2, **pid}),
+        ("pool_generation_freed", "weights", {"generation": 2, "bytes": PAGE}),
+        ("pool_unpinned", "weights", {**by, "generation": 1}),
+        ("pool_generation_freed", "weights", {"generation": 1, "bytes": 0}),
+        ("pool_lease_released", "weights", {"session": moved}),
+        ("pool_generation_dropped", "weights", {**by, "generation": 3}),
+        ("pool_generation_freed", "weights", {"generation": 3, "bytes": PAGE}),
     ]
 
 

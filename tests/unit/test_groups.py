@@ -12,7 +12,8 @@ import pytest
 
 from gms_core.config import child_environment
 from gms_core.errors import EngineFailed
-from gms_core.fleet.groups import Group, how, last_line, session_of
+from gms_core.exit_words import how
+from gms_core.fleet.groups import Group, last_line, session_of
 
 PATIENCE_S = 60.0
 STAYS = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(3600)"
@@ -146,6 +147,9 @@ def test_end_is_told_in_words_when_it_is_shown(tmp_path: Path) -> None:
     assert last_line(log) == ""
     log.write_text("x" * 5000 + "\nthe reason\n\n")
     assert last_line(log) == "the reason"
+    log.write_text("gms: an older one\n--- start\ngms: the reason\nhint: look there\n")
+    assert last_line(log, "gms: ") == "gms: the reason"
+    assert last_line(log, "gms: ", len("gms: an older one\n--- start\ngms: the reason\n")) == ""
 
 
 @pytest.mark.parametrize(

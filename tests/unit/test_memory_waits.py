@@ -55,6 +55,22 @@ def test_status_is_told_at_once_when_a_long_allocation_is_under_way() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("steps", range(8))
+def test_question_ends_when_it_is_cancelled_at_whatever_moment(steps: int) -> None:
+    async def test() -> None:
+        with contextlib.closing(Memory(HostDriver(2 * PAGE), Limits())) as memory:
+            asking = asyncio.create_task(memory.info())
+            await asyncio.sleep(0)
+            memory._thread.submit(int).result()  # the driver's thread has answered, and the loop does not know it yet
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if asking.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+
+    asyncio.run(test())
+
+
 def test_requests_are_served_in_order_when_memory_is_released() -> None:
     async def scenario() -> None:
         with contextlib.closing(Memory(HostDriver(8 * PAGE), Limits())) as memory:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
-from gms_core.client import connect
+from gms_core.client import PoolGenerations, connect
 from gms_core.client.question import ask_once
 from gms_core.errors import ConfigurationError, ConnectionLost, GmsError, IdentityMismatch, InvalidArgument, ServerUnavailable
 from gms_core.layout import Identity
@@ -106,6 +106,7 @@ def test_every_metric_of_the_table_has_its_kind_and_its_labels_when_it_is_expose
 def test_values_are_those_of_the_server_when_it_is_scraped(server: RunningServer) -> None:
     with processes() as start, server.connect() as session, server.connect() as reader:
         leases = [publish(session, b"bytes"), reader.acquire("weights", "ro", MODEL, timeout_s=5)]
+        PoolGenerations(session, "weights").pin(1)
         with server.connect() as stranger, pytest.raises(IdentityMismatch):
             stranger.acquire("weights", "ro", Identity({"content": "other"}), timeout_s=0)
         engine = start(server.socket, "a cohort")
@@ -125,6 +126,7 @@ def test_values_are_those_of_the_server_when_it_is_scraped(server: RunningServer
     assert found["gms_pool_generation"] == {("weights",): 1}
     assert found["gms_pool_bytes"] == {("committed", "weights"): PAGE, ("draft", "weights"): 0, ("retired", "weights"): 0}
     assert found["gms_pool_readers"] == {("weights",): 2}
+    assert found["gms_pool_pinned"] == {("weights",): 1}
     assert found["gms_memory_allocated_bytes"] == {(): 5 * PAGE}
     assert found["gms_allocations"] == {(): 2}
     assert found["gms_memory_free_bytes"][()] <= found["gms_memory_total_bytes"][()]

@@ -126,6 +126,19 @@ def test_replacing_is_refused_when_the_generation_is_another():
     assert pool.committed.generation == 1
 
 
+def test_replacing_is_refused_when_the_generation_is_not_there_yet():
+    """A rollback could take its number, and what nobody meant to replace would go."""
+    pool = PublishedPool("weights")
+    publish(pool, ONE, A, 1)
+    pool.acquire(TWO, "rw", B)
+    (refusal,) = pool.acquire(THREE, "rw", B, replace=2)
+    assert isinstance(refusal.error, GenerationConflict)
+    assert isinstance(pool.acquire(FOUR, "rw", B, replace=1)[0], Wait)
+    pool.add(TWO, [(2, 8)])
+    (refusal,) = [effect for effect in pool.commit(TWO, [Allocation(2, 0, 8)], b"", B) if isinstance(effect, Refuse)]
+    assert (refusal.session, type(refusal.error)) == (FOUR, GenerationConflict)
+
+
 def test_request_is_withdrawn_with_its_reason_when_its_time_is_over():
     pool = PublishedPool("weights")
     pool.acquire(ONE, "ro", A)

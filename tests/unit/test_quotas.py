@@ -18,7 +18,23 @@ from gms_core.cli.options import parse_size
 from gms_core.client import connect
 from gms_core.errors import InvalidArgument, OutOfMemory, QuotaExceeded
 from gms_core.layout import Allocation, Identity
-from gms_core.protocol.messages import Acquire, Allocate, Commit, Descriptors, Hello, Join, Plan, Planned, Provide, Release
+from gms_core.protocol.messages import (
+    Acquire,
+    Allocate,
+    AwaitGeneration,
+    Commit,
+    Descriptors,
+    DropGeneration,
+    Hello,
+    Join,
+    Pin,
+    Plan,
+    Planned,
+    Provide,
+    Release,
+    Rollback,
+    Unpin,
+)
 from gms_core.protocol.peer import PeerCredentials
 from gms_core.quotas import Holding, Quota, check, decode_quotas, encode_quotas, parse_quotas
 from gms_core.server.limits import Limits
@@ -108,11 +124,11 @@ class Client:
         await self.service.handle(self.session, request, self.ended)
         return self.replies[-1]
 
-    async def publish(self, pool: str, pages: int, manifest: bytes = b"") -> int:
+    async def publish(self, pool: str, pages: int, manifest: bytes = b"", *, pin: bool = False) -> int:
         await self.ask(Acquire(pool, "rw", MODEL, 0))
         made = await self.ask(Allocate(pool, (PAGE,) * pages))
         allocations = tuple(Allocation(number, index * PAGE, PAGE) for index, number in enumerate(made.ids))
-        return (await self.ask(Commit(pool, allocations, manifest, MODEL))).layout.generation
+        return (await self.ask(Commit(pool, allocations, manifest, MODEL, pin))).layout.generation
 
 
 @contextlib.contextmanager
@@ -197,6 +213,31 @@ def test_sessions_are_limited_by_user_and_by_pool() -> None:
     asyncio.run(scenario())
 
 
+def test_who_waits_for_a_generation_counts_among_the_sessions_of_a_pool() -> None:
+    async def scenario() -> None:
+        with service("pool=*,sessions=1") as serving:
+            first, second = [await Client(serving, uid).open() for uid in (ALICE, BOB)]
+            waiting = asyncio.ensure_future(first.ask(AwaitGeneration("a", 0, 60)))
+            while not first.session.waiting_for:
+                await asyncio.sleep(0)
+            assert await use(serving) == {("a", "sessions"): 1}
+            for request in (AwaitGeneration("a", 0, 60), Acquire("a", "rw", MODEL, 0)):
+                with pytest.raises(QuotaExceeded, match="pool a has 1 sessions of 1"):
+                    await second.ask(request)
+            serving.close(first.session)
+            first.ended.set()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert serving.published.pools == {}
+            await second.publish("a", 1)
+            assert (await second.ask(AwaitGeneration("a", 0, 60))).generation == 1, "it counts already"
+        with service("pool=a,sessions=0") as serving:
+            with pytest.raises(QuotaExceeded):
+                await (await Client(serving, ALICE).open()).ask(AwaitGeneration("a", 0, 60))
+            assert serving.published.pools == {}
+
+    asyncio.run(scenario())
+
+
 def test_metadata_is_limited_and_a_replaced_manifest_makes_room() -> None:
     async def scenario() -> None:
         with service(f"user={ALICE},metadata=150") as serving:
@@ -209,6 +250,61 @@ def test_metadata_is_limited_and_a_replaced_manifest_makes_room() -> None:
             await alice.ask(Release("a"))
             with pytest.raises(QuotaExceeded, match="bytes of metadata"):
                 await alice.publish("a", 1, b"z" * 100)
+
+    asyncio.run(scenario())
+
+
+def test_pinned_generation_is_charged_and_its_manifest_makes_no_room() -> None:
+    async def scenario() -> None:
+        with service(f"user={ALICE},metadata=150,bytes={4 * PAGE}") as serving:
+            alice = await Client(serving, ALICE).open()
+            await alice.publish("a", 3, b"x" * 100, pin=True)
+            await alice.ask(Release("a"))
+            with pytest.raises(QuotaExceeded, match="bytes of metadata"):
+                await alice.publish("a", 1, b"y" * 100)
+            await alice.ask(Release("a"))
+            assert (await use(serving))[str(ALICE), "bytes"] == 3 * PAGE
+            await alice.ask(Unpin("a", 1))
+            assert await alice.publish("a", 1, b"y" * 100) == 2
+            assert (await use(serving))[str(ALICE), "bytes"] == PAGE
+
+    asyncio.run(scenario())
+
+
+def test_metadata_of_each_generation_are_charged_when_layouts_without_memory_are_alike() -> None:
+    async def scenario() -> None:
+        with service(f"user={ALICE},metadata=250") as serving:
+            alice = await Client(serving, ALICE).open()
+            for _ in range(2):
+                await alice.publish("a", 0, b"x" * 100, pin=True)
+                await alice.ask(Release("a"))
+            assert await use(serving) == {(str(ALICE), "metadata"): 220}
+            with pytest.raises(QuotaExceeded, match="bytes of metadata"):
+                await alice.publish("a", 0, b"x" * 100, pin=True)
+
+    asyncio.run(scenario())
+
+
+def test_rollback_is_charged_once_and_to_the_maker_whoever_asks_for_it() -> None:
+    async def scenario() -> None:
+        with service(f"user={ALICE},bytes={4 * PAGE},metadata=150", "user=*,allocations=9", "pool=a,bytes=1GiB") as serving:
+            alice, operator = await Client(serving, ALICE).open(), await Client(serving, 0).open()
+            await alice.publish("a", 3, b"x" * 100, pin=True)
+            await alice.ask(Release("a"))
+            before = await use(serving)
+            await operator.publish("a", 1)
+            await operator.ask(Release("a"))
+            assert (await operator.ask(Rollback("a", 1, 2))).generation == 3
+            await operator.ask(Pin("a", 3))
+            assert await use(serving) == before, "two generations, one memory"
+            await alice.ask(Unpin("a", 1))
+            assert await use(serving) == before, "the new generation has what the old one had"
+            assert await alice.publish("a", 1) == 4, "the pool is its maker's again"
+            assert (await use(serving))["a", "bytes"] == 4 * PAGE
+            await alice.ask(Unpin("a", 3))
+            await alice.ask(Release("a"))
+            await alice.ask(DropGeneration("a", 4))
+            assert (await use(serving))["a", "bytes"] == len(serving.memory) == 0
 
     asyncio.run(scenario())
 

@@ -16,9 +16,10 @@ from gms_core.client import WriteLease
 from gms_core.errors import AcquireTimeout, InvalidArgument, QuotaExceeded
 from gms_core.layout import Identity
 from gms_core.protocol.channel import Channel
-from gms_core.protocol.messages import Acquire, Allocate, Commit, Descriptors, Hello, Release, Waiting, WriteGranted
+from gms_core.protocol.messages import Acquire, Allocate, Commit, Descriptors, Hello, Pin, Release, Waiting, WriteGranted
 from gms_core.protocol.peer import PeerCredentials
 from gms_core.server.limits import Limits
+from gms_core.server.listener import Listener, bound_socket
 from gms_core.server.memory import Memory
 from gms_core.server.service import Service
 from gms_core.vmm.host import HostDriver
@@ -72,16 +73,17 @@ def test_session_is_forgotten_when_its_client_leaves_before_the_welcome(server):
         assert [session.id for session in observer.status().sessions] == [observer.welcome.session]
 
 
-def test_new_pool_of_a_name_lives_when_a_refused_waiter_wakes_up_later():
+def test_new_pool_of_a_name_lives_when_a_waiter_that_is_gone_wakes_up_later():
     async def scenario():
         with service_in_this_process() as service:
             first, second = await Client(service).open(), await Client(service).open()
-            assert isinstance(await first.ask(Acquire("weights", "rw", MODEL, 0)), WriteGranted)
-            waiting = asyncio.create_task(second.ask(Acquire("weights", "rw", MODEL, 60, replace=5)))
+            waiting = asyncio.create_task(second.ask(Acquire("weights", "ro", MODEL, 60)))
             await turns_of_the_loop(10)
             assert isinstance(second.replies[-1], Waiting)
-            await first.ask(Release("weights"))  # the waiter is refused, and the pool forgotten, before the waiter runs again
+            service.close(second.session)  # the pool is forgotten before the waiter runs again
+            assert service.published.pools == {}
             assert isinstance(await first.ask(Acquire("weights", "rw", MODEL, 0)), WriteGranted)
+            second.ended.set()
             await asyncio.gather(waiting, return_exceptions=True)
             assert service.published.pools["weights"].lease_of(first.session.id) == "write"
 
@@ -181,9 +183,9 @@ def test_new_pool_is_made_when_others_are_only_remembered():
             client = await Client(service).open()
             for name in "abc":
                 await client.ask(Acquire(name, "rw", MODEL, 0))
-                await client.ask(Commit(name, (), b"", MODEL))
+                committed = (await client.ask(Commit(name, (), b"", MODEL))).layout.generation
                 await client.ask(Release(name))
-                await client.ask(Acquire(name, "rw", MODEL, 0, replace=1))
+                await client.ask(Acquire(name, "rw", MODEL, 0, replace=committed))
                 await client.ask(Release(name))
             assert "c" in service.published.pools
 
@@ -202,6 +204,27 @@ def test_draft_survives_when_its_metadata_are_over_the_limit():
             with pytest.raises(QuotaExceeded, match="metadata"):
                 await writer.ask(Acquire("other", "rw", Identity({"content": "x" * 100}), 0))
             await writer.ask(Commit("weights", (), b"x" * 50, MODEL))
+
+    asyncio.run(scenario())
+
+
+def test_pins_are_refused_when_a_pool_has_as_many_as_it_may():
+    async def scenario():
+        with service_in_this_process(Limits(pins=1)) as service:
+            writer = await Client(service).open()
+            for number, pin in ((1, True), (2, False)):
+                await writer.ask(Acquire("weights", "rw", MODEL, 0))
+                await writer.ask(Commit("weights", (), b"", MODEL, pin=pin))
+                if number == 1:
+                    await writer.ask(Release("weights"))
+            with pytest.raises(QuotaExceeded, match="pinned already"):
+                await writer.ask(Pin("weights", 2))
+            await writer.ask(Pin("weights", 1))
+            await writer.ask(Release("weights"))
+            await writer.ask(Acquire("weights", "rw", MODEL, 0))
+            with pytest.raises(QuotaExceeded, match="pinned already"):
+                await writer.ask(Commit("weights", (), b"", MODEL, pin=True))
+            assert service.published.pools["weights"].lease_of(writer.session.id) == "write"
 
     asyncio.run(scenario())
 
@@ -232,3 +255,28 @@ def test_others_are_served_when_giving_memory_up_takes_long():
             assert (await service.report()).memory_free == 64 * PAGE
 
     asyncio.run(scenario())
+
+
+def test_server_ends_when_a_request_swallows_a_cancellation(runtime_dir):
+    async def stubborn():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+        await asyncio.sleep(3600)
+
+    async def test():
+        with bound_socket(runtime_dir / "host.sock") as listening:
+            memory = Memory(HostDriver(PAGE), Limits())
+            with contextlib.closing(memory):
+                listener = Listener(listening, Service("host", memory, Limits()), os.getuid())
+                request = asyncio.create_task(stubborn())
+                listener._tasks.add(request)
+                request.add_done_callback(listener._tasks.discard)
+                running = asyncio.create_task(listener.run())
+                await asyncio.sleep(0)
+                running.cancel()
+                async with asyncio.timeout(30):
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await running
+                assert request.cancelled()
+
+    asyncio.run(test())

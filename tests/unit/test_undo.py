@@ -101,3 +101,22 @@ def test_inverses_run_when_the_process_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         block()
     assert done == ["undone"]
+
+
+def test_nothing_is_undone_when_the_owner_has_what_was_done_already_and_an_interrupt_comes_before_commit() -> None:
+    done: list[str] = []
+    owned: list[str] = []
+
+    def block() -> None:
+        with UndoStack(kept=lambda: bool(owned)) as undo:
+            undo.push(done.append, "undone")
+            owned.append("it")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert done == []
+    owned.clear()
+    with UndoStack(kept=lambda: bool(owned)) as undo:
+        undo.push(done.append, "undone")
+    assert done == ["undone"]
