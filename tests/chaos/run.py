@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from failover_story import KV_BYTES, Client, Story, free_port
+from failover_story import KV_BYTES, Client, Story
 
 from chaos.fleet import Fleet, StuckError
 from chaos.kills import KINDS, Blow, Scene
@@ -26,6 +26,7 @@ from chaos.load import Load
 from chaos.reference import ask_stock
 from chaos.warden import Warden
 from chaos.watch import Watch
+from tests.ports import free_port
 
 RARE = {"lose everything", "kill writer"}
 COMMON = tuple(kind for kind in KINDS if kind not in RARE)

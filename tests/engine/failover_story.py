@@ -39,13 +39,6 @@ KV_BYTES = 24 * 2**20
 """Blocks of it are not as many as a block has tokens: which dimension of a tensor counts them is certain then, and there can be a bridge."""
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
     """The first true value of a condition.
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from failover_story import Client, Running, Story, free_port, until
+from failover_story import Client, Running, Story, until
 
+from tests.ports import free_port
 from tests.unit.engine_processes import EngineProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

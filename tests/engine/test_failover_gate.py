@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failover_story import Client, Running, Story, free_port, until
+from failover_story import Client, Running, Story, until
+
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 

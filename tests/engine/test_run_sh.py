@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from chaos.warden import Warden
-from failover_story import ENVIRONMENT, KV_BYTES, OPTIONS, PATIENCE_S, Client, free_port, until
+from failover_story import ENVIRONMENT, KV_BYTES, OPTIONS, PATIENCE_S, Client, until
+
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from failover_story import Client, Running, Story, free_port, until
+from failover_story import Client, Running, Story, until
 from models import write_model
 from test_vllm_load import Site, site, vllm_cache  # noqa: F401 - fixtures
 
@@ -26,6 +26,7 @@ from gms_core.protocol.framing import close_descriptors
 from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
 from tests.conftest import RunningServer
+from tests.ports import free_port
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn about things that are not ours

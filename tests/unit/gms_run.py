@@ -115,11 +115,6 @@ def processes_of(directory: Path) -> list[int]:
     return found
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
 def answer(port: int) -> list[str]:
     """Name, process and epoch of the engine that serves."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection, connection.makefile() as file:

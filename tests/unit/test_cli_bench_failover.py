@@ -24,6 +24,7 @@ from gms_core.cli.failover_benchmark_fleet import promotions
 from gms_core.cli.failover_benchmark_result import Failover, Requests, Restart, bars, differences, document, moments, read, spread
 from gms_core.cli.failover_benchmark_result import Result as Measured
 from gms_core.errors import InvalidArgument
+from tests.ports import free_port
 
 ENGINE = [sys.executable, str(Path(__file__).with_name("fake_serving_engine.py"))]
 EVENTS = {"noticed", "gone", "elected", "held", "mapped", "promoted", "listening", "first_token"}
@@ -31,9 +32,7 @@ EVENTS = {"noticed", "gone", "elected", "held", "mapped", "promoted", "listening
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def arguments(port: int, *options: str, engine: Sequence[str] = ()) -> list[str]:

@@ -14,8 +14,9 @@ from click.testing import CliRunner, Result
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from tests.conftest import RunningServer
+from tests.ports import free_port
 from tests.unit.engine_processes import processes
-from tests.unit.gms_run import ENGINE, GmsRun, answer, free_port, gms_run
+from tests.unit.gms_run import ENGINE, GmsRun, answer, gms_run
 
 BY_HAND = json.dumps({"autonomous": False})
 

@@ -25,7 +25,8 @@ from gms_core.fleet.restarts import Policy
 from gms_core.fleet.supervisor import Wanted, supervise
 from gms_core.fleet.view import Change
 from tests.conftest import RunningServer, lose_everything, owner
-from tests.unit.gms_run import ENGINE, GMS, PATIENCE_S, answer, free_port, gms_run, processes_of
+from tests.ports import free_port
+from tests.unit.gms_run import ENGINE, GMS, PATIENCE_S, answer, gms_run, processes_of
 
 
 def _members(directory: Path, engine: str) -> dict[str, int]:

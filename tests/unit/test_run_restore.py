@@ -12,7 +12,8 @@ from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.config import SNAPSHOTS
 from tests.conftest import RunningServer
-from tests.unit.gms_run import ENGINE, free_port, gms_run
+from tests.ports import free_port
+from tests.unit.gms_run import ENGINE, gms_run
 from tests.unit.publishing import MODEL, generations, publish, read_all
 
 

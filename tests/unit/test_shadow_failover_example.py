@@ -16,7 +16,8 @@ import pytest
 
 from gms_core.config import child_environment
 from tests.conftest import RunningServer
-from tests.unit.gms_run import ENGINE, PATIENCE_S, answer, free_port, processes_of
+from tests.ports import free_port
+from tests.unit.gms_run import ENGINE, PATIENCE_S, answer, processes_of
 
 SCRIPT = Path(__file__).parents[2] / "examples/shadow_failover/run.sh"
 
