@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from gms_core.cli import fio
 from gms_core.client import Session, WriteLease, connect
-from gms_core.errors import BackendUnavailable, GmsError, ProtocolError
+from gms_core.errors import BackendUnavailable, GmsError, ProtocolError, TransferFailed
 from gms_core.layout import Identity
 from gms_core.snapshot.buffers import Buffer, Ring, populate
 from gms_core.snapshot.catalogue import find
@@ -69,6 +71,8 @@ class Result:
         workers: Threads of the plain loops.
         plain_write_s: Seconds to write as much, past the page cache, and to sync it.
         plain_read_s: Seconds to read the files of the first snapshot, past the page cache.
+        fio_write_s: Seconds that fio needs to write as much, and to sync it; 0 if it is not installed, or could not.
+        fio_read_s: Seconds that fio needs to read the same files, past the page cache; 0 likewise.
         runs: Of each backend.
     """
 
@@ -78,6 +82,8 @@ class Result:
     workers: int
     plain_write_s: float
     plain_read_s: float
+    fio_write_s: float
+    fio_read_s: float
     runs: tuple[Run, ...]
 
 
@@ -119,7 +125,8 @@ def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[s
         place = Place(session.device, socket, POOL)
         tell("plain writes")
         written = _plain_write(roots, name, size, threads)
-        read = 0.0
+        fio_written = _fio(tell, partial(_fio_write, roots, name, size))
+        read = fio_read = 0.0
         runs: list[Run] = []
         for backend in backends:
             tell(backend)
@@ -130,6 +137,7 @@ def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[s
                 if not read:
                     _forget(files)
                     read = _timed(_parts(files), threads, os.preadv, os.O_RDONLY)
+                    fio_read = _fio(tell, partial(fio.read_s, files))
                 _forget(files)
                 verified = _figures(verify_snapshot(name, _with(config, backend), _ignore))
                 _forget(files)
@@ -142,7 +150,7 @@ def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[s
             else:
                 prune(open_roots(roots), name, keep=0)
         device = session.device
-    return Result(device, size, tuple(map(str, roots)), threads, written, read, tuple(runs))
+    return Result(device, size, tuple(map(str, roots)), threads, written, read, fio_written, fio_read, tuple(runs))
 
 
 def _with(config: SnapshotConfig, backend: str) -> SnapshotConfig:
@@ -188,7 +196,7 @@ def _parts(files: Sequence[tuple[Path, int]]) -> list[Part]:
 
 def _plain_write(roots: Sequence[Path], name: str, size: int, threads: int) -> float:
     """Seconds to write as many bytes over the roots as an image has, and to sync them."""
-    share = -(-size // len(roots) // CHUNK_BYTES) * CHUNK_BYTES
+    share = _share(roots, size)
     files = []
     with contextlib.ExitStack() as stack:
         for root in roots:
@@ -205,6 +213,33 @@ def _plain_write(roots: Sequence[Path], name: str, size: int, threads: int) -> f
             with explained("synced", path):
                 os.fdatasync(descriptor)
         return (spent + time.perf_counter() - began) * size / (share * len(roots))
+
+
+def _share(roots: Sequence[Path], size: int) -> int:
+    """Bytes for each root, if they are all to have as much of an image."""
+    return -(-size // len(roots) // CHUNK_BYTES) * CHUNK_BYTES
+
+
+def _fio_write(roots: Sequence[Path], name: str, size: int) -> float:
+    share = _share(roots, size)
+    files = [(root / f".{name}", share) for root in roots]
+    try:
+        return fio.write_s(files) * size / (share * len(roots))
+    finally:
+        for path, _ in files:
+            path.unlink(missing_ok=True)
+
+
+def _fio(tell: Tell, measure: Callable[[], float]) -> float:
+    """What fio has needed; 0 without it. It stands beside what is measured, so its failure is none of that."""
+    if not fio.installed():
+        return 0.0
+    tell("fio")
+    try:
+        return measure()
+    except TransferFailed as error:
+        tell(error.message)
+        return 0.0
 
 
 def _timed(parts: Sequence[Part], threads: int, move: Callable[[int, Sequence[memoryview], int], int], flags: int) -> float:

@@ -46,20 +46,31 @@ def _table(result: Result) -> None:
     from gms_core.cli.console import standard_output
 
     where = f"{format_size(result.bytes)} on {result.device}, {', '.join(result.roots)}, GB/s"
-    shown = Table("", "save", "verify", "of plain reads", "restore", "", title=where, title_justify="left", box=None)
-    read = result.bytes / result.plain_read_s if result.plain_read_s else 0.0
-    shown.add_row(f"plain, {result.workers} threads", f"{result.bytes / result.plain_write_s / 1e9:.2f}", f"{read / 1e9:.2f}", "", "", "")
+    shown = Table("", "save", "verify", "of plain reads", "of fio's", "restore", "", title=where, title_justify="left", box=None)
+    plain, by_fio = _rate_of(result.bytes, result.plain_read_s), _rate_of(result.bytes, result.fio_read_s)
+
+    def add(name: str, saved: float, read: float, restored: float = 0.0, notes: str = "") -> None:
+        shown.add_row(name, _shown(saved), _shown(read), _part(read, plain), _part(read, by_fio), _shown(restored), notes)
+
+    add(f"plain, {result.workers} threads", _rate_of(result.bytes, result.plain_write_s), plain)
+    if by_fio:
+        add("fio, libaio", _rate_of(result.bytes, result.fio_write_s), by_fio)
     for one in result.runs:
-        verified = _rate(one.verify)
-        part = f"{verified / read:.0%}" if read and verified else "-"
-        notes = one.error or "; ".join(one.restore.notes if one.restore else ())
-        shown.add_row(one.backend, _shown(_rate(one.save)), _shown(verified), part, _shown(_rate(one.restore)), notes)
+        add(one.backend, _rate(one.save), _rate(one.verify), _rate(one.restore), one.error or "; ".join(one.restore.notes if one.restore else ()))
     standard_output().print(shown)
 
 
 def _rate(figures: Figures | None) -> float:
     """Bytes a second of a transfer; of a save with the time until the disks have it."""
     return figures.bytes / (figures.seconds + figures.around.get("sync", 0.0)) if figures is not None and figures.seconds else 0.0
+
+
+def _rate_of(size: int, seconds: float) -> float:
+    return size / seconds if seconds else 0.0
+
+
+def _part(rate: float, whole: float) -> str:
+    return f"{rate / whole:.0%}" if rate and whole else "-"
 
 
 def _shown(rate: float) -> str:

@@ -67,6 +67,42 @@ def test_table_names_the_reason_when_a_backend_cannot_be_used(tmp_path: Path, in
     assert _left(tmp_path / "a") == ["gms-root"]
 
 
+FIO = """#!{python}
+import json, sys
+direction = next(word.partition("=")[2] for word in sys.argv if word.startswith("--rw="))
+sizes = [int(word.partition("=")[2]) for word in sys.argv if word.startswith("--size=")]
+print("fio: a note before the document")
+print(json.dumps({{"jobs": [{{direction: {{"io_bytes": size - {missing}, "runtime": 250 * (1 + number)}}}} for number, size in enumerate(sizes)]}}))
+"""
+
+
+def _fio(folder: Path, missing: int) -> str:
+    """A search path on which there is a fio that reads all but some bytes of each file."""
+    folder.mkdir()
+    program = folder / "fio"
+    program.write_text(FIO.format(python=sys.executable, missing=missing))
+    program.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_fio_stands_beside_the_backends_where_it_is_installed(tmp_path: Path) -> None:
+    roots = f"--root={tmp_path / 'a'}", f"--root={tmp_path / 'b'}"
+    done = _run(*roots, "--backend=staged", "-o", "json", PATH=_fio(tmp_path / "bin", missing=0))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fio_read_s"] == pytest.approx(0.25)  # one stripe, so one file
+    assert found["fio_write_s"] == pytest.approx(0.5 * 20 / 32)  # of the slower one of two that are written at once, in whole requests
+    assert _left(tmp_path / "a") == _left(tmp_path / "b") == ["gms-root"]
+
+
+def test_fio_is_left_out_with_a_word_when_it_has_not_read_everything(tmp_path: Path) -> None:
+    done = _run(f"--root={tmp_path / 'a'}", "--backend=staged", "-o", "json", PATH=_fio(tmp_path / "bin", missing=1))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["fio_read_s"], found["fio_write_s"]) == (0, 0)
+    assert "fio could not read 1 files" in done.stderr
+
+
 def test_nothing_is_written_when_there_is_no_such_backend(tmp_path: Path) -> None:
     done = _run(f"--root={tmp_path / 'a'}", "--backend=none")
     assert done.returncode == ExitCode.USAGE
