@@ -17,6 +17,7 @@ SNAPSHOTS = {
     "GMS_CHECKPOINT_DIR": "The root of snapshots; with GMS_SHARDED_SSD_ROOTS, which of them gets the manifests.",
     "GMS_SHARDED_SSD_ROOTS": "Several roots of snapshots, separated by colons or commas; each image is striped over all of them.",
     "GMS_CONTROL_DIR": "Directory of the files by which an orchestrator sees how far a save or a restore is.",
+    "GMS_METRICS_FILE": "File to which a save or a restore of a snapshot writes its metrics.",
     "GMS_SNAPSHOT": "For gms-saver and gms-loader: the snapshot, NAME or NAME@VERSION.",
     "GMS_POOL": "For gms-saver and gms-loader: the pool.",
     "GMS_DEVICES": "For gms-saver and gms-loader: the devices, separated by commas.",

@@ -54,11 +54,11 @@ def metrics(devices: tuple[str, ...], runtime_dir: Path) -> None:
     from gms_core.metrics.scrape import scrape
     from gms_core.runtime_dir import sockets
 
-    exposition = _exposition("gms metrics")
+    prometheus = exposition("gms metrics")
     paths = sockets(runtime_dir, devices)
     if not paths:
         raise ServerUnavailable(f"no server has a socket in {runtime_dir}", hint="Start one with: gms serve (without a GPU: gms serve --device host)")
-    click.echo(exposition.as_text(lambda: scrape(paths)), nl=False)
+    click.echo(prometheus.as_text(lambda: scrape(paths)), nl=False)
 
 
 def endpoint_of(address: tuple[str, int] | None, devices: Sequence[DeviceId], runtime_dir: Path) -> Endpoint | None:
@@ -70,13 +70,13 @@ def endpoint_of(address: tuple[str, int] | None, devices: Sequence[DeviceId], ru
     """
     if address is None:
         return None
-    exposition = _exposition("--metrics")
+    prometheus = exposition("--metrics")
     from gms_core.metrics.endpoint import Endpoint
     from gms_core.metrics.scrape import scrape
     from gms_core.runtime_dir import socket_path
 
     paths = [socket_path(device, runtime_dir) for device in devices]
-    return Endpoint(*address, exposition.as_application(lambda: scrape(paths)))
+    return Endpoint(*address, prometheus.as_application(lambda: scrape(paths)))
 
 
 @contextlib.contextmanager
@@ -105,9 +105,17 @@ def serving_metrics(endpoint: Endpoint | None, *, replaced: bool) -> Iterator[No
         yield
 
 
-def _exposition(what: str) -> ModuleType:
+def exposition(what: str) -> ModuleType:
+    """The module that knows Prometheus.
+
+    Args:
+        what: Needs it.
+
+    Raises:
+        ConfigurationError: prometheus_client is missing.
+    """
     try:
-        from gms_core.metrics import exposition
+        from gms_core.metrics import exposition as module
     except ImportError as error:
         raise ConfigurationError(f"{what} needs prometheus_client, which is not installed", hint="Install it: pip install 'gms[metrics]'") from error
-    return exposition
+    return module

@@ -31,6 +31,9 @@ root_option = click.option(
 device_option = click.option("--device", "devices", multiple=True, metavar="UUID|host", help="Only this device. Can be given several times.")
 backend_option = click.option("--backend", metavar="NAME", help="What moves the bytes.  [default: GMS_TRANSFER_BACKEND, else staged]")
 option_option = click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="For the backend. Can be given several times.")
+metrics_option = click.option(
+    "--metrics-file", type=click.Path(path_type=Path, dir_okay=False), help="File for its metrics.  [default: GMS_METRICS_FILE, else none]"
+)
 control_option = click.option("--control-dir", type=DIRECTORY, help="Directory of the sentinels.  [default: GMS_CONTROL_DIR, else none]")
 
 
@@ -55,6 +58,7 @@ def snapshot() -> None:
 @option_option
 @_workers("GMS_SAVE_WORKERS")
 @control_option
+@metrics_option
 @click.option("--shard-size", type=Size(), help="Of the largest file, a multiple of 16 MiB.  [default: GMS_SHARD_SIZE_BYTES, else 4 GiB]")
 @click.option("--resume", is_flag=True, help="Go on with the newest save under this name that has ended without a snapshot.")
 @runtime_dir_option
@@ -69,6 +73,7 @@ def save(
     options: tuple[str, ...],
     workers: int | None,
     control_dir: Path | None,
+    metrics_file: Path | None,
     shard_size: int | None,
     resume: bool,
     runtime_dir: Path,
@@ -78,6 +83,7 @@ def save(
 
     Engines serve meanwhile. Nothing that was saved before is touched: there is a new snapshot once all of it is on the disks, or there is none.
     """
+    from gms_core.cli.snapshot_metrics import recorded
     from gms_core.cli.snapshot_places import sources
     from gms_core.cli.snapshot_progress import progress, show
     from gms_core.snapshot.on_disk import check_name
@@ -85,11 +91,19 @@ def save(
 
     check_name(name)
     config = _config(
-        roots, backend=backend, save_workers=workers, shard_bytes=shard_size, control_dir=_absolute(control_dir), options=_pairs(options)
+        roots,
+        backend=backend,
+        save_workers=workers,
+        shard_bytes=shard_size,
+        control_dir=_absolute(control_dir),
+        metrics_file=_absolute(metrics_file),
+        options=_pairs(options),
     )
-    with progress(output) as watch:
-        outcome = save_snapshot(lambda: sources(runtime_dir, pool, devices, ranks=ranks), name, config, watch, resume=resume)
-    show("save", outcome, output)
+    with recorded(config.metrics_file, "save", name) as record:
+        with progress(output) as watch:
+            outcome = save_snapshot(lambda: sources(runtime_dir, pool, devices, ranks=ranks), name, config, watch, resume=resume)
+        record(outcome)
+        show("save", outcome, output)
     if outcome.untold is not None:
         raise outcome.untold
 
@@ -118,6 +132,7 @@ def save(
 @option_option
 @_workers("GMS_LOAD_WORKERS")
 @control_option
+@metrics_option
 @runtime_dir_option
 @output_option("text", "json")
 def restore(
@@ -135,6 +150,7 @@ def restore(
     options: tuple[str, ...],
     workers: int | None,
     control_dir: Path | None,
+    metrics_file: Path | None,
     runtime_dir: Path,
     output: str,
 ) -> None:
@@ -142,25 +158,35 @@ def restore(
 
     Every byte is compared with its checksum, and nothing is published before all images have arrived.
     """
+    from gms_core.cli.snapshot_metrics import recorded
     from gms_core.cli.snapshot_places import targets
     from gms_core.cli.snapshot_progress import progress, show
     from gms_core.snapshot.whole import restore_snapshot
 
-    config = _config(roots, backend=backend, load_workers=workers, control_dir=_absolute(control_dir), options=_pairs(options))
-    with progress(output) as watch:
-        outcome = restore_snapshot(
-            snapshot,
-            config,
-            lambda images: targets(images, runtime_dir, devices, pool),
-            watch,
-            expected=_pairs(expected),
-            if_missing=if_missing,
-            replace=replace,
-            pin=pin,
-            timeout_s=timeout,
-            memory_timeout_s=memory_timeout,
-        )
-    show("restore", outcome, output)
+    config = _config(
+        roots,
+        backend=backend,
+        load_workers=workers,
+        control_dir=_absolute(control_dir),
+        metrics_file=_absolute(metrics_file),
+        options=_pairs(options),
+    )
+    with recorded(config.metrics_file, "restore", snapshot) as record:
+        with progress(output) as watch:
+            outcome = restore_snapshot(
+                snapshot,
+                config,
+                lambda images: targets(images, runtime_dir, devices, pool),
+                watch,
+                expected=_pairs(expected),
+                if_missing=if_missing,
+                replace=replace,
+                pin=pin,
+                timeout_s=timeout,
+                memory_timeout_s=memory_timeout,
+            )
+        record(outcome)
+        show("restore", outcome, output)
     if outcome.untold is not None:
         raise outcome.untold
 

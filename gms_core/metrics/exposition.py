@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
+from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from gms_core.metrics.samples import samples
 from gms_core.metrics.table import METRICS
+from gms_core.metrics.transfers import TRANSFER_METRICS, Transfer
 from gms_core.protocol.messages import Durations, StatusReport
 
 Ask = Callable[[], Iterable[tuple[str, StatusReport | None]]]
@@ -63,3 +65,31 @@ def as_text(ask: Ask) -> bytes:
 def as_application(ask: Ask) -> Any:
     """A WSGI application that answers every request with the metrics as they are then, in the format that is asked for."""
     return make_wsgi_app(_registry(ask))
+
+
+class _Once(Collector):
+    """Values that are known."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+
+    def collect(self) -> Iterator[Family]:
+        """All metrics that there are of it."""
+        families: dict[str, GaugeMetricFamily] = {}
+        for name, labels, value in self._transfer.samples():
+            metric = TRANSFER_METRICS[name]
+            if name not in families:
+                families[name] = GaugeMetricFamily(name, metric.help, labels=("action", "name", *metric.labels))
+            families[name].add_metric(labels, value)
+        yield from families.values()
+
+
+def write_transfer(transfer: Transfer, path: Path) -> None:
+    """Write the metrics of a save or a restore to a file, in the place of what was there, all at once.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Once(transfer))
+    write_to_textfile(str(path), registry)

@@ -44,6 +44,7 @@ class SnapshotConfig(BaseModel):
         shard_bytes: Of the largest file.
         roots: Directories that snapshots lie in, the one that gets the manifests first.
         control_dir: Directory of the sentinels; None for no sentinels.
+        metrics_file: What it was like, for Prometheus; None for none.
         options: The backend's own, by name.
     """
 
@@ -55,6 +56,7 @@ class SnapshotConfig(BaseModel):
     shard_bytes: Annotated[int, AfterValidator(_shard)] = SHARD_BYTES
     roots: tuple[AbsolutePath, ...] = ()
     control_dir: AbsolutePath | None = None
+    metrics_file: AbsolutePath | None = None
     options: dict[str, str] = {}
 
     @property
@@ -69,6 +71,7 @@ _VARIABLES = {
     "GMS_LOAD_WORKERS": "load_workers",
     "GMS_SHARD_SIZE_BYTES": "shard_bytes",
     "GMS_CONTROL_DIR": "control_dir",
+    "GMS_METRICS_FILE": "metrics_file",
 }
 
 

@@ -22,6 +22,7 @@ from gms_core.cli.exit_codes import ExitCode, for_type
 from gms_core.engine_config import FailoverConfig, GmsConfig
 from gms_core.events import Kind
 from gms_core.metrics.table import METRICS
+from gms_core.metrics.transfers import TRANSFER_METRICS
 from gms_core.plugins import hookspecs
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,8 @@ def test_metrics_table_is_complete_and_alerts_name_what_there_is_when_metrics_ch
     sections = _sections("metrics.md")
     expected = [[f"`{name}`", one.kind, ", ".join(f"`{label}`" for label in one.labels) or "-", one.help] for name, one in METRICS.items()]
     assert _rows(sections[""]) == expected
+    transfers = [[f"`{name}`", ", ".join(f"`{label}`" for label in one.labels) or "-", one.help] for name, one in TRANSFER_METRICS.items()]
+    assert _rows(sections["Saves and restores"]) == transfers
     known = {name for name, one in METRICS.items() if one.kind != "histogram"}
     known |= {f"{name}_{part}" for name, one in METRICS.items() if one.kind == "histogram" for part in ("bucket", "sum", "count")}
     named = set(re.findall(r"\bgms_[a-z_]+", sections["Alerts"]))
