@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -35,6 +36,7 @@ def main() -> int:
         sys.stdout.flush()
 
     tell(f"SEED={seed} KILLS={options.kills}; logs are in {logs}")
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(logs / "vllm"))
     model = write_model(logs / "model", "llama")
     with Warden() as warden, tempfile.TemporaryDirectory(prefix="gms-") as directory, running_server(Path(directory)) as server:
         run = Run(server, model, logs, seed, tell, shadows=options.shadows, at_once=options.at_once)

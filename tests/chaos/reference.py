@@ -29,7 +29,6 @@ def ask_stock(model: Path, folder: Path) -> list[list[str]]:
         **os.environ,
         **ENVIRONMENT,
         "PYTHONPATH": f"{tests}:{tests / 'engine'}",
-        "VLLM_CACHE_ROOT": str(folder / "vllm"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     command = [sys.executable, "-m", "chaos.reference", str(model), str(out)]

@@ -13,6 +13,14 @@ from failover_story import Story
 from models import write_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM remembers of model classes is the same for all tests: else the first engine of each one starts a process that imports vLLM."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm")))
+        yield
+
+
 @pytest.fixture
 def warden() -> Iterator[Warden]:
     """To be asked for before the server: whatever is started from then on ends with the test, even if the test itself is killed."""

@@ -162,7 +162,6 @@ class Story:
             "GMS_RUNTIME_DIR": str(self.server.directory),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
             "GMS_ENGINE": name,
-            "VLLM_CACHE_ROOT": str(self.folder / "vllm"),
             **(environment or {}),
         }
         with log.open("wb") as output:

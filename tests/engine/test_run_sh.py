@@ -84,7 +84,6 @@ def test_shadow_serves_and_nothing_is_left_when_the_example_is_run_and_its_prima
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "GMS_RUNTIME_DIR": str(runtime_dir),
         "GMS_CACHE_DIR": str(tmp_path / "cache"),
-        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
         "LOGS": str(tmp_path),
         "DEVICE": "host",
     }

@@ -85,12 +85,10 @@ class Site:
     Attributes:
         runtime_dir: Of the server.
         folder: Of one test.
-        vllm_cache: Where vLLM remembers what it has seen of its model classes; tests share it, for it saves seconds.
     """
 
     runtime_dir: Path
     folder: Path
-    vllm_cache: Path
 
     @contextlib.contextmanager
     def engine(
@@ -119,7 +117,6 @@ class Site:
             **ENVIRONMENT,
             "GMS_RUNTIME_DIR": str(self.runtime_dir),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
-            "VLLM_CACHE_ROOT": str(self.vllm_cache),
             **environment,
         }
         log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
@@ -169,14 +166,9 @@ def stock(model: Path, **options: Any) -> dict[str, Any]:
     return {"model": model, "load_format": "auto", **options}
 
 
-@pytest.fixture(scope="module")
-def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
-
-
 @pytest.fixture
-def site(server: Any, tmp_path: Path, vllm_cache: Path) -> Site:
-    return Site(server.directory, tmp_path, vllm_cache)
+def site(server: Any, tmp_path: Path) -> Site:
+    return Site(server.directory, tmp_path)
 
 
 def hide_weights(model: Path) -> None:
@@ -350,10 +342,10 @@ def test_waiting_is_bounded_when_nothing_is_published(site: Site, tmp_path: Path
     assert refused["error"] == "acquire_timeout"
 
 
-def test_server_is_named_when_none_is_running(tmp_path: Path, vllm_cache: Path) -> None:
+def test_server_is_named_when_none_is_running(tmp_path: Path) -> None:
     nowhere = tmp_path / "run"
     nowhere.mkdir(mode=0o700)
-    refused = Site(nowhere, tmp_path, vllm_cache).run(write_model(tmp_path / "model", "llama"))
+    refused = Site(nowhere, tmp_path).run(write_model(tmp_path / "model", "llama"))
     assert refused["error"] == "server_unavailable"
     assert "gms serve" in refused["message"]
 

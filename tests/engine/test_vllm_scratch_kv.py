@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from models import write_model
-from test_vllm_load import Engine, Site, site, stock, two_ranks, vllm_cache  # noqa: F401 - fixtures
+from test_vllm_load import Engine, Site, site, stock, two_ranks  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from failover_story import Client, Running, Story, until
 from models import write_model
-from test_vllm_load import Site, site, vllm_cache  # noqa: F401 - fixtures
+from test_vllm_load import Site, site  # noqa: F401 - fixtures
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.client.arena import Received, Take
