@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -17,6 +18,9 @@ from gms_core.devices import device_id
 from gms_core.snapshot.orders import Figures
 from gms_core.snapshot.registry import find, names
 from gms_core.snapshot.roots import open_roots
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def run(roots: Sequence[Path], size: int, device: str | None, backends: Sequence[str], workers: int, *, as_json: bool) -> None:
@@ -36,14 +40,15 @@ def run(roots: Sequence[Path], size: int, device: str | None, backends: Sequence
         result = measure(socket, roots, whole, backends or names(), workers, lambda what: click.echo(what, err=True))
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, **msgspec.to_builtins(result)}, indent=2))
-    else:
-        _table(result)
-
-
-def _table(result: Result) -> None:
-    from rich.table import Table
-
+        return
     from gms_core.cli.console import standard_output
+
+    standard_output().print(table(result))
+
+
+def table(result: Result) -> Table:
+    """The output for people."""
+    from rich.table import Table
 
     where = f"{format_size(result.bytes)} on {result.device}, {', '.join(result.roots)}, GB/s"
     shown = Table("", "save", "verify", "of plain reads", "of fio's", "restore", "", title=where, title_justify="left", box=None)
@@ -57,7 +62,7 @@ def _table(result: Result) -> None:
         add("fio, libaio", _rate_of(result.bytes, result.fio_write_s), by_fio)
     for one in result.runs:
         add(one.backend, _rate(one.save), _rate(one.verify), _rate(one.restore), one.error or "; ".join(one.restore.notes if one.restore else ()))
-    standard_output().print(shown)
+    return shown
 
 
 def _rate(figures: Figures | None) -> float:
