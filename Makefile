@@ -11,12 +11,14 @@ KILLS ?= 100
 FAULTS ?= $(KILLS)
 SOAK_S ?= 600
 FRAMES ?= 1000000
+BENCH_BYTES ?=
+BENCH_ARGS ?=
 
 # Run with another Python whose environment has gms, an engine and the tools already: make test-gpu RUN=python3
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -54,9 +56,11 @@ soak: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## A device server u
 fuzz: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Hostile frames against a live server, and inputs for the codec: make fuzz SEED=7 FRAMES=1000000; writes build/fuzz.json.
 	PYTHONPATH=. $(RUN) -m tests.fuzz $(if $(SEED),--seed $(SEED)) --frames $(FRAMES)
 
-bench: ## How long a new process needs to attach, and what a server with many clients needs, beside their limits.
-	$(RUN) -m gms_core.cli bench attach
-	$(RUN) -m gms_core.cli bench server
+bench: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## All benchmarks that need no engine, beside peers and limits: make bench BENCH_BYTES=4GiB; writes build/bench.json.
+	$(RUN) -m tools.bench $(if $(BENCH_BYTES),--bytes $(BENCH_BYTES)) $(BENCH_ARGS)
+
+peers: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Install the loaders of others that make bench measures, beside the torch that is there: make peers RUN=python3
+	$(RUN) -m pip install --no-deps --group peers
 
 wheels: $(WHEELS)/.stamp ## Download the vLLM wheels that the contract tests read.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gms_core.config import child_environment
 from gms_core.errors import TransferFailed
 
 BLOCK_BYTES = 8 * 2**20
@@ -57,7 +57,7 @@ def _run(direction: str, files: Sequence[tuple[Path, int]], *options: str) -> fl
         name = str(path).replace(":", "\\:")  # a colon separates names for it
         block = min(BLOCK_BYTES, size & -size)  # it leaves out what is no whole block
         command += [f"--name={number}", f"--filename={name}", f"--size={size}", f"--bs={block}"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env={**os.environ, **_HUGE_PAGES})
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=child_environment(**_HUGE_PAGES))
     try:
         jobs: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
         told = [job[direction] for job in jobs]

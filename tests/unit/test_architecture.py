@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches"]
+PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches", ROOT / "tools/bench"]
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 MOST_LINES = 400
 HEAVY = {"torch", "pydantic", "rich", "vllm", "cuda", "numpy", "packaging"}

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def main(
 ) -> None:
     """Run all benchmarks that need no engine, and write one document.
 
-    Each figure has its peer or its physical limit from the same run. The exit code is 1 if something of GMS has no figures; a peer that is missing or
+    Each figure has its peer or its physical limit from the same run. The exit code is 1 if something of GMS has failed. A peer that is missing or
     fails is named with the reason, and changes nothing.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left in memory or on the disk
@@ -96,10 +97,11 @@ def run(wanted: Wanted, sections: Sequence[str]) -> Document:
     folders = {name: folder for name, folder in (("disk", wanted.disk), ("tmpfs", wanted.tmpfs)) if folder.is_dir()}
     found = machine(folders)
     told: dict[str, dict[str, Any]] = {}
-    for name, words in _commands(wanted).items():
-        if name in sections:
-            _tell(f"gms {words[0]} {words[1]}")
-            told[name] = section(name, *words)
+    with tempfile.TemporaryDirectory(prefix="gms-bench-", dir=wanted.disk) as root:
+        for name, words in _commands(wanted, root).items():
+            if name in sections:
+                _tell(f"gms {words[0]} {words[1]}")
+                told[name] = section(name, *words)
     loading, error = _loading(wanted, told.get("snapshot", {})) if "loading" in sections else (None, "")
     return Document(
         schema=SCHEMA,
@@ -114,9 +116,8 @@ def run(wanted: Wanted, sections: Sequence[str]) -> Document:
     )
 
 
-def _commands(wanted: Wanted) -> dict[str, tuple[str, ...]]:
+def _commands(wanted: Wanted, root: str) -> dict[str, tuple[str, ...]]:
     device = ("--device", str(wanted.device))
-    root = str(wanted.disk / "bench-snapshots")
     return {
         "attach": ("bench", "attach", *device),
         "server": ("bench", "server", *device),

@@ -163,7 +163,8 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
         repeat: Processes for each figure.
         copy: The limit of whatever brings bytes from host memory into the device's.
         disk: The limit of whatever reads the disk.
-        loaders: All that there are, those that were not measured too.
+        loaders: All that were wanted, those that were not measured too.
+        left_out: Why there is nothing of a source, by source.
         measurements: By source, then by loader.
     """
 
@@ -176,6 +177,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     copy: Limit
     disk: Limit
     loaders: tuple[Loader, ...]
+    left_out: dict[str, str]
     measurements: tuple[Measurement, ...]
 
 
@@ -205,13 +207,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     loading_error: str = ""
 
     def failures(self) -> list[str]:
-        """What of GMS itself has no figures, in one sentence each. Peers that are missing or fail are none of it."""
+        """What of GMS itself has failed, in one sentence each. Peers are none of it, nor is what cannot be used on this machine."""
         sections = {name: getattr(self, name) for name in COMMANDS}
         found = [f"{name}: {section['error']}" for name, section in sections.items() if section and "error" in section]
         found += [f"loading: {self.loading_error}"] if self.loading_error else []
         if self.loading is not None:
-            own = {loader.name for loader in self.loading.loaders if loader.kind == "gms"}
-            found += [f"{one.loader}, {one.source}: {one.error}" for one in self.loading.measurements if one.error and one.loader in own]
+            own = {loader.name for loader in self.loading.loaders if loader.kind == "gms" and not loader.error}
+            failed = [one for one in self.loading.measurements if one.error and one.loader in own and one.source not in self.loading.left_out]
+            found += [f"{one.loader}, {one.source}: {one.error}" for one in failed]
         return found
 
 

@@ -124,13 +124,13 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         if TMPFS in wanted.sources:
             places[TMPFS] = _copied(stack, run, disk)
         ask(Check(str(disk.folder), str(run.socket), POOL, run.offset))  # and free it: every restore begins with an empty pool
+        left_out = {source: place for source, place in places.items() if isinstance(place, str)}
         samples: dict[tuple[str, str], list[Sample]] = {}
-        errors: dict[tuple[str, str], str] = {}
+        errors = {(source, name): reason for source, reason in left_out.items() for name in _loaders_of(source, wanted.loaders)}
         read_s: list[float] = []
         for source in wanted.sources:
             place = places[source]
             if isinstance(place, str):
-                errors.update({(source, name): place for name in _loaders_of(source, wanted.loaders)})
                 continue
             for number in range(wanted.repeat):
                 tell(f"{source}, {number + 1} of {wanted.repeat}")
@@ -150,6 +150,7 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         copy=copy,
         disk=limit,
         loaders=loaders,
+        left_out=left_out,
         measurements=measured,
     )
 
