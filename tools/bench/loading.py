@@ -83,6 +83,10 @@ class Run:
         offset: Where in the pool the bytes begin.
         versions: Of the loaders, once they have loaded anything.
         missing: Why loaders cannot be measured anywhere here.
+        left_out: Why there is nothing of a source.
+        samples: That were taken, by source and loader.
+        errors: Why there are none, or no more, likewise.
+        fio_s: Seconds that fio has needed to read the checkpoint from the disk.
     """
 
     wanted: Wanted
@@ -91,6 +95,10 @@ class Run:
     offset: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
+    errors: dict[tuple[str, str], str] = field(default_factory=dict)
+    fio_s: list[float] = field(default_factory=list)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -120,26 +128,13 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         tell("its snapshot")
         run.offset = ask(Publish(str(disk.folder), str(run.socket), POOL)).answer.offset
         disk.shards = _save(run, disk)
-        places: dict[str, Place | str] = {PAGE_CACHE: disk, DISK: disk}
-        if TMPFS in wanted.sources:
-            places[TMPFS] = _copied(stack, run, disk)
+        memory = _copied(stack, run, disk) if TMPFS in wanted.sources else None
         ask(Check(str(disk.folder), str(run.socket), POOL, run.offset))  # and free it: every restore begins with an empty pool
-        left_out = {source: place for source, place in places.items() if isinstance(place, str)}
-        samples: dict[tuple[str, str], list[Sample]] = {}
-        errors = {(source, name): reason for source, reason in left_out.items() for name in _loaders_of(source, wanted.loaders)}
-        read_s: list[float] = []
         for source in wanted.sources:
-            place = places[source]
-            if isinstance(place, str):
-                continue
-            for number in range(wanted.repeat):
-                tell(f"{source}, {number + 1} of {wanted.repeat}")
-                if source == DISK:
-                    read_s += fio_seconds(place.files, tell)
-                for name in _loaders_of(source, wanted.loaders):
-                    _try(run, source, place, name, samples, errors)
-        limit = disk_limit(disk.files, read_s, wanted.plain_rate)
-        measured = _measurements(wanted, samples, errors, written.size, copy, limit)
+            place = memory if source == TMPFS else disk
+            if place is not None:
+                _rounds(run, source, place)
+        limit = disk_limit(disk.files, run.fio_s, wanted.plain_rate)
     loaders = tuple(Loader(name, "gms" if name in GMS else "peer", run.versions.get(name, ""), run.missing.get(name, "")) for name in wanted.loaders)
     return Loading(
         device=str(wanted.device),
@@ -150,8 +145,8 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         copy=copy,
         disk=limit,
         loaders=loaders,
-        left_out=left_out,
-        measurements=measured,
+        left_out=run.left_out,
+        measurements=_measurements(run, written.size, copy, limit),
     )
 
 
@@ -160,27 +155,30 @@ def _loaders_of(source: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in PEERS or source in GMS[name].sources]
 
 
-def _measurements(
-    wanted: Wanted,
-    samples: Mapping[tuple[str, str], list[Sample]],
-    errors: Mapping[tuple[str, str], str],
-    size: int,
-    copy: Limit,
-    disk: Limit,
-) -> tuple[Measurement, ...]:
-    return tuple(
-        summed_up(source, name, samples.get((source, name), []), size, copy, disk if source == DISK else Limit(""), errors.get((source, name), ""))
-        for source in wanted.sources
-        for name in _loaders_of(source, wanted.loaders)
-    )
+def _measurements(run: Run, size: int, copy: Limit, disk: Limit) -> tuple[Measurement, ...]:
+    def one(source: str, name: str) -> Measurement:
+        error = run.left_out.get(source, "") or run.errors.get((source, name), "")
+        return summed_up(source, name, run.samples.get((source, name), []), size, copy, disk if source == DISK else Limit(""), error)
+
+    return tuple(one(source, name) for source in run.wanted.sources for name in _loaders_of(source, run.wanted.loaders))
 
 
-def _try(run: Run, source: str, place: Place, name: str, samples: dict[tuple[str, str], list[Sample]], errors: dict[tuple[str, str], str]) -> None:
+def _rounds(run: Run, source: str, place: Place) -> None:
+    """Take all samples of a source. Loaders take turns, so that what changes meanwhile on the machine changes for all of them."""
+    for number in range(run.wanted.repeat):
+        run.tell(f"{source}, {number + 1} of {run.wanted.repeat}")
+        if source == DISK:
+            run.fio_s += fio_seconds(place.files, run.tell)
+        for name in _loaders_of(source, run.wanted.loaders):
+            _try(run, source, place, name)
+
+
+def _try(run: Run, source: str, place: Place, name: str) -> None:
     """Take one sample of a loader, or note why there is none. One that has failed is not tried again with the same source."""
     key = source, name
     if name in run.missing:
-        errors[key] = run.missing[name]
-    if key in errors:
+        run.errors[key] = run.missing[name]
+    if key in run.errors:
         return
     files = place.shards if name in GMS else place.files
     if source == DISK:
@@ -191,13 +189,13 @@ def _try(run: Run, source: str, place: Place, name: str, samples: dict[tuple[str
     try:
         sample, version = _restore(run, place, name, cached) if name in GMS else _load(run, place, name, cached)
     except BackendUnavailable as error:
-        run.missing[name] = errors[key] = error.message
+        run.missing[name] = run.errors[key] = error.message
     except GmsError as error:
-        errors[key] = error.message
+        run.errors[key] = error.message
         run.tell(f"{name}: {error.message}")
     else:
         run.versions[name] = version
-        samples.setdefault(key, []).append(sample)
+        run.samples.setdefault(key, []).append(sample)
 
 
 def _load(run: Run, place: Place, name: str, cached: float) -> tuple[Sample, str]:
@@ -250,15 +248,17 @@ def _place(stack: contextlib.ExitStack, parent: Path) -> Place:
     return place
 
 
-def _copied(stack: contextlib.ExitStack, run: Run, disk: Place) -> Place | str:
-    """The same in memory, or why it is not there."""
+def _copied(stack: contextlib.ExitStack, run: Run, disk: Place) -> Place | None:
+    """The same in memory; None if there is no room, which is noted."""
     parent = run.wanted.tmpfs
     if not parent.is_dir() or file_system(parent).type not in ("tmpfs", "ramfs"):
-        return f"{parent} is no tmpfs"
+        run.left_out[TMPFS] = f"{parent} is no tmpfs"
+        return None
     try:
         _check_room(parent, run.wanted.size)
     except InvalidArgument as error:
-        return error.message
+        run.left_out[TMPFS] = error.message
+        return None
     place = _place(stack, parent)
     for path in disk.folder.iterdir():
         shutil.copyfile(path, place.folder / path.name)
