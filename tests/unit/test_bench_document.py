@@ -281,6 +281,19 @@ def test_one_document_names_every_loader_with_figures_or_a_reason_when_it_is_run
     assert shown.stdout.strip() in done.stdout
 
 
+def test_nothing_is_left_when_a_run_is_told_to_end(tmp_path: Path) -> None:
+    words = ["--only", "loading", "--bytes", "1MiB", "--repeat", "100", "--device", "host", "--loader", "gms staged", "--tmpfs", str(tmp_path / "no")]
+    command = [*RUN, *words, "--out", str(tmp_path / "bench.json"), "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("page cache, 1 of") for line in process.stderr)
+        assert list(tmp_path.iterdir()) != []
+        process.terminate()
+        process.stderr.read()
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("words", "said"), [(["--loader", "nothing"], "no loader 'nothing'"), (["--device", "0"], "is no device")])
 def test_nothing_is_measured_when_an_option_is_wrong(tmp_path: Path, words: list[str], said: str) -> None:
     done = subprocess.run(

@@ -82,9 +82,9 @@ def _notes(one: Measurement) -> str:
     found = list(dict.fromkeys(note for sample in one.samples for note in sample.notes))
     least, most = min(sample.cached for sample in one.samples), max(sample.cached for sample in one.samples)
     if one.source == "disk" and most:
-        found.append(f"{most:.0%} of the files could not be dropped from the page cache")
+        found.append(f"{most:.2%} of the files could not be dropped from the page cache")
     if one.source != "disk" and least < 1:
-        found.append(f"only {least:.0%} of the files were in memory")
+        found.append(f"{1 - least:.2%} of the files were not in memory")
     return plain("; ".join(found))
 
 
