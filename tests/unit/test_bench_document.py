@@ -281,6 +281,18 @@ def test_one_document_names_every_loader_with_figures_or_a_reason_when_it_is_run
     assert shown.stdout.strip() in done.stdout
 
 
+def test_document_has_the_reason_and_the_run_fails_when_there_is_no_room(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = [*RUN, "--only", "loading", "--bytes", "1000TiB", "--device", "host", "--out", str(out), "--dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    found = read(out)
+    assert found.loading is None
+    assert "needs 2100 TiB" in found.loading_error
+    assert found.failures() == [f"loading: {found.loading_error}"]
+    assert found.loading_error in done.stdout
+
+
 def test_nothing_is_left_when_a_run_is_told_to_end(tmp_path: Path) -> None:
     words = ["--only", "loading", "--bytes", "1MiB", "--repeat", "100", "--device", "host", "--loader", "gms staged", "--tmpfs", str(tmp_path / "no")]
     command = [*RUN, *words, "--out", str(tmp_path / "bench.json"), "--dir", str(tmp_path)]

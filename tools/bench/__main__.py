@@ -143,8 +143,11 @@ def _print(document: Document) -> None:
     from tools.bench.tables import lines
 
     console = standard_output()
-    for line in lines(document):
-        console.print(line, highlight=False)
+    for shown in lines(document):
+        if isinstance(shown, str):
+            click.echo(shown)  # a sentence is not wrapped
+        else:
+            console.print(shown)
 
 
 if __name__ == "__main__":
