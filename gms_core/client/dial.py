@@ -56,7 +56,12 @@ def greet(path: Path, hello: Hello, timeout_s: float, given_up: Callable[[], boo
     try:
         _dial(connection, path, timeout_s)
         try:
-            channel.send(hello)
+            try:
+                channel.send(hello)
+            except ConnectionLost:
+                if not channel.ended:
+                    raise
+                # A server that refuses a connection does not wait for what it has to say: the reason may be there.
             answer = _first_answer(channel, deadline, given_up)
         except ConnectionLost as error:
             raise ServerUnavailable(f"{path} does not answer as a GMS server: {error}") from error

@@ -152,10 +152,25 @@ def test_user_is_refused_when_too_many_of_its_connections_have_not_shaken_hands(
 
 
 def _is_refused(path: Path) -> bool:
-    with raw(path) as connection:
-        channel = Channel(connection)
-        channel.send(Hello((2, 1)))
-        return isinstance(channel.receive(PATIENCE_S)[0], Failure)
+    try:
+        connect(socket_path=path).close()
+    except QuotaExceeded:
+        return True
+    return False
+
+
+def test_reason_is_told_when_the_server_has_refused_before_the_client_says_anything(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Channel.send
+
+    def send_late(channel: Channel, message: Hello) -> None:
+        until(channel.has_ended)
+        send(channel, message)
+
+    with server_in_thread(runtime_dir, Limits(handshakes=1, handshake_s=60)) as path, raw(path):
+        until(lambda: _is_refused(path))
+        monkeypatch.setattr(Channel, "send", send_late)
+        with pytest.raises(QuotaExceeded, match="shaken hands"):
+            connect(socket_path=path)
 
 
 def test_memory_is_made_and_engines_are_watched_when_sessions_have_all_the_files_that_they_may_have(runtime_dir: Path) -> None:
