@@ -13,8 +13,8 @@ SNAPSHOTS = {
     "GMS_TRANSFER_BACKEND": "What moves the bytes of snapshots.",
     "GMS_SAVE_WORKERS": "Threads that save an image of a snapshot; 0 for as many as suit the backend.",
     "GMS_LOAD_WORKERS": "Threads that restore an image of a snapshot; 0 for as many as suit the backend.",
-    "GMS_SHARD_SIZE_BYTES": "Bytes of the largest file of a snapshot.",
-    "GMS_CHECKPOINT_DIR": "The root of snapshots; with GMS_SHARDED_SSD_ROOTS, which of them gets the manifests.",
+    "GMS_SHARD_SIZE_BYTES": "Bytes of the largest file or object of a snapshot.",
+    "GMS_CHECKPOINT_DIR": "The root of snapshots, a directory or a URL; with GMS_SHARDED_SSD_ROOTS, which of them gets the manifests.",
     "GMS_SHARDED_SSD_ROOTS": "Several roots of snapshots, separated by colons or commas; each image is striped over all of them.",
     "GMS_CONTROL_DIR": "Directory of the files by which an orchestrator sees how far a save or a restore is.",
     "GMS_METRICS_FILE": "File to which a save or a restore of a snapshot writes its metrics.",
@@ -92,6 +92,15 @@ def settings() -> Settings:
 def snapshot_environment() -> dict[str, str]:
     """What the environment says about snapshots, by variable; `gms_core.snapshot.config` says what it means. What is empty is not set."""
     return {name: value for name in SNAPSHOTS if (value := os.environ.get(name, ""))}
+
+
+def store_timeout(store: str) -> str:
+    """What the environment says of the longest time of a request to an object store; the library for those reads it by itself.
+
+    Args:
+        store: ``AWS``, ``GOOGLE`` or ``AZURE``.
+    """
+    return os.environ.get(f"{store}_TIMEOUT", "")
 
 
 def export_cohort(cohort: str, engine: str) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import click
 
 from gms_core.config import settings
+from gms_core.snapshot.objects.urls import is_url, root_url
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -69,6 +70,25 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in new release
             return parse_size(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Root(click.ParamType):  # type: ignore[type-arg]  # generic in new releases of click only
+    """Where snapshots lie: a directory, as an absolute path, or the URL of a place in an object store."""
+
+    name = "directory|url"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Parse what the user wrote.
+
+        Raises:
+            InvalidArgument: It is a URL that cannot be used.
+        """
+        text = str(value)
+        if is_url(text):
+            return root_url(text)
+        if not text or "\0" in text:
+            self.fail("it is no path", param, ctx)
+        return Path(text).absolute()
 
 
 def _keep_output(ctx: click.Context, _: click.Parameter, value: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gms_core.cli.options import output_option, runtime_dir_option
+from gms_core.cli.options import Root, output_option, runtime_dir_option
 from gms_core.cli.refusal import as_text
 from gms_core.config import child_environment
 from gms_core.errors import InvalidArgument, ServerUnavailable
@@ -63,8 +63,9 @@ UNKNOWN_COMMAND = (
     "--root",
     "roots",
     multiple=True,
-    type=click.Path(path_type=Path, readable=False),
-    help="Directory that the snapshot lies in. Can be given several times.  [default: GMS_SHARDED_SSD_ROOTS, GMS_CHECKPOINT_DIR]",
+    type=Root(),
+    help="Directory that the snapshot lies in, or a URL such as s3://bucket/prefix. Can be given several times.  "
+    "[default: GMS_SHARDED_SSD_ROOTS, GMS_CHECKPOINT_DIR]",
 )
 @click.option(
     "--log-dir", type=click.Path(file_okay=False, path_type=Path), help="Directory of the engines' output.  [default: logs in the runtime directory]"
@@ -95,7 +96,7 @@ def run(
     names: tuple[str, ...],
     no_serve: bool,
     restore: str | None,
-    roots: tuple[Path, ...],
+    roots: tuple[Path | str, ...],
     log_dir: Path | None,
     stop_timeout: float,
     start_timeout: float,

@@ -9,7 +9,7 @@ from pathlib import Path
 from gms_core.errors import InvalidArgument
 
 
-def restore_command(wanted: str | None, roots: Sequence[Path], devices: Sequence[str], directory: Path) -> tuple[str, ...] | None:
+def restore_command(wanted: str | None, roots: Sequence[Path | str], devices: Sequence[str], directory: Path) -> tuple[str, ...] | None:
     """The command; None if nothing is to be restored.
 
     Args:
@@ -27,13 +27,11 @@ def restore_command(wanted: str | None, roots: Sequence[Path], devices: Sequence
             raise InvalidArgument("--root is of no use without --restore", hint="Name the snapshot with --restore, or leave --root out.")
         return None
     from gms_core.cli.serve import ALL
-    from gms_core.snapshot.catalogue import find
     from gms_core.snapshot.config import snapshot_config
-    from gms_core.snapshot.roots import open_roots
+    from gms_core.snapshot.shelves import open_shelf
 
-    given = tuple(root.absolute() for root in roots)
-    with find(open_roots(snapshot_config({"roots": given}).roots), wanted):
+    with open_shelf(snapshot_config({"roots": tuple(roots)}).roots).find(wanted):
         pass
-    words = [word for root in given for word in ("--root", str(root))]
+    words = [word for root in roots for word in ("--root", str(root))]
     words += [word for device in devices if device != ALL for word in ("--device", device)]
     return (sys.executable, "-P", "-m", "gms_core.cli", "snapshot", "restore", wanted, "--if-missing", "--runtime-dir", str(directory), *words)

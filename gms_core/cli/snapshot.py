@@ -1,4 +1,4 @@
-"""``gms snapshot``: published memory goes to disks and comes back."""
+"""``gms snapshot``: published memory goes to disks, or to an object store, and comes back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from gms_core.cli.options import Size, count, format_size, output_option, ranks_option, runtime_dir_option
+from gms_core.cli.options import Root, Size, count, format_size, output_option, ranks_option, runtime_dir_option
 from gms_core.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -25,11 +25,14 @@ root_option = click.option(
     "--root",
     "roots",
     multiple=True,
-    type=DIRECTORY,
-    help="Directory that snapshots lie in. Several: each image is striped over all.  [default: GMS_SHARDED_SSD_ROOTS, GMS_CHECKPOINT_DIR]",
+    type=Root(),
+    help="Directory that snapshots lie in, or a URL such as s3://bucket/prefix. Several directories: each image is striped over all.  "
+    "[default: GMS_SHARDED_SSD_ROOTS, GMS_CHECKPOINT_DIR]",
 )
 device_option = click.option("--device", "devices", multiple=True, metavar="UUID|host", help="Only this device. Can be given several times.")
-backend_option = click.option("--backend", metavar="NAME", help="What moves the bytes.  [default: GMS_TRANSFER_BACKEND, else staged]")
+backend_option = click.option(
+    "--backend", metavar="NAME", help="What moves the bytes.  [default: GMS_TRANSFER_BACKEND, else staged, or object for a URL]"
+)
 option_option = click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="For the backend. Can be given several times.")
 metrics_option = click.option(
     "--metrics-file", type=click.Path(path_type=Path, dir_okay=False), help="File for its metrics.  [default: GMS_METRICS_FILE, else none]"
@@ -45,7 +48,7 @@ def _workers(variable: str) -> Callable[[Command], Command]:
 
 @click.group()
 def snapshot() -> None:
-    """Snapshots: published weights on disks, and back."""
+    """Snapshots: published weights on disks or in object stores, and back."""
 
 
 @snapshot.command(short_help="Save what a pool has committed.")
@@ -59,13 +62,13 @@ def snapshot() -> None:
 @_workers("GMS_SAVE_WORKERS")
 @control_option
 @metrics_option
-@click.option("--shard-size", type=Size(), help="Of the largest file, a multiple of 16 MiB.  [default: GMS_SHARD_SIZE_BYTES, else 4 GiB]")
+@click.option("--shard-size", type=Size(), help="Of the largest file or object, a multiple of 16 MiB.  [default: GMS_SHARD_SIZE_BYTES, else 4 GiB]")
 @click.option("--resume", is_flag=True, help="Go on with the newest save under this name that has ended without a snapshot.")
 @runtime_dir_option
 @output_option("text", "json")
 def save(
     name: str,
-    roots: tuple[Path, ...],
+    roots: tuple[Path | str, ...],
     pool: str,
     devices: tuple[str, ...],
     ranks: bool,
@@ -137,7 +140,7 @@ def save(
 @output_option("text", "json")
 def restore(
     snapshot: str,
-    roots: tuple[Path, ...],
+    roots: tuple[Path | str, ...],
     pool: str,
     devices: tuple[str, ...],
     expected: tuple[str, ...],
@@ -195,15 +198,14 @@ def restore(
 @click.argument("name", metavar="[NAME]", required=False, default="")
 @root_option
 @output_option("table", "json")
-def list_snapshots(name: str, roots: tuple[Path, ...], output: str) -> None:
+def list_snapshots(name: str, roots: tuple[Path | str, ...], output: str) -> None:
     """Show all snapshots, or those of NAME, and saves that did not become one, with the reason."""
-    from gms_core.snapshot.catalogue import entries
     from gms_core.snapshot.on_disk import check_name
-    from gms_core.snapshot.roots import open_roots
+    from gms_core.snapshot.shelves import open_shelf
 
     if name:
         check_name(name)
-    found = entries(open_roots(_config(roots).roots), name)
+    found = open_shelf(_config(roots).roots).entries(name)
     if output == "json":
         click.echo(json.dumps({"schema": SCHEMA, "snapshots": [{**one._asdict(), "path": str(one.path)} for one in found]}, indent=2))
         return
@@ -225,7 +227,7 @@ def list_snapshots(name: str, roots: tuple[Path, ...], output: str) -> None:
 @option_option
 @_workers("GMS_LOAD_WORKERS")
 @output_option("text", "json")
-def verify(snapshot: str, roots: tuple[Path, ...], backend: str | None, options: tuple[str, ...], workers: int | None, output: str) -> None:
+def verify(snapshot: str, roots: tuple[Path | str, ...], backend: str | None, options: tuple[str, ...], workers: int | None, output: str) -> None:
     """Read all of SNAPSHOT, NAME or NAME@VERSION, and compare it with its checksums. Needs no server and no device."""
     from gms_core.cli.snapshot_progress import progress, show
     from gms_core.snapshot.whole import verify_snapshot
@@ -241,21 +243,24 @@ def verify(snapshot: str, roots: tuple[Path, ...], backend: str | None, options:
 @root_option
 @click.option("--keep", type=click.IntRange(min=0), metavar="N", help="Remove all but the N newest that can be read.")
 @click.option("--version", "number", type=click.IntRange(min=1), metavar="VERSION", help="Remove this one.")
-@click.option("--incomplete", is_flag=True, help="Remove also what lies partly in roots that were not given.")
+@click.option(
+    "--incomplete",
+    is_flag=True,
+    help="Remove also what lies partly in roots that were not given; in an object store also saves of which it is not known whether they go on.",
+)
 @output_option("text", "json")
-def prune(name: str, roots: tuple[Path, ...], keep: int | None, number: int | None, incomplete: bool, output: str) -> None:
+def prune(name: str, roots: tuple[Path | str, ...], keep: int | None, number: int | None, incomplete: bool, output: str) -> None:
     """Remove snapshots of NAME, and what was left of saves that did not become one.
 
-    With neither --keep nor --version, only the latter. What is being read stays, and is named.
+    With neither --keep nor --version, only the latter. What is being read stays, and is named; in an object store nobody sees who reads.
     """
     from gms_core.snapshot.on_disk import check_name
-    from gms_core.snapshot.pruning import prune as remove
-    from gms_core.snapshot.roots import open_roots
+    from gms_core.snapshot.shelves import open_shelf
 
     check_name(name)
     if keep is not None and number is not None:
         raise InvalidArgument("--keep and --version do not go together", hint="Leave one of them out.")
-    done = remove(open_roots(_config(roots).roots), name, keep=keep, version=number or 0, incomplete=incomplete)
+    done = open_shelf(_config(roots).roots).prune(name, keep=keep, version=number or 0, incomplete=incomplete)
     if output == "json":
         click.echo(json.dumps({"schema": SCHEMA, "action": "prune", "name": name, **done._asdict()}))
         return
@@ -272,7 +277,7 @@ def prune(name: str, roots: tuple[Path, ...], keep: int | None, number: int | No
 @click.option("--backend", "backends", multiple=True, metavar="NAME", help="Only this one. Can be given several times.  [default: all]")
 @click.option("--workers", type=click.IntRange(min=0, max=256), default=0, show_default=True, help="Threads; 0 for as many as suit each backend.")
 @output_option("table", "json")
-def benchmark(roots: tuple[Path, ...], size: int, device: str | None, backends: tuple[str, ...], workers: int, output: str) -> None:
+def benchmark(roots: tuple[Path | str, ...], size: int, device: str | None, backends: tuple[str, ...], workers: int, output: str) -> None:
     """Save and restore a throw-away image with each backend, beside plain writes and reads with the same kind of memory in the same run.
 
     It has a server of its own, and needs room for two images, on the device and on the disks; nothing of them is left. Files are dropped from
@@ -283,7 +288,7 @@ def benchmark(roots: tuple[Path, ...], size: int, device: str | None, backends: 
     run(_config(roots).roots, size, device, backends, workers, as_json=output == "json")
 
 
-def _config(roots: Sequence[Path], **given: object) -> SnapshotConfig:
+def _config(roots: Sequence[Path | str], **given: object) -> SnapshotConfig:
     """The configuration.
 
     Raises:
@@ -292,9 +297,12 @@ def _config(roots: Sequence[Path], **given: object) -> SnapshotConfig:
     """
     from gms_core.snapshot.config import snapshot_config
 
-    config = snapshot_config({"roots": tuple(_absolute(root) for root in roots), **given})
+    config = snapshot_config({"roots": tuple(roots), **given})
     if not config.roots:
-        raise InvalidArgument("a snapshot needs a root", hint="Name a directory with --root, or set GMS_CHECKPOINT_DIR or GMS_SHARDED_SSD_ROOTS.")
+        raise InvalidArgument(
+            "a snapshot needs a root",
+            hint="Name a directory, or a URL such as s3://bucket/prefix, with --root, or set GMS_CHECKPOINT_DIR or GMS_SHARDED_SSD_ROOTS.",
+        )
     return config
 
 

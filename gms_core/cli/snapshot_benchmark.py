@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gms_core.cli import fio
+from gms_core.cli.snapshot_benchmark_objects import plain_read, plain_threads, plain_write, remove
 from gms_core.client import Session, WriteLease, connect
 from gms_core.errors import BackendUnavailable, GmsError, ProtocolError, TransferFailed
 from gms_core.layout import Identity
 from gms_core.snapshot.buffers import Buffer, Ring, populate
-from gms_core.snapshot.catalogue import find
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.folders import explained
 from gms_core.snapshot.orders import Figures
-from gms_core.snapshot.pruning import prune
-from gms_core.snapshot.registry import DEFAULT, usable
-from gms_core.snapshot.roots import open_roots
+from gms_core.snapshot.registry import usable
+from gms_core.snapshot.shelves import open_shelf
+from gms_core.snapshot.transfer import Where
 from gms_core.snapshot.whole import Outcome, Place, restore_snapshot, save_snapshot, verify_snapshot
 
 SCHEMA = "gms-bench-snapshot/1"
@@ -101,7 +101,7 @@ class Part(NamedTuple):
     size: int
 
 
-def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[str], workers: int, tell: Tell) -> Result:
+def measure(socket: Path, roots: Sequence[Where], size: int, backends: Sequence[str], workers: int, tell: Tell) -> Result:
     """Measure. What is written is gone afterwards.
 
     Args:
@@ -116,31 +116,31 @@ def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[s
         GmsError: The server or a disk has failed.
     """
     dedicate_process()
-    threads = workers or max(2 * len(roots), min(16, max(4, len(os.sched_getaffinity(0)))))
     config = SnapshotConfig(roots=tuple(roots), save_workers=workers, load_workers=workers)
+    threads = workers or (plain_threads() if config.objects else max(2 * len(roots), min(16, max(4, len(os.sched_getaffinity(0))))))
     name = f"benchmark-{secrets.token_hex(4)}"
+    plain = _Objects(str(roots[0])) if config.objects else _Directories([Path(root) for root in roots])
     with connect(socket_path=socket, client="gms snapshot benchmark") as session, contextlib.ExitStack() as stack:
-        stack.callback(_remove, roots, name)
+        stack.callback(plain.remove, name)
         _publish(session, size)
         place = Place(session.device, socket, POOL)
         tell("plain writes")
-        written = _plain_write(roots, name, size, threads)
-        fio_written = _fio(tell, partial(_fio_write, roots, name, size))
+        written = plain.write(name, size, threads)
+        fio_written = plain.fio_write(tell, name, size)
         read = fio_read = 0.0
         runs: list[Run] = []
         for backend in backends:
             tell(backend)
             try:
                 saves = "save" in usable(backend).directions
-                saved = _figures(save_snapshot(lambda: [place], name, _with(config, backend if saves else DEFAULT), _ignore))
-                files = _files(roots, name)
+                saved = _figures(save_snapshot(lambda: [place], name, _with(config, backend if saves else ""), _ignore))
                 if not read:
-                    _forget(files)
-                    read = _timed(_parts(files), threads, os.preadv, os.O_RDONLY)
-                    fio_read = _fio(tell, partial(fio.read_s, files))
-                _forget(files)
+                    plain.forget(name)
+                    read = plain.read(name, threads)
+                    fio_read = plain.fio_read(tell, name)
+                plain.forget(name)
                 verified = _figures(verify_snapshot(name, _with(config, backend), _ignore))
-                _forget(files)
+                plain.forget(name)
                 restored = _figures(
                     restore_snapshot(name, _with(config, backend), lambda _: [place], _ignore, timeout_s=PATIENCE_S, memory_timeout_s=PATIENCE_S)
                 )
@@ -148,7 +148,7 @@ def measure(socket: Path, roots: Sequence[Path], size: int, backends: Sequence[s
             except BackendUnavailable as error:
                 runs.append(Run(backend, error=error.message))
             else:
-                prune(open_roots(roots), name, keep=0)
+                open_shelf(roots).prune(name, keep=0)
         device = session.device
     return Result(device, size, tuple(map(str, roots)), threads, written, read, fio_written, fio_read, tuple(runs))
 
@@ -182,9 +182,81 @@ def _publish(session: Session, size: int) -> None:
         lease.commit(b"", IDENTITY).release()
 
 
-def _files(roots: Sequence[Path], name: str) -> list[tuple[Path, int]]:
-    with find(open_roots(roots), name) as snapshot:
-        return [(file.path, file.size) for file in snapshot.files(0)]
+class _Directories:
+    """Plain writes and reads of files over some directories.
+
+    Args:
+        roots: The directories.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = roots
+
+    def write(self, name: str, size: int, threads: int) -> float:
+        """Seconds to write as many bytes as an image has, and to sync them."""
+        return _plain_write(self._roots, name, size, threads)
+
+    def read(self, name: str, threads: int) -> float:
+        """Seconds to read the files of a snapshot's first image."""
+        return _timed(_parts(self._files(name)), threads, os.preadv, os.O_RDONLY)
+
+    def fio_write(self, tell: Tell, name: str, size: int) -> float:
+        """Seconds that fio needs to write as many bytes; 0 without it."""
+        return _fio(tell, partial(_fio_write, self._roots, name, size))
+
+    def fio_read(self, tell: Tell, name: str) -> float:
+        """Seconds that fio needs to read the same files; 0 without it."""
+        return _fio(tell, partial(fio.read_s, self._files(name)))
+
+    def forget(self, name: str) -> None:
+        """Have the kernel drop them from the page cache."""
+        _forget(self._files(name))
+
+    def remove(self, name: str) -> None:
+        """Leave nothing."""
+        with contextlib.suppress(GmsError):
+            open_shelf(self._roots).prune(name, keep=0)
+        for root in self._roots:
+            shutil.rmtree(root / name, ignore_errors=True)
+
+    def _files(self, name: str) -> list[tuple[Path, int]]:
+        with open_shelf(self._roots).find(name) as snapshot:
+            return [(Path(file.path), file.size) for file in snapshot.files(0)]
+
+
+class _Objects:
+    """The same with an object store, of which nothing is in a page cache here.
+
+    Args:
+        url: Of the root.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def write(self, name: str, size: int, threads: int) -> float:
+        """See `_Directories.write`."""
+        return plain_write(self._url, name, size, threads)
+
+    def read(self, name: str, threads: int) -> float:
+        """See `_Directories.read`."""
+        with open_shelf([self._url]).find(name) as snapshot:
+            return plain_read([(str(file.path), file.size) for file in snapshot.files(0)], threads)
+
+    def fio_write(self, tell: Tell, name: str, size: int) -> float:  # noqa: ARG002 - fio knows files alone
+        """See `_Directories.fio_write`."""
+        return 0.0
+
+    def fio_read(self, tell: Tell, name: str) -> float:  # noqa: ARG002 - fio knows files alone
+        """See `_Directories.fio_read`."""
+        return 0.0
+
+    def forget(self, name: str) -> None:
+        """See `_Directories.forget`. There is nothing to do."""
+
+    def remove(self, name: str) -> None:
+        """See `_Directories.remove`."""
+        remove(self._url, name)
 
 
 def _parts(files: Sequence[tuple[Path, int]]) -> list[Part]:
@@ -310,11 +382,3 @@ def _forget(files: Sequence[tuple[Path, int]]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def _remove(roots: Sequence[Path], name: str) -> None:
-    """Leave nothing."""
-    with contextlib.suppress(GmsError):
-        prune(open_roots(roots), name, keep=0)
-    for root in roots:
-        shutil.rmtree(root / name, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,13 +16,15 @@ from gms_core.client import connect
 from gms_core.devices import device_id
 from gms_core.snapshot.orders import Figures
 from gms_core.snapshot.registry import find, names
-from gms_core.snapshot.roots import open_roots
+from gms_core.snapshot.running import moves_objects
+from gms_core.snapshot.shelves import open_shelf
+from gms_core.snapshot.transfer import Where
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def run(roots: Sequence[Path], size: int, device: str | None, backends: Sequence[str], workers: int, *, as_json: bool) -> None:
+def run(roots: Sequence[Where], size: int, device: str | None, backends: Sequence[str], workers: int, *, as_json: bool) -> None:
     """Measure, and print what was measured.
 
     Raises:
@@ -32,12 +33,14 @@ def run(roots: Sequence[Path], size: int, device: str | None, backends: Sequence
     chosen = device_id(device) if device is not None else default_device(None)
     for backend in backends:
         find(backend)
-    open_roots(roots, create=True)
+    shelf = open_shelf(roots, create=True)
+    objects = any(isinstance(root, str) for root in shelf.roots)
+    chosen_backends = backends or [name for name in names() if moves_objects(find(name)) == objects]
     with private_server(chosen) as socket:
         with connect(socket_path=socket) as session:
             granularity = session.welcome.granularity
         whole = -(-size // granularity) * granularity
-        result = measure(socket, roots, whole, backends or names(), workers, lambda what: click.echo(what, err=True))
+        result = measure(socket, roots, whole, chosen_backends, workers, lambda what: click.echo(what, err=True))
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, **msgspec.to_builtins(result)}, indent=2))
         return

@@ -13,14 +13,27 @@ import msgspec
 from gms_core.errors import GmsError, InvalidArgument, SnapshotDamaged, SnapshotMismatch, SnapshotNotFound
 from gms_core.snapshot.folders import Folder
 from gms_core.snapshot.locks import is_locked
-from gms_core.snapshot.on_disk import COMMITTED, FAILED, LOCK, PLAN, Failure, Reference, is_name, reference, unfinished, version_of
-from gms_core.snapshot.reading import Snapshot, part_of, read_manifest
+from gms_core.snapshot.on_disk import (
+    COMMITTED,
+    FAILED,
+    LOCK,
+    PLAN,
+    Failure,
+    Reference,
+    is_name,
+    reference,
+    unfinished,
+    version_of,
+)
+from gms_core.snapshot.reading import Snapshot, is_trace, part_of, read_manifest
 from gms_core.snapshot.roots import Root
+from gms_core.snapshot.transfer import Where
 
 log = logging.getLogger(__name__)
 
 State = Literal["committed", "damaged", "part", "saving", "failed", "unfinished"]
-"""``part`` is in a root that is not the first one of its snapshot, which was not given; ``unfinished`` is a save that was killed."""
+"""``part`` is in a root that is not the first one of its snapshot, which was not given; ``unfinished`` is a save that was killed. In an object store
+``saving`` may also be one of which it is not known whether it goes on."""
 
 
 class Entry(NamedTuple):
@@ -30,7 +43,7 @@ class Entry(NamedTuple):
         name: The snapshot's name.
         version: Its version.
         state: Only one that is ``committed`` can be restored.
-        path: Its folder in its first root, or where there is a part of it.
+        path: Its folder in its first root, or where there is a part of it; in an object store a URL.
         id: Its id; empty where that cannot be read.
         saved_at: When, as RFC 3339 in UTC; empty where that is not known.
         writer: The version of GMS that saved it.
@@ -42,7 +55,7 @@ class Entry(NamedTuple):
     name: str
     version: int
     state: State
-    path: Path
+    path: Where
     id: str = ""
     saved_at: str = ""
     writer: str = ""
@@ -96,6 +109,8 @@ def _entries(folder: Folder, root: Root, given: frozenset[str], committed: Calla
                 with folder.child(child) as inside:
                     name, version = folder.path.name, version_of(child)
                     whole = version and inside.has(COMMITTED)
+                    if whole and is_trace(inside):
+                        continue
                     if entry := committed(name, version, inside) if whole else _unfinished_entry(name, inside, root, given, saving):
                         yield entry
             except SnapshotNotFound:
@@ -159,7 +174,7 @@ def find(roots: Sequence[Root], wanted: str) -> Snapshot:
     newest = whole[0] if whole else of_it[0]
     for entry in there:
         if not asked.version and entry.version > newest.version:
-            if entry.state == "part" and version_of(entry.path.name):
+            if entry.state == "part" and version_of(Path(entry.path).name):
                 raise SnapshotNotFound(
                     f"{entry.name}@{entry.version} is newer than all that are whole here, but {entry.reason}",
                     hint=f"Give that root too, with --root; or name {newest.name}@{newest.version} to have the older one.",
@@ -171,7 +186,7 @@ def find(roots: Sequence[Root], wanted: str) -> Snapshot:
             hint="Give the root of one of them alone with --root.",
         )
     try:
-        return Snapshot(roots, Reference(newest.name, newest.version), newest.path)
+        return Snapshot(roots, Reference(newest.name, newest.version), Path(newest.path))
     except (SnapshotDamaged, SnapshotMismatch) as error:
         others = [f"{entry.name}@{entry.version}" for entry in there if entry.state == "committed" and entry.version != newest.version]
         if others:

@@ -20,9 +20,9 @@ import msgspec
 from gms_core.client import ReadLease, Session, connect
 from gms_core.errors import GenerationNotFound, GmsError, ProtocolError, SnapshotBusy
 from gms_core.layout import Identity
-from gms_core.snapshot.catalogue import find
 from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.numa import stay_near
+from gms_core.snapshot.objects.urls import is_url
 from gms_core.snapshot.orders import (
     COMMIT,
     Arrived,
@@ -38,11 +38,11 @@ from gms_core.snapshot.orders import (
     VerifyOrder,
     Waiting,
 )
-from gms_core.snapshot.reading import Snapshot
+from gms_core.snapshot.reading import OpenSnapshot
 from gms_core.snapshot.registry import usable
 from gms_core.snapshot.restore import restore_image, verify_image
-from gms_core.snapshot.roots import open_roots
 from gms_core.snapshot.save import save_image
+from gms_core.snapshot.shelves import open_shelf
 from gms_core.snapshot.transfer import Moved, Transfer
 
 log = logging.getLogger(__name__)
@@ -185,9 +185,9 @@ def _committed(session: Session, pool: str) -> ReadLease:
     raise ProtocolError("the server gave a write lease to a reader")
 
 
-def _snapshot(order: RestoreOrder | VerifyOrder) -> Snapshot:
+def _snapshot(order: RestoreOrder | VerifyOrder) -> OpenSnapshot:
     """The snapshot that the parent has looked at, open."""
-    snapshot = find(open_roots([Path(root) for root in order.roots]), order.snapshot)
+    snapshot = open_shelf([root if is_url(root) else Path(root) for root in order.roots]).find(order.snapshot)
     if snapshot.manifest.id != order.id:
         snapshot.close()
         raise SnapshotBusy(f"snapshot {order.snapshot} is another one than a moment ago", hint="Try again.")

@@ -11,13 +11,15 @@ not passed over: `Control.close` tells, and a command ends with an exit code tha
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import fcntl
 import logging
 import os
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -84,6 +86,7 @@ class Control:
         self._version, self._id = 0, ""
         self._begun = self._ended = False
         self._problem: GmsError | None = None
+        self._lock: int | None = None
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -91,6 +94,29 @@ class Control:
     def problem(self) -> GmsError | None:
         """Why a file could not be written; None if all were, so far."""
         return self._problem
+
+    def alone(self) -> None:
+        """Keep other saves from telling of the name in this directory until `close`: for those that nothing else keeps apart.
+
+        Raises:
+            SnapshotBusy: One does it already.
+        """
+        busy: list[SnapshotBusy] = []
+        directory = self._directory
+        if directory is None:
+            return
+
+        def work() -> None:
+            try:
+                self._lock = _lock(directory, self._name)
+            except SnapshotBusy as error:
+                busy.append(error)
+            except (GmsError, OSError) as problem:  # whoever writes there is told
+                log.info("sentinels of snapshot %s in %s are not locked: %s", self._name, directory, problem)
+
+        self._do(work)
+        if busy:
+            raise busy[0]
 
     def begin(self) -> None:
         """Say that it has begun; what an earlier one has left is gone then."""
@@ -124,21 +150,19 @@ class Control:
             thread.join(PATIENCE_S)
             if thread.is_alive() and self._problem is None:
                 self._problem = self._unanswered()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         return self._problem
 
     def _enter(self, state: State, error: BaseException | None = None) -> None:
         if self._directory is None:
             return
-        if self._thread is None:
-            # A daemon: a volume that never answers must not keep the process from ending.
-            self._thread = threading.Thread(target=self._run, name="gms-control", daemon=True)
-            self._thread.start()
         at = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         why = Failure("", "") if error is None else failure(error, at)
         sentinel = Sentinel(
             state, self._name, self._version, self._id, at, socket.gethostname(), os.getpid(), self._doing, why.code, why.message, why.hint
         )
-        written = threading.Event()
         directory = self._directory
 
         def work() -> None:
@@ -147,11 +171,25 @@ class Control:
             except (GmsError, OSError) as problem:
                 self._problem = problem if isinstance(problem, GmsError) else TransferFailed(f"{directory}: {problem}")
                 log.warning("sentinel %s of snapshot %s is not written: %s", state, self._name, problem)
-            finally:
-                written.set()
 
-        self._work.put(work)
-        if not written.wait(PATIENCE_S):
+        self._do(work)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Have the thread do something, and wait for that, but not for long."""
+        if self._thread is None:
+            # A daemon: a volume that never answers must not keep the process from ending.
+            self._thread = threading.Thread(target=self._run, name="gms-control", daemon=True)
+            self._thread.start()
+        done = threading.Event()
+
+        def tell() -> None:
+            try:
+                work()
+            finally:
+                done.set()
+
+        self._work.put(tell)
+        if not done.wait(PATIENCE_S):
             self._problem = self._unanswered()
             log.warning("%s", self._problem)
 
@@ -175,17 +213,46 @@ class Control:
 
 def write_sentinel(directory: Path, sentinel: Sentinel) -> None:
     """Write a sentinel for good, and remove those of other states: before it, if something begins, else after it."""
-    with explained("made", directory):
-        is_new = not directory.is_dir()
-        directory.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
     begins = sentinel.state in ("SAVING", "RESTORING")
     own: tuple[State, ...] = ("SAVING", "SAVED", "FAILED") if sentinel.doing == "save" else ("RESTORING", "RESTORED", "FAILED")
     others = [state for state in own if state != sentinel.state]
-    with Folder.open(directory) as top, top.make(sentinel.name, _FOLDER_MODE) as folder:
-        if is_new:
-            give_mode(top.descriptor, _FOLDER_MODE)
+    with _folder(directory, sentinel.name) as folder:
         for state in others if begins else ():
             folder.unlink(state)
         folder.write(sentinel.state, msgspec.json.format(msgspec.json.encode(sentinel), indent=1) + b"\n", _FILE_MODE)
         for state in () if begins else others:
             folder.unlink(state)
+
+
+@contextlib.contextmanager
+def _folder(directory: Path, name: str) -> Iterator[Folder]:
+    """Where the sentinels of a name are. It is made if it is not there."""
+    with explained("made", directory):
+        is_new = not directory.is_dir()
+        directory.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+    with Folder.open(directory) as top, top.make(name, _FOLDER_MODE) as folder:
+        if is_new:
+            give_mode(top.descriptor, _FOLDER_MODE)
+        yield folder
+
+
+def _lock(directory: Path, name: str) -> int:
+    """Lock the folder of a name itself, so that nothing more is in it. Returns a descriptor that has the lock.
+
+    Raises:
+        SnapshotBusy: Another save has it.
+        OSError: The file system locks no folders.
+    """
+    with _folder(directory, name) as folder:
+        descriptor = os.dup(folder.descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SnapshotBusy(
+            f"another save tells of snapshot {name!r} in {directory}", hint="Give each save that goes on at the same time a --control-dir of its own."
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

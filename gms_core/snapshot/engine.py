@@ -16,10 +16,9 @@ from typing import NamedTuple, Protocol
 
 from gms_core.errors import DriverError, TransferCancelled, TransferFailed
 from gms_core.snapshot.buffers import Buffer, Ring
-from gms_core.snapshot.files import JobFiles
 from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.transfer import Job, Memory, Moved, Phase
-from gms_core.snapshot.worker import Channel, Orders, Worker
+from gms_core.snapshot.worker import Channel, OpenFiles, Orders, Worker
 from gms_core.vmm.undo import UndoStack
 
 
@@ -32,6 +31,7 @@ class Tuning(NamedTuple):
         buffers: Of each thread.
         chunk_bytes: Read or written at once, at most.
         direct: Whether to go past the page cache where that can be done.
+        in_order: Whether each file is moved by one thread alone, from its begin to its end.
     """
 
     workers: int
@@ -39,6 +39,7 @@ class Tuning(NamedTuple):
     buffers: int
     chunk_bytes: int
     direct: bool = True
+    in_order: bool = False
 
 
 class Route(Protocol):
@@ -82,6 +83,26 @@ class _Queues:
                     return None
 
 
+class _WholeFiles:
+    """What is left to do, where each file is one thread's from its begin to its end."""
+
+    def __init__(self, job: Job) -> None:
+        found: dict[int, deque[Piece]] = {}
+        for piece in job.pieces:
+            found.setdefault(piece.shard, deque()).append(piece)
+        self._left = deque(found.values())
+        self._begun: dict[int, deque[Piece]] = {}
+
+    def take(self, home: int) -> Piece | None:
+        """The next block of the thread's file, or the first one of a file that nobody has begun."""
+        if not self._begun.get(home):
+            try:
+                self._begun[home] = self._left.popleft()
+            except IndexError:
+                return None
+        return self._begun[home].popleft()
+
+
 class StagedTransfer:
     """A job that is under way. See `Transfer`.
 
@@ -96,14 +117,14 @@ class StagedTransfer:
         TransferFailed: The machine has no room for the buffers.
     """
 
-    def __init__(self, job: Job, memory: Memory, files: JobFiles, route: Route, tuning: Tuning) -> None:
+    def __init__(self, job: Job, memory: Memory, files: OpenFiles, route: Route, tuning: Tuning) -> None:
         self._memory, self._files, self._route = memory, files, route
         self._pinning = threading.Lock()
         self._is_pinned = self._tried_to_pin = False
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._notes: list[str] = []
-        self._left = _Queues(job)
+        self._left = _WholeFiles(job) if tuning.in_order else _Queues(job)
         self._began = time.perf_counter()
         self._lanes = [memory.lane() for _ in range(tuning.workers)]
         self._ring = Ring(tuning.workers * tuning.buffers, tuning.chunk_bytes)

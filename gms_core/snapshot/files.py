@@ -13,6 +13,7 @@ from gms_core.errors import SnapshotDamaged, SnapshotError, TransferFailed
 from gms_core.snapshot.folders import HINTS
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.transfer import Direction, File, Job
+from gms_core.snapshot.worker import OpenFile
 from gms_core.vmm.undo import UndoStack
 
 
@@ -27,19 +28,19 @@ class ShardFile:
     """
 
     def __init__(self, file: File, direction: Direction, *, direct: bool) -> None:
-        self.path: Path = file.path
+        self.path = Path(file.path)
         self.size = file.size
         self._verb = "read" if direction == "restore" else "written"
         flags = (os.O_RDONLY if direction == "restore" else os.O_WRONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
         self.is_direct = direct
         try:
             try:
-                self.descriptor = os.open(file.path, flags | (os.O_DIRECT if direct else 0))
+                self.descriptor = os.open(self.path, flags | (os.O_DIRECT if direct else 0))
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise
                 self.is_direct = False
-                self.descriptor = os.open(file.path, flags)
+                self.descriptor = os.open(self.path, flags)
             found = os.fstat(self.descriptor)
         except OSError as error:
             raise self.failed(0, error) from error
@@ -124,6 +125,12 @@ class ShardFile:
     def close(self) -> None:
         """Close it."""
         os.close(self.descriptor)
+
+
+def shard_file(opened: OpenFile) -> ShardFile:
+    """A shard, for those who know that it is a file."""
+    assert isinstance(opened, ShardFile)
+    return opened
 
 
 class JobFiles:

@@ -229,7 +229,7 @@ def write(record: msgspec.Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
 
 
-def read(text: bytes, kind: type[Record], where: Path) -> Record:
+def read(text: bytes, kind: type[Record], where: Path | str) -> Record:
     """Read a record that names its format.
 
     Raises:

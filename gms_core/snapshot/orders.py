@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from gms_core.snapshot.manifest import Image
+from gms_core.snapshot.objects.target import ObjectTarget
 from gms_core.snapshot.staging import Target
 
 
@@ -35,7 +36,7 @@ class SaveOrder(_Order, tag="save", frozen=True, kw_only=True, forbid_unknown_fi
 
     socket: str
     pool: str
-    target: Target
+    target: Target | ObjectTarget
 
 
 class RestoreOrder(_Order, tag="restore", frozen=True, kw_only=True, forbid_unknown_fields=True):

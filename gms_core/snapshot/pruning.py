@@ -15,7 +15,7 @@ from gms_core.errors import GmsError, InvalidArgument, SnapshotBusy, SnapshotNot
 from gms_core.snapshot.folders import Folder
 from gms_core.snapshot.locks import NameLock, lock_for_removing
 from gms_core.snapshot.on_disk import COMMITTED, MANIFEST, Reference, Unfinished, check_name, unfinished, version_of
-from gms_core.snapshot.reading import part_of, read_manifest
+from gms_core.snapshot.reading import is_trace, part_of, read_manifest
 from gms_core.snapshot.roots import Root
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ class Pruned(NamedTuple):
 
     Attributes:
         removed: Versions that are gone.
-        in_use: Versions that should have gone, but are being read.
-        swept: Folders, of saves that did not become a snapshot and of parts that belong to none, that are gone.
+        in_use: Versions that should have gone, but are being read; in an object store that is not known of any.
+        swept: Folders or URLs, of saves that did not become a snapshot and of parts that belong to none, that are gone.
     """
 
     removed: tuple[int, ...]
@@ -54,8 +54,7 @@ def prune(roots: Sequence[Root], name: str, *, keep: int | None = None, version:
         SnapshotNotFound: There is no such version, or a root of a snapshot that is to go was not given; nothing of it was removed.
         SnapshotBusy: Somebody else saves or prunes under that name, or reads the version.
     """
-    if (keep is not None and (version or keep < 0)) or version < 0:
-        raise InvalidArgument("either a version is removed, or as many of the newest as are named are kept")
+    check_choice(keep, version)
     check_name(name)
     if not any(_has(root, name) for root in roots):
         raise SnapshotNotFound(f"there is no snapshot {name} in these roots", hint="gms snapshot list shows what there is.")
@@ -72,6 +71,12 @@ def prune(roots: Sequence[Root], name: str, *, keep: int | None = None, version:
         if version and in_use:
             raise SnapshotBusy(f"snapshot {Reference(name, version)} is being read", hint="Prune it when that has ended.")
         return Pruned(tuple(removed), tuple(in_use), tuple(sweep(lock, incomplete=incomplete and not version)))
+
+
+def check_choice(keep: int | None, version: int) -> None:
+    """Raise `InvalidArgument` if it does not say what is to be removed."""
+    if (keep is not None and (version or keep < 0)) or version < 0:
+        raise InvalidArgument("either a version is removed, or as many of the newest as are named are kept")
 
 
 def _has(root: Root, name: str) -> bool:
@@ -147,7 +152,7 @@ def _committed(lock: NameLock) -> dict[int, str]:
     for root, folder in lock.folders.items():
         for version in filter(None, map(version_of, folder.names())):
             with folder.child(str(version)) as inside:
-                if not inside.has(COMMITTED):
+                if not inside.has(COMMITTED) or is_trace(inside):
                     continue
             if version in found:
                 raise InvalidArgument(

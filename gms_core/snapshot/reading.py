@@ -9,7 +9,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import xxhash
 
@@ -17,9 +17,10 @@ from gms_core.errors import InvalidArgument, SnapshotBusy, SnapshotDamaged, Snap
 from gms_core.snapshot.folders import Folder, check_owner, explained
 from gms_core.snapshot.locks import lock_for_reading
 from gms_core.snapshot.manifest import Image, Manifest, Shard, check_relative, decode
+from gms_core.snapshot.objects.records import Removed, verdict
 from gms_core.snapshot.on_disk import COMMITTED, MANIFEST, PART, Committed, Part, Reference, read
 from gms_core.snapshot.roots import Root
-from gms_core.snapshot.transfer import File
+from gms_core.snapshot.transfer import File, Where
 
 log = logging.getLogger(__name__)
 
@@ -37,33 +38,107 @@ def part_of(inside: Folder) -> Part | None:
         return None
 
 
+def is_trace(inside: Folder) -> bool:
+    """Whether a folder with ``COMMITTED`` is what an object store keeps of a version that was removed, of which this is a copy."""
+    if inside.has(MANIFEST) or inside.has(PART):
+        return False
+    try:
+        return isinstance(verdict(inside.read(COMMITTED), inside.path / COMMITTED), Removed)
+    except SnapshotError:
+        return False
+
+
 def read_manifest(wanted: Reference, inside: Folder) -> Manifest:
     """Read a snapshot's manifest, if it is the one that was committed there."""
     path = inside.path / MANIFEST
     seal = read(inside.read(COMMITTED), Committed, inside.path / COMMITTED)
-    text = inside.read(MANIFEST)
+    return checked_manifest(wanted, seal, inside.read(MANIFEST), path)
+
+
+def checked_manifest(wanted: Reference, seal: Committed, text: bytes, where: Where) -> Manifest:
+    """A manifest, if it is the one that was committed.
+
+    Args:
+        wanted: The snapshot's name and version.
+        seal: What was committed.
+        text: Of the manifest.
+        where: It comes from.
+
+    Raises:
+        SnapshotDamaged: It is another one, or contradicts itself.
+        SnapshotMismatch: It is of another version of the format.
+    """
     if xxhash.xxh3_64_hexdigest(text) != seal.manifest:
-        raise SnapshotDamaged(f"{path} is not what was saved: its checksum differs", hint="Restore another version, and save this one anew.")
-    manifest = decode(text, str(path))
+        raise SnapshotDamaged(f"{where} is not what was saved: its checksum differs", hint="Restore another version, and save this one anew.")
+    manifest = decode(text, str(where))
     if (manifest.name, manifest.version, manifest.id) != (*wanted, seal.id):
         raise SnapshotDamaged(
-            f"{path} is of the snapshot {manifest.name}@{manifest.version}, with the id {manifest.id}, and not of {wanted}",
+            f"{where} is of the snapshot {manifest.name}@{manifest.version}, with the id {manifest.id}, and not of {wanted}",
             hint="Files were moved by hand: put them back.",
         )
     return manifest
 
 
+class OpenSnapshot(Protocol):
+    """A snapshot that is open for reading, wherever it lies."""
+
+    manifest: Manifest
+    """What it says of itself."""
+    objects: bool
+    """Whether it lies in an object store."""
+
+    @property
+    def reference(self) -> Reference:
+        """Its name and its version."""
+
+    def image(self, index: int) -> Image:
+        """One of its images.
+
+        Raises:
+            InvalidArgument: It has no such image.
+        """
+
+    def files(self, index: int) -> list[File]:
+        """The files of an image, by the numbers that stripes have. They are there, with the sizes that they should have.
+
+        Raises:
+            SnapshotNotFound: A root or a file is missing.
+            SnapshotDamaged: A file has another size.
+        """
+
+    def close(self) -> None:
+        """Do not read it any more. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def image_of(manifest: Manifest, index: int) -> Image:
+    """One of the images of a snapshot.
+
+    Raises:
+        InvalidArgument: It has no such image.
+    """
+    if not 0 <= index < len(manifest.images):
+        raise InvalidArgument(f"snapshot {manifest.name}@{manifest.version} has no image {index}: it has {len(manifest.images)}")
+    return manifest.images[index]
+
+
 class Snapshot:
-    """A snapshot that is open for reading.
+    """A snapshot in directories. See `OpenSnapshot`: nobody removes it until it is closed.
 
     Attributes:
         manifest: What it says of itself.
+        objects: False.
 
     Args:
         roots: Where its parts are.
         wanted: Its name and its version.
         path: Its folder in its first root.
     """
+
+    objects = False
 
     def __init__(self, roots: Sequence[Root], wanted: Reference, path: Path) -> None:
         self._roots = {root.id: root for root in roots}
@@ -88,14 +163,8 @@ class Snapshot:
         return self._wanted
 
     def image(self, index: int) -> Image:
-        """One of its images.
-
-        Raises:
-            InvalidArgument: It has no such image.
-        """
-        if not 0 <= index < len(self.manifest.images):
-            raise InvalidArgument(f"snapshot {self._wanted} has no image {index}: it has {len(self.manifest.images)}")
-        return self.manifest.images[index]
+        """See `OpenSnapshot.image`."""
+        return image_of(self.manifest, index)
 
     def files(self, index: int) -> list[File]:
         """The files of an image, by the numbers that stripes have. They are there, with the sizes that they should have.

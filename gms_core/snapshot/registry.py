@@ -11,6 +11,8 @@ from gms_core.plugins.loading import load
 from gms_core.snapshot.transfer import TransferBackend
 
 DEFAULT = "staged"
+FOR_OBJECTS = "object"
+"""The default where the root is in an object store."""
 
 
 class _Place(NamedTuple):
@@ -22,6 +24,7 @@ _BUILT_IN: Mapping[str, _Place] = {
     "staged": _Place("gms_core.snapshot.backends.preadv", "STAGED"),
     "aio": _Place("gms_core.snapshot.backends.aio", "AIO"),
     "uring": _Place("gms_core.snapshot.backends.uring", "URING"),
+    "object": _Place("gms_core.snapshot.backends.object", "OBJECT"),
     "local-ssd-pinned": _Place("gms_core.snapshot.backends.pinned", "PINNED"),
 }
 ALIASES: Mapping[str, str] = {"preadv": "staged", "cpu-staged": "staged", "local-ssd-striped": "staged"}
@@ -60,7 +63,7 @@ def usable(name: str) -> TransferBackend:
     backend = find(name)
     probe = backend.probe()
     if not probe.usable:
-        hint = "" if backend.name == DEFAULT else f"The backend {DEFAULT!r} works on every machine."
+        hint = "" if backend.name in (DEFAULT, FOR_OBJECTS) else f"The backend {DEFAULT!r} works on every machine."
         raise BackendUnavailable(f"the transfer backend {backend.name!r} cannot be used here: {probe.reason}", hint=hint)
     return backend
 

@@ -13,7 +13,7 @@ from gms_core.layout import Identity, layout_digest
 from gms_core.snapshot.manifest import Image
 from gms_core.snapshot.memories import DiscardingMemory, memory_for
 from gms_core.snapshot.plan import pieces
-from gms_core.snapshot.reading import Snapshot
+from gms_core.snapshot.reading import OpenSnapshot
 from gms_core.snapshot.running import OnTransfer, running
 from gms_core.snapshot.transfer import File, Job, Moved, TransferBackend
 
@@ -68,7 +68,7 @@ def check_fits(image: Image, driver: str, granularity: int, expected: Identity |
 
 def restore_image(
     session: Session,
-    snapshot: Snapshot,
+    snapshot: OpenSnapshot,
     index: int,
     backend: TransferBackend,
     *,
@@ -112,7 +112,7 @@ def restore_image(
     """
     begin, image = time.monotonic(), snapshot.image(index)
     check_fits(image, session.welcome.driver, session.welcome.granularity, expected)
-    job = job_of(image, snapshot.files(index), workers, options)
+    job = job_of(image, snapshot.files(index), workers, options, objects=snapshot.objects)
     identity = Identity(image.identity)
     # What copies need, such as the device's context, is given up last: the lease still maps memory that copies have written to.
     with memory_for(session.device, image.allocations) as memory, contextlib.ExitStack() as stack:
@@ -146,7 +146,7 @@ def restore_image(
 
 
 def verify_image(
-    snapshot: Snapshot,
+    snapshot: OpenSnapshot,
     index: int,
     backend: TransferBackend,
     *,
@@ -169,17 +169,18 @@ def verify_image(
         SnapshotDamaged: The bytes are not those that were saved.
         GmsError: As the backend says.
     """
-    job = job_of(snapshot.image(index), snapshot.files(index), workers, options)
+    job = job_of(snapshot.image(index), snapshot.files(index), workers, options, objects=snapshot.objects)
     with DiscardingMemory() as memory, running(backend, job, memory, on_transfer) as transfer:
         moved = transfer.finish()
     check_moved(backend, job, moved)
     return moved
 
 
-def job_of(image: Image, files: Sequence[File], workers: int, options: Mapping[str, str] | None) -> Job:
+def job_of(image: Image, files: Sequence[File], workers: int, options: Mapping[str, str] | None, *, objects: bool = False) -> Job:
     """The job that reads all of an image."""
     checksums = [int(checksum, 16) for checksum in image.checksums]
-    return Job("restore", files, list(pieces(image.stripes, image.block_bytes)), checksums, image.block_bytes, workers, options or {})
+    work = list(pieces(image.stripes, image.block_bytes))
+    return Job("restore", files, work, checksums, image.block_bytes, workers, options or {}, objects)
 
 
 def check_moved(backend: TransferBackend, job: Job, moved: Moved) -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import xxhash
 
@@ -61,7 +62,7 @@ def _read(file: File, position: int, block: memoryview) -> int | None:
 
     Pages are dropped first: those that the kernel could not write when nobody looked count as written, and are not what the disk holds.
     """
-    with explained("read", file.path):
+    with explained("read", Path(file.path)):
         descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.posix_fadvise(descriptor, position, len(block), os.POSIX_FADV_DONTNEED)

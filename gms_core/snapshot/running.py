@@ -37,7 +37,18 @@ def check(backend: TransferBackend, job: Job) -> None:
     """
     if job.direction not in backend.directions:
         raise InvalidArgument(f"the transfer backend {backend.name!r} does not {job.direction}", hint="Name another one with --backend.")
+    if job.objects != moves_objects(backend):
+        why = "files, and the snapshot's root is in an object store" if job.objects else "objects, and the snapshot's roots are directories"
+        raise InvalidArgument(
+            f"the transfer backend {backend.name!r} moves {why}",
+            hint="Name another backend with --backend, or none; a root in an object store is a URL, such as s3://bucket/prefix.",
+        )
     backend.check(job)
+
+
+def moves_objects(backend: TransferBackend) -> bool:
+    """Whether a backend moves objects of stores, and no files. One that says nothing of it, such as a plugin's, moves files."""
+    return bool(getattr(backend, "objects", False))
 
 
 @contextlib.contextmanager

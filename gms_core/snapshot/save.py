@@ -1,4 +1,4 @@
-"""One image of a snapshot: what a read lease maps, brought into the staging folders and synced."""
+"""One image of a snapshot: what a read lease maps, brought into the staging folders and synced, or into objects."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gms_core.layout import Layout
 from gms_core.snapshot.folders import Folder, explained
 from gms_core.snapshot.manifest import BLOCK_BYTES, FORMAT, Device, Image, Shard
 from gms_core.snapshot.memories import memory_for
+from gms_core.snapshot.objects.target import ObjectTarget
 from gms_core.snapshot.on_disk import IMAGES, ImagePlan, image_folder, image_plan, read, write
 from gms_core.snapshot.plan import lay_out, pieces
 from gms_core.snapshot.resuming import still_right
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """An image whose shards are synced.
+    """An image whose shards are synced, or complete.
 
     Attributes:
         image: For the manifest.
@@ -48,7 +49,7 @@ class Saved:
 def save_image(
     session: Session,
     lease: ReadLease,
-    target: Target,
+    target: Target | ObjectTarget,
     index: int,
     backend: TransferBackend,
     *,
@@ -61,7 +62,7 @@ def save_image(
     Args:
         session: Of the lease.
         lease: It is mapped, if it is not yet.
-        target: Of `gms_core.snapshot.staging.Staging`, which need not be in this process.
+        target: Of `gms_core.snapshot.shelves.Save`, which need not be in this process.
         index: Of the image in the snapshot.
         backend: Moves the bytes.
         workers: Threads; 0 for as many as suit the backend.
@@ -69,14 +70,18 @@ def save_image(
         on_transfer: Is told of the transfer.
 
     Raises:
-        TransferFailed: A disk is full, or has failed.
+        TransferFailed: A disk is full, or has failed; or an object store does not answer as it should.
         GmsError: As the backend says. Nothing is left under way.
     """
     begin, layout, arena = time.monotonic(), lease.layout, lease.map()
     plan = _plan(target, index, layout)
-    resumes = _take_up(target, index, plan)
-    _check_room(target, plan.shards)
-    files = [_make(target, shard) for shard in plan.shards]
+    resumes = False
+    if isinstance(target, ObjectTarget):
+        files = [target.file(shard) for shard in plan.shards]  # each comes into being when it is complete
+    else:
+        resumes = _take_up(target, index, plan)
+        _check_room(target, plan.shards)
+        files = [_make(target, shard) for shard in plan.shards]
     work = list(pieces(plan.stripes, plan.block_bytes))
     allocations = tuple((one.offset, one.size) for one in layout.allocations)
     with memory_for(session.device, allocations) as memory:
@@ -84,7 +89,8 @@ def save_image(
         prepared = time.monotonic()
         known = still_right(files, work, memory, plan.block_bytes, workers) if resumes else {}
         compared = time.monotonic()
-        job = Job("save", files, [piece for piece in work if piece.block not in known], (), plan.block_bytes, workers, options or {})
+        left = [piece for piece in work if piece.block not in known]
+        job = Job("save", files, left, (), plan.block_bytes, workers, options or {}, objects=isinstance(target, ObjectTarget))
         with running(backend, job, memory, on_transfer) as transfer:
             moved = transfer.finish()
     checksums = {**known, **moved.checksums}
@@ -93,7 +99,8 @@ def save_image(
             f"transfer backend {backend.name} has moved {moved.bytes} of {job.size} bytes, and said nothing", hint="Use another one."
         )
     copied = time.monotonic()
-    _sync(target, index, files)
+    if isinstance(target, Target):
+        _sync(target, index, files)
     seconds = {"prepare": prepared - begin, "compare": compared - prepared, "sync": time.monotonic() - copied}
     image = Image(
         pool=lease.pool,
@@ -111,7 +118,7 @@ def save_image(
     return Saved(image, moved, sum(piece.size for piece in work if piece.block in known), seconds)
 
 
-def _plan(target: Target, index: int, layout: Layout) -> ImagePlan:
+def _plan(target: Target | ObjectTarget, index: int, layout: Layout) -> ImagePlan:
     asked = target.plan
     shards, stripes = lay_out(layout.size, image_folder(index), target.places, stripe_bytes=asked.stripe_bytes, shard_bytes=asked.shard_bytes)
     return ImagePlan(FORMAT, layout.digest, BLOCK_BYTES, shards, stripes)
@@ -175,7 +182,7 @@ def _sync(target: Target, index: int, files: Sequence[File]) -> None:
     def sync_root(root: str) -> None:
         for file in files:
             if file.root == root:
-                with explained("synced", file.path):
+                with explained("synced", Path(file.path)):
                     descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                     try:
                         os.fdatasync(descriptor)

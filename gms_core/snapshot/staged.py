@@ -64,15 +64,7 @@ class StagedBackend:
         Raises:
             InvalidArgument: The job contradicts itself, or has an option that the backend does not know.
         """
-        ends = [file.size for file in job.files]
-        known = len(job.checksums) if job.direction == "restore" else sys.maxsize
-        for block, _, size, shard, position in job.pieces:
-            if not 0 <= shard < len(ends) or position + size > ends[shard]:
-                raise InvalidArgument(f"block {block} lies in no file of the job")
-            if (position | size) % PAGE_BYTES or position < 0 or not 0 < size <= job.block_bytes:
-                raise InvalidArgument(f"block {block} of {size} bytes at {position} is not a block of whole pages")
-            if not 0 <= block < known:
-                raise InvalidArgument(f"block {block} has no checksum")
+        check_pieces(job)
         self._tuning(job)
 
     def open(self, job: Job, memory: Memory) -> Transfer:
@@ -98,11 +90,11 @@ class StagedBackend:
         known = {"chunk_bytes", "buffers", "direct"} | ({"depth"} if self.is_deep else set())
         if unknown := sorted(job.options.keys() - known):
             raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
-        chunk = _number(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
+        chunk = number_of(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
         if chunk % PAGE_BYTES:
             raise InvalidArgument(f"the option chunk_bytes={chunk} is not a multiple of {PAGE_BYTES}")
-        depth = _number(job, "depth", self.depth, 1, 256)
-        buffers = _number(job, "buffers", depth + (2 if self.is_deep else 1), depth, 1024)
+        depth = number_of(job, "depth", self.depth, 1, 256)
+        buffers = number_of(job, "buffers", depth + (2 if self.is_deep else 1), depth, 1024)
         direct = job.options.get("direct", "auto")
         if direct not in DIRECT:
             raise InvalidArgument(f"the option direct={direct!r} is neither of {', '.join(DIRECT)}")
@@ -114,7 +106,25 @@ class StagedBackend:
         return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), DIRECT[direct])
 
 
-def _number(job: Job, name: str, otherwise: int, least: int, most: int) -> int:
+def check_pieces(job: Job) -> None:
+    """Raise `InvalidArgument` if a job contradicts itself."""
+    ends = [file.size for file in job.files]
+    known = len(job.checksums) if job.direction == "restore" else sys.maxsize
+    for block, _, size, shard, position in job.pieces:
+        if not 0 <= shard < len(ends) or position + size > ends[shard]:
+            raise InvalidArgument(f"block {block} lies in no file of the job")
+        if (position | size) % PAGE_BYTES or position < 0 or not 0 < size <= job.block_bytes:
+            raise InvalidArgument(f"block {block} of {size} bytes at {position} is not a block of whole pages")
+        if not 0 <= block < known:
+            raise InvalidArgument(f"block {block} has no checksum")
+
+
+def number_of(job: Job, name: str, otherwise: int, least: int, most: int) -> int:
+    """An option of a job that is a number.
+
+    Raises:
+        InvalidArgument: It is none, or too small or too large.
+    """
     text = job.options.get(name, str(otherwise))
     if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
         raise InvalidArgument(f"the option {name}={text!r} is no whole number from {least} to {most}")

@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 _IMAGE_PLAN = re.compile(r"plan-[0-9]+\.json")
 
 
-class Target(msgspec.Struct, frozen=True):
-    """Where the images of a save go: all that a process has to know that saves one of them. It can be sent as JSON, and pickled.
+class Target(msgspec.Struct, frozen=True, tag="directories"):
+    """Where the images of a save go, in directories: all that a process has to know that saves one of them. It can be sent as JSON, and pickled.
 
     Attributes:
         plan: Over what the save is laid out; the first root is first.

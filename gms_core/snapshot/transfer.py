@@ -15,6 +15,9 @@ from gms_core.snapshot.plan import Piece
 
 Direction = Literal["save", "restore"]
 
+Where = Path | str
+"""Where something lies: the path of a file or a folder, or the URL of an object or of what its name begins with."""
+
 
 class Probe(NamedTuple):
     """Whether a backend can be used on this machine.
@@ -29,22 +32,22 @@ class Probe(NamedTuple):
 
 
 class File(NamedTuple):
-    """One shard's file.
+    """One shard's file, or object.
 
     Attributes:
-        path: Absolute. When saving, it is there already, with its whole size.
+        path: Absolute. When saving, it is there already, with its whole size; an object is not. Of an object: its URL.
         root: The ``root_id`` of the root in which it lies: files of one root share a disk.
         size: Bytes.
     """
 
-    path: Path
+    path: Where
     root: str
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be moved between files and one device's memory.
+    """What is to be moved between files, or objects, and one device's memory.
 
     Attributes:
         direction: ``save`` reads memory and writes files, ``restore`` the reverse.
@@ -54,6 +57,7 @@ class Job:
         block_bytes: Of the largest piece.
         workers: Threads; 0 for as many as suit the backend.
         options: The backend's own, by name.
+        objects: Whether its files are objects of a store. Only a backend whose attribute ``objects`` is true is given such a job, and no other.
     """
 
     direction: Direction
@@ -63,6 +67,7 @@ class Job:
     block_bytes: int
     workers: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
+    objects: bool = False
 
     @property
     def size(self) -> int:
@@ -175,7 +180,7 @@ class Transfer(Protocol):
 
 @runtime_checkable
 class TransferBackend(Protocol):
-    """Moves bytes between files, or objects, and memory."""
+    """Moves bytes between files and memory; or, if it has an attribute ``objects`` that is true, between objects of a store and memory."""
 
     @property
     def name(self) -> str:

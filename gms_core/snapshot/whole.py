@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gms_core.errors import GmsError, TransferCancelled
-from gms_core.snapshot.catalogue import find
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.control import Control
 from gms_core.snapshot.manifest import BLOCK_BYTES, Image, Manifest
@@ -19,9 +18,8 @@ from gms_core.snapshot.on_disk import Reference, reference
 from gms_core.snapshot.orders import Done, RestoreOrder, SaveOrder, VerifyOrder
 from gms_core.snapshot.processes import Watch, carry_out
 from gms_core.snapshot.registry import usable
-from gms_core.snapshot.roots import open_roots
 from gms_core.snapshot.running import check
-from gms_core.snapshot.staging import Staging
+from gms_core.snapshot.shelves import open_shelf
 from gms_core.snapshot.transfer import Direction, Job
 from gms_core.stop_signals import raising
 
@@ -75,17 +73,19 @@ def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: Snap
         KeyboardInterrupt: Likewise.
     """
     with Control(config.control_dir, name, "save") as control, _told_to_end() as too_late:
+        if config.objects:
+            control.alone()
         _check_backend(config, "save")
         chosen = places()
-        roots = open_roots(config.roots, create=True)
-        # The sentinels are those of whoever has the lock: they are begun, and ended, under it.
-        with Staging.begin(roots, name, resume=resume, stripe_bytes=config.stripe_bytes, shard_bytes=config.shard_bytes) as staging, control:
+        shelf = open_shelf(config.roots, create=True)
+        # The sentinels are those of whoever has the lock: they are begun, and ended, under it. In an object store, it is a lock of their own.
+        with shelf.begin(name, resume=resume, stripe_bytes=config.stripe_bytes, shard_bytes=config.shard_bytes) as staging, control:
             control.about(staging.target.plan.version, staging.target.plan.id)
             control.begin()
             orders = [
                 SaveOrder(
                     index=index,
-                    backend=config.backend,
+                    backend=config.mover,
                     workers=config.save_workers,
                     options=config.options,
                     socket=str(place.socket),
@@ -138,8 +138,8 @@ def restore_snapshot(
     asked = reference(wanted)
     with Control(config.control_dir, asked.name, "restore") as control, _told_to_end() as too_late:
         control.begin()
-        roots = open_roots(config.roots)
-        with find(roots, wanted) as snapshot:
+        shelf = open_shelf(config.roots)
+        with shelf.find(wanted) as snapshot:
             manifest = snapshot.manifest
             control.about(manifest.version, manifest.id)
             check_expected(manifest.images, expected or {})
@@ -151,12 +151,12 @@ def restore_snapshot(
                     str(place),
                     RestoreOrder(
                         index=index,
-                        backend=config.backend,
+                        backend=config.mover,
                         workers=config.load_workers,
                         options=config.options,
                         socket=str(place.socket),
                         pool=place.pool,
-                        roots=tuple(str(root.path) for root in roots),
+                        roots=tuple(map(str, shelf.roots)),
                         snapshot=str(Reference(manifest.name, manifest.version)),
                         id=manifest.id,
                         timeout_s=timeout_s,
@@ -185,8 +185,8 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
         SnapshotDamaged: It is not what was saved.
         GmsError: As `gms_core.snapshot.restore.verify_image` says.
     """
-    roots = open_roots(config.roots)
-    with _told_to_end(), find(roots, wanted) as snapshot:
+    shelf = open_shelf(config.roots)
+    with _told_to_end(), shelf.find(wanted) as snapshot:
         manifest = snapshot.manifest
         _check_backend(config, "restore")
         done: list[tuple[str, Done | None]] = []
@@ -194,10 +194,10 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
             name = f"image {index} ({image.pool})"
             order = VerifyOrder(
                 index=index,
-                backend=config.backend,
+                backend=config.mover,
                 workers=config.load_workers,
                 options=config.options,
-                roots=tuple(str(root.path) for root in roots),
+                roots=tuple(map(str, shelf.roots)),
                 snapshot=str(Reference(manifest.name, manifest.version)),
                 id=manifest.id,
             )
@@ -208,7 +208,7 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
 def _check_backend(config: SnapshotConfig, direction: Direction) -> None:
     """Raise unless the backend can be used here, in this way and with these options, before anything is begun that would have to be undone."""
     workers = config.save_workers if direction == "save" else config.load_workers
-    check(usable(config.backend), Job(direction, (), (), (), BLOCK_BYTES, workers, config.options))
+    check(usable(config.mover), Job(direction, (), (), (), BLOCK_BYTES, workers, config.options, config.objects))
 
 
 def _told_to_end() -> contextlib.AbstractContextManager[Callable[[], None]]:

@@ -12,11 +12,45 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
+from gms_core.errors import GmsError
 from gms_core.snapshot.buffers import Buffer
-from gms_core.snapshot.files import JobFiles, ShardFile
 from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.transfer import CopyLane, Job
 from gms_core.vmm.undo import UndoStack
+
+
+class OpenFile(Protocol):
+    """A shard that is open: a file, or an object of a store."""
+
+    def read(self, view: memoryview, position: int) -> None:
+        """Fill a view from a position on, whatever number of calls that takes.
+
+        Raises:
+            SnapshotDamaged: It ends before.
+            TransferFailed: It could not be read.
+        """
+
+    def write(self, view: memoryview, position: int) -> None:
+        """Write a view to a position.
+
+        Raises:
+            TransferFailed: It could not be written.
+        """
+
+    def damaged(self, position: int, size: int, found: int, saved: int) -> GmsError:
+        """The error for a block that has another checksum than it had."""
+
+
+class OpenFiles(Protocol):
+    """The shards of a job that any of its pieces lies in, open."""
+
+    def __getitem__(self, index: int) -> OpenFile: ...
+
+    def notes(self) -> list[str]:
+        """What a user should know of how they were used."""
+
+    def close(self) -> None:
+        """Close them. Idempotent."""
 
 
 class Chunk(NamedTuple):
@@ -33,7 +67,7 @@ class Chunk(NamedTuple):
     piece: Piece
     offset: int
     size: int
-    file: ShardFile
+    file: OpenFile
     position: int
 
     @property
@@ -82,7 +116,7 @@ class Orders(NamedTuple):
     """
 
     job: Job
-    files: JobFiles
+    files: OpenFiles
     take: Callable[[], Piece | None]
     check: Callable[[], None]
     channel: Callable[[Sequence[Buffer]], Channel]

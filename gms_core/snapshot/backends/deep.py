@@ -9,6 +9,7 @@ from typing import Protocol
 
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.buffers import Buffer
+from gms_core.snapshot.files import ShardFile, shard_file
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.transfer import Direction
 from gms_core.snapshot.worker import Chunk
@@ -42,6 +43,7 @@ class KernelQueue(Protocol):
 class _Request:
     chunk: Chunk
     buffer: Buffer
+    file: ShardFile
     result: int | None = None
 
 
@@ -61,12 +63,12 @@ class DeepChannel:
 
     def begin(self, chunk: Chunk, buffer: Buffer) -> None:
         """See `Channel.begin`."""
-        request = _Request(chunk, buffer)
+        request = _Request(chunk, buffer, shard_file(chunk.file))
         try:
-            self._queue.submit(buffer, chunk.size, chunk.file.descriptor, chunk.position)
+            self._queue.submit(buffer, chunk.size, request.file.descriptor, chunk.position)
         except OSError as error:
             if error.errno not in _DONE_PLAINLY:
-                raise chunk.file.failed(chunk.position, error) from error
+                raise request.file.failed(chunk.position, error) from error
             request.result = -(error.errno or errno.EINVAL)
         else:
             self._under_way[buffer.number] = request
@@ -79,7 +81,7 @@ class DeepChannel:
             try:
                 self._reap()
             except OSError as error:
-                raise request.chunk.file.failed(request.chunk.position, error) from error
+                raise request.file.failed(request.chunk.position, error) from error
         self._complete(request, request.result)
         return request.buffer
 
@@ -102,10 +104,10 @@ class DeepChannel:
         if result == chunk.size:
             return
         if result < 0 and -result not in _DONE_PLAINLY:
-            raise chunk.file.failed(chunk.position, OSError(-result, ""))
+            raise request.file.failed(chunk.position, OSError(-result, ""))
         done = max(result, 0) // PAGE_BYTES * PAGE_BYTES
         rest = request.buffer.view[done : chunk.size]
         if self._saves:
-            chunk.file.write(rest, chunk.position + done)
+            request.file.write(rest, chunk.position + done)
         else:
-            chunk.file.read(rest, chunk.position + done)
+            request.file.read(rest, chunk.position + done)

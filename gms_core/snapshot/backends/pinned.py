@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from gms_core.errors import DriverError, TransferFailed
 from gms_core.snapshot.buffers import Buffer, MappedFile
-from gms_core.snapshot.files import JobFiles, ShardFile
+from gms_core.snapshot.files import JobFiles, ShardFile, shard_file
 from gms_core.snapshot.manifest import BLOCK_BYTES
 from gms_core.snapshot.staged import StagedBackend
 from gms_core.snapshot.transfer import Job, Memory, Probe
@@ -58,7 +58,7 @@ class PinnedRoute:
 
     def in_place(self, chunk: Chunk) -> Buffer | None:
         """Where a chunk lies in memory; None if it does not."""
-        mapped = self._mapped[chunk.file]
+        mapped = self._mapped[shard_file(chunk.file)]
         if self._refused or not mapped.is_resident(chunk.position, chunk.size) or not mapped.populate(chunk.position, chunk.size):
             return None
         return mapped.part(chunk.position, chunk.size)
