@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.unit.object_stores import Proxy
+
+_BUCKETS = itertools.count(1)
 
 InstallPlugin = Callable[[str, str], Path]
 
@@ -30,3 +39,34 @@ def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield install
     for module in installed:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A server that speaks S3, for all tests."""
+    from tests.unit.object_stores import s3_server
+
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before that server, which the environment names, and a bucket ``bucket-N``, whose URL it has."""
+    from tests.unit.object_stores import KEY, SECRET, make_bucket, no_connections_left, proxy_before
+
+    with no_connections_left(), proxy_before(s3_endpoint) as proxy:
+        for name in [name for name in os.environ if name.startswith("AWS_") or name.upper().endswith("_PROXY")]:
+            monkeypatch.delenv(name)
+        proxy.bucket = f"bucket-{next(_BUCKETS)}"
+        make_bucket(s3_endpoint, proxy.bucket)
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": proxy.endpoint,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+        gc.collect()  # the library's stores, and their connections with them

@@ -15,6 +15,7 @@ from gms_core.snapshot import registry
 from gms_core.snapshot.manifest import PAGE_BYTES, Stripe
 from gms_core.snapshot.memories import Arrival, memory_for
 from gms_core.snapshot.plan import Extents, pieces
+from gms_core.snapshot.running import moves_objects
 from gms_core.snapshot.transfer import File, Job
 
 GAPS = ((0, 5 * PAGE_BYTES), (5 * PAGE_BYTES, 3 * PAGE_BYTES), (11 * PAGE_BYTES, PAGE_BYTES), (40 * PAGE_BYTES, 28 * PAGE_BYTES))
@@ -189,8 +190,8 @@ class LateLane:
 
 
 def usable_backends():
-    """What this machine can run, beside what every machine can."""
-    return [name for name in registry.names() if registry.find(name).probe().usable]
+    """What this machine can run that moves files, beside what every machine can."""
+    return [name for name in registry.names() if registry.find(name).probe().usable and not moves_objects(registry.find(name))]
 
 
 def transfer_threads():

@@ -13,8 +13,10 @@ import pytest
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.cli.snapshot_benchmark import Part, _parts
 from gms_core.config import child_environment
+from gms_core.snapshot.objects.bucket import Bucket
 from gms_core.snapshot.registry import names
 from tests.unit.conftest import InstallPlugin
+from tests.unit.object_stores import Proxy
 
 COMMAND = [sys.executable, "-P", "-m", "gms_core.cli", "snapshot", "benchmark", "--device", "host", "--bytes", "20MiB"]
 
@@ -49,12 +51,24 @@ def test_every_backend_has_figures_or_a_reason_when_it_is_measured(tmp_path: Pat
     found = json.loads(done.stdout)
     assert (found["schema"], found["device"], found["bytes"]) == ("gms-bench-snapshot/1", "host", 20 * 2**20)
     assert min(found["plain_write_s"], found["plain_read_s"]) > 0
-    assert [run["backend"] for run in found["runs"]] == list(names())
+    assert [run["backend"] for run in found["runs"]] == [name for name in names() if name != "object"]
     for run in found["runs"]:
         assert run["error"] or all(run[kind] is None or run[kind]["bytes"] == 20 * 2**20 for kind in ("save", "verify", "restore")), run
     staged = found["runs"][0]
     assert all(staged[kind]["seconds"] > 0 for kind in ("save", "verify", "restore"))
     assert _left(tmp_path) == ["gms-root", "gms-root"]
+
+
+def test_object_store_has_figures_when_the_root_is_a_url(s3: Proxy) -> None:
+    done = _run(f"--root={s3.url}", "-o", "json", "--workers=2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["roots"] == [s3.url]
+    assert min(found["plain_write_s"], found["plain_read_s"]) > 0
+    ((run),) = found["runs"]
+    assert (run["backend"], run["error"]) == ("object", "")
+    assert [run[kind]["bytes"] for kind in ("save", "verify", "restore")] == [20 * 2**20] * 3
+    assert Bucket(s3.url).objects().keys() == {"gms-root"}
 
 
 def test_table_names_the_reason_when_a_backend_cannot_be_used(tmp_path: Path, install_plugin: InstallPlugin) -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gms_core.errors import SnapshotDamaged
+from gms_core.errors import SnapshotBusy, SnapshotDamaged
 from gms_core.snapshot import control as module
 from gms_core.snapshot.control import Control
 from tests.unit.sentinels import read_sentinels
@@ -102,3 +102,23 @@ def test_nothing_is_written_when_there_is_no_directory():
         control.begin()
         control.done()
         assert control.close() is None
+
+
+def test_second_save_is_refused_when_the_first_one_still_tells_of_the_name(tmp_path):
+    with Control(tmp_path, "model", "save") as first:
+        first.alone()
+        first.begin()
+
+        def second():
+            with Control(tmp_path, "model", "save") as control:
+                control.alone()
+
+        with pytest.raises(SnapshotBusy, match="another save tells of snapshot 'model'"):
+            second()
+        assert read_sentinels(tmp_path, "model").keys() == {"SAVING"}
+        with Control(tmp_path, "other", "save") as other:
+            other.alone()
+        first.done()
+    with Control(tmp_path, "model", "save") as third:
+        third.alone()
+    assert os.listdir(tmp_path / "model") == ["SAVED"]
