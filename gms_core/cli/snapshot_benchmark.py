@@ -25,10 +25,12 @@ from gms_core.snapshot.buffers import Buffer, Ring, populate
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.folders import explained
+from gms_core.snapshot.manifest import BLOCK_BYTES
 from gms_core.snapshot.orders import Figures
 from gms_core.snapshot.registry import usable
+from gms_core.snapshot.running import moves_objects, verifies
 from gms_core.snapshot.shelves import open_shelf
-from gms_core.snapshot.transfer import Where
+from gms_core.snapshot.transfer import Job, Where
 from gms_core.snapshot.whole import Outcome, Place, restore_snapshot, save_snapshot, verify_snapshot
 
 SCHEMA = "gms-bench-snapshot/1"
@@ -132,14 +134,16 @@ def measure(socket: Path, roots: Sequence[Where], size: int, backends: Sequence[
         for backend in backends:
             tell(backend)
             try:
-                saves = "save" in usable(backend).directions
+                found = usable(backend)
+                found.check(Job("restore", (), (), (), BLOCK_BYTES, workers, objects=moves_objects(found)))
+                saves = "save" in found.directions
                 saved = _figures(save_snapshot(lambda: [place], name, _with(config, backend if saves else ""), _ignore))
                 if not read:
                     plain.forget(name)
                     read = plain.read(name, threads)
                     fio_read = plain.fio_read(tell, name)
                 plain.forget(name)
-                verified = _figures(verify_snapshot(name, _with(config, backend), _ignore))
+                verified = _figures(verify_snapshot(name, _with(config, backend), _ignore)) if verifies(found) else None
                 plain.forget(name)
                 restored = _figures(
                     restore_snapshot(name, _with(config, backend), lambda _: [place], _ignore, timeout_s=PATIENCE_S, memory_timeout_s=PATIENCE_S)

@@ -27,7 +27,7 @@ EVERY_S = 5.0
 """Seconds from one line to the next where there is no terminal."""
 DRAW_S = 0.1
 """Seconds from one drawing of the bars to the next: they are drawn by the thread that hears of the images, so none is left when that one ends."""
-DONE = {"save": "saved", "restore": "restored", "verify": "verified"}
+DONE = {"save": "saved", "restore": "restored", "verify": "verified", "pull": "pulled"}
 
 
 @contextlib.contextmanager

@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from gms_core.client import ReadLease, Session, connect
-from gms_core.errors import GenerationNotFound, GmsError, ProtocolError, SnapshotBusy
-from gms_core.layout import Identity
+from gms_core.client import connect
+from gms_core.errors import GmsError, SnapshotBusy
+from gms_core.snapshot import registry
+from gms_core.snapshot.committed import committed
 from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.numa import stay_near
 from gms_core.snapshot.objects.urls import is_url
@@ -32,24 +33,25 @@ from gms_core.snapshot.orders import (
     Figures,
     Moving,
     Order,
+    PullOrder,
     Report,
     RestoreOrder,
     SaveOrder,
     VerifyOrder,
     Waiting,
 )
-from gms_core.snapshot.reading import OpenSnapshot
-from gms_core.snapshot.registry import usable
+from gms_core.snapshot.reading import ImageSource, OpenSnapshot
 from gms_core.snapshot.restore import restore_image, verify_image
 from gms_core.snapshot.save import save_image
 from gms_core.snapshot.shelves import open_shelf
-from gms_core.snapshot.transfer import Moved, Transfer
+from gms_core.snapshot.transfer import Moved, Transfer, TransferBackend
+
+if TYPE_CHECKING:
+    from gms_core.snapshot.peers.peer import Peer
 
 log = logging.getLogger(__name__)
 
 CLIENT = "gms snapshot"
-LEASE_S = 10.0
-"""Seconds for a read lease: what is committed is granted at once."""
 TELL_S = 0.1
 """Seconds from one report of how far it is to the next."""
 
@@ -132,12 +134,12 @@ def carry_out(order: Order, parent: Parent) -> Done:
     Raises:
         GmsError: It cannot be done; nothing of it is under way any more.
     """
-    backend = usable(order.backend)
+    backend = registry.find(order.backend)  # the parent has asked whether it can be used here, which may take its time
     match order:
         case SaveOrder():
             with (
                 connect(socket_path=Path(order.socket), client=CLIENT) as session,
-                _committed(session, order.pool) as lease,
+                committed(session, order.pool) as lease,
                 Watcher(parent) as watch,
             ):
                 stay_near(session.device)
@@ -146,43 +148,78 @@ def carry_out(order: Order, parent: Parent) -> Done:
                 )
             return Done(_figures(saved.moved, saved.seconds, saved.kept_bytes), image=saved.image)
         case RestoreOrder():
-            with connect(socket_path=Path(order.socket), client=CLIENT) as session, _snapshot(order) as snapshot, Watcher(parent) as watch:
-                stay_near(session.device)
-                restored = restore_image(
-                    session,
-                    snapshot,
-                    order.index,
-                    backend,
-                    pool=order.pool,
-                    timeout_s=order.timeout_s,
-                    replace=order.replace,
-                    pin=order.pin,
-                    memory_timeout_s=order.memory_timeout_s,
-                    workers=order.workers,
-                    options=order.options,
-                    on_transfer=watch,
-                    on_wait=lambda reason: parent.tell(Waiting(reason)),
-                    before_commit=parent.wait_for_commit,
-                )
-                with restored.lease as lease:
-                    generation = lease.layout.generation
-            return Done(_figures(restored.moved, restored.seconds), generation=generation)
+            with _snapshot(order) as snapshot:
+                return _restored(order, parent, snapshot, backend)
+        case PullOrder():
+            return _pulled(order, parent)
         case VerifyOrder():
             with _snapshot(order) as snapshot, Watcher(parent) as watch:
                 moved = verify_image(snapshot, order.index, backend, workers=order.workers, options=order.options, on_transfer=watch)
             return Done(_figures(moved, {}))
 
 
-def _committed(session: Session, pool: str) -> ReadLease:
-    """A read lease on what a pool has committed, whatever that is."""
-    status = next((one for one in session.status().pools if one.name == pool), None)
-    if status is None or not status.generation:
-        raise GenerationNotFound(f"pool {pool!r} on {session.device} has no committed generation", hint="gms pool list shows what is there.")
-    lease = session.acquire(pool, "ro", Identity(status.identity), timeout_s=LEASE_S)
-    if isinstance(lease, ReadLease):
-        return lease
-    lease.release()
-    raise ProtocolError("the server gave a write lease to a reader")
+def _restored(order: RestoreOrder | PullOrder, parent: Parent, images: ImageSource, backend: TransferBackend) -> Done:
+    """Publish one image, once the parent says so."""
+    with connect(socket_path=Path(order.socket), client=CLIENT) as session, Watcher(parent) as watch:
+        stay_near(session.device)
+        restored = restore_image(
+            session,
+            images,
+            order.index,
+            backend,
+            pool=order.pool,
+            timeout_s=order.timeout_s,
+            replace=order.replace,
+            pin=order.pin,
+            memory_timeout_s=order.memory_timeout_s,
+            workers=order.workers,
+            options=order.options,
+            on_transfer=watch,
+            on_wait=lambda reason: parent.tell(Waiting(reason)),
+            before_commit=parent.wait_for_commit,
+            on_hang=lambda error: _end_at_once(parent, error),
+        )
+        with restored.lease as lease:
+            generation = lease.layout.generation
+    return Done(_figures(restored.moved, restored.seconds), generation=generation)
+
+
+def _end_at_once(parent: Parent, error: BaseException) -> NoReturn:
+    """Tell why, and end with the session open: the kernel ends what is under way, and only then closes the connection that the draft hangs on."""
+    _tell_failure(parent, error)
+    logging.shutdown()
+    while True:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tell_failure(parent: Parent, error: BaseException) -> None:
+    if isinstance(error, GmsError):
+        parent.tell(Failed(error.code, error.message, error.hint, error.details))
+        return
+    log.error("this image is not moved", exc_info=error)  # a fault of GMS, or of a plugin
+    parent.tell(Failed(GmsError.code, f"{type(error).__name__}: {error}"))
+
+
+def _pulled(order: PullOrder, parent: Parent) -> Done:
+    """Publish what a peer has. Its modules take their time to load, which a restore does not have."""
+    from gms_core.snapshot.backends.nixl_ucx import PeerBackend
+    from gms_core.snapshot.peers.network import keep_to
+
+    with _peer(order) as peer:
+        keep_to(peer.here)
+        return _restored(order, parent, peer, PeerBackend(peer.offer, order.index))
+
+
+def _peer(order: PullOrder) -> Peer:
+    """The peer that the parent has asked, connected."""
+    from gms_core.snapshot.peers.handshake import address, read_secret
+    from gms_core.snapshot.peers.peer import Peer
+
+    peer = Peer(address(order.peer), read_secret(Path(order.secret)))
+    if peer.manifest.id != order.id:
+        peer.close()
+        raise SnapshotBusy(f"{order.peer} serves something else than a moment ago", hint="Try again.")
+    return peer
 
 
 def _snapshot(order: RestoreOrder | VerifyOrder) -> OpenSnapshot:
@@ -207,15 +244,19 @@ def main() -> int:
     dedicate_process()
     try:
         parent.tell(carry_out(parent.order(), parent))
-    except GmsError as error:
-        parent.tell(Failed(error.code, error.message, error.hint, error.details))
-        return 1
-    except Exception as error:  # a fault of GMS, or of a plugin
-        log.exception("this image is not moved")
-        parent.tell(Failed(GmsError.code, f"{type(error).__name__}: {error}"))
+    except Exception as error:  # noqa: BLE001 - the root of the process: whoever started it is told
+        _tell_failure(parent, error)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = 1
+    try:
+        ended = main()
+    except BaseException:
+        log.exception("nobody can be told")
+    finally:
+        logging.shutdown()
+        # Not through the interpreter's end: a library of a backend may wait there for what does not end, or crash (NIXL's UCX does).
+        os._exit(ended)

@@ -1,4 +1,4 @@
-"""The engine of all backends that move bytes through host memory: threads, each with its own buffers, that share queues of blocks.
+"""The engine of GMS's own backends: threads, each with its own buffers, that share queues of blocks.
 
 The first error ends the whole job. Whichever thread is the last gives everything up, so a transfer that is cancelled leaves nothing behind even if
 nobody waits for its end.
@@ -20,6 +20,9 @@ from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.transfer import Job, Memory, Moved, Phase
 from gms_core.snapshot.worker import Channel, OpenFiles, Orders, Worker
 from gms_core.vmm.undo import UndoStack
+
+_kept: list[object] = []
+"""What transfers have not given up, since something may still be written there. It stays to the end of the process."""
 
 
 class Tuning(NamedTuple):
@@ -106,18 +109,22 @@ class _WholeFiles:
 class StagedTransfer:
     """A job that is under way. See `Transfer`.
 
+    Attributes:
+        is_quiet: See `Transfer.finish`.
+
     Args:
         job: What to move.
         memory: Where to, or from.
         files: The job's, open; they are closed at the end.
         route: How the backend gets at them; closed at the end.
         tuning: How much goes on at once.
+        worker: What a thread does with its orders.
 
     Raises:
         TransferFailed: The machine has no room for the buffers.
     """
 
-    def __init__(self, job: Job, memory: Memory, files: OpenFiles, route: Route, tuning: Tuning) -> None:
+    def __init__(self, job: Job, memory: Memory, files: OpenFiles, route: Route, tuning: Tuning, worker: type[Worker] = Worker) -> None:
         self._memory, self._files, self._route = memory, files, route
         self._pinning = threading.Lock()
         self._is_pinned = self._tried_to_pin = False
@@ -129,7 +136,7 @@ class StagedTransfer:
         self._lanes = [memory.lane() for _ in range(tuning.workers)]
         self._ring = Ring(tuning.workers * tuning.buffers, tuning.chunk_bytes)
         self._workers = [
-            Worker(
+            worker(
                 Orders(
                     job=job,
                     files=files,
@@ -137,6 +144,7 @@ class StagedTransfer:
                     check=self._check,
                     channel=route.channel,
                     lane=lane,
+                    places=memory.places,
                     buffers=self._ring.buffers[number * tuning.buffers :][: tuning.buffers],
                     pin=self._pin,
                     depth=tuning.depth,
@@ -150,6 +158,7 @@ class StagedTransfer:
         self._unclaimed = set(range(self._running))
         self._done = threading.Event()
         self._cleaned = 0.0
+        self.is_quiet = True
         try:
             self._start()
         except BaseException:
@@ -271,6 +280,7 @@ class StagedTransfer:
             self._notes += [*self._files.notes(), *self._route.notes()]
             self._give_up()
         except Exception as error:  # noqa: BLE001 - the root of a thread: `finish` raises it
+            self.is_quiet = False
             self._fail(error)
         finally:
             self._cleaned = time.perf_counter()
@@ -280,6 +290,8 @@ class StagedTransfer:
         with UndoStack() as undo:
             undo.push(self._files.close)
             if not all(worker.released for worker in self._workers):
+                self.is_quiet = False
+                _kept.append((self._memory, self._ring, self._route))
                 return  # a device, or the kernel, may still write there: rather a leak
             undo.push(self._route.close)
             if self._is_pinned:

@@ -29,6 +29,7 @@ HINTS = {
     errno.EDQUOT: "Raise the quota of that root, make room (gms snapshot prune removes old snapshots), or add a root.",
     errno.EIO: "The disk has failed: look at the kernel's log, and verify the other snapshots there.",
     errno.EFBIG: "Raise the limit on the size of files, ulimit -f.",
+    errno.ETIME: "A disk, or the library that reads from it, hangs: look at the kernel's log. --option deadline_s=N waits longer.",
     errno.EMFILE: "Raise the limit on open files, ulimit -n.",
 }
 """What a user can do about it."""

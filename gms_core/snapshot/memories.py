@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from gms_core.devices import HOST, DeviceId
-from gms_core.errors import InvalidArgument, TransferCancelled
-from gms_core.snapshot.transfer import CopyLane, Memory
+from gms_core.errors import BackendUnavailable, InvalidArgument, TransferCancelled
+from gms_core.snapshot.plan import Extents
+from gms_core.snapshot.transfer import HOST_MEMORY, CopyLane, Memory, Place
 from gms_core.vmm.driver import Address
 
 
@@ -64,6 +65,13 @@ class Arrival:
         """Whether it will not come."""
         return self._never and self._base is None
 
+    def places(self, extents: Extents, offset: int, size: int, gpu: int = HOST_MEMORY) -> list[Place]:
+        """See `Memory.places`, for an image whose parts lie so in the arena."""
+        base = self._base
+        if base is None:
+            raise TransferCancelled("the transfer's memory is not there")
+        return [Place(base + place, length, gpu) for place, _, length in extents.ranges(offset, size)]
+
 
 class Waiter:
     """One lane's wait for the arena."""
@@ -107,6 +115,13 @@ class DiscardingMemory:
 
     def unregister(self, address: int) -> None:
         """See `Memory.unregister`. There is nothing to do."""
+
+    def places(self, offset: int, size: int) -> Sequence[Place]:
+        """See `Memory.places`. There are none."""
+        raise BackendUnavailable(
+            f"{size} bytes at {offset} cannot be moved straight into a device's memory: there is none when a snapshot is verified",
+            hint="Verify it with --backend staged: that reads the same files.",
+        )
 
     def ready(self, base: Address) -> None:
         """See `ArenaMemory.ready`. It always is."""

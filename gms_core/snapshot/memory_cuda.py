@@ -17,7 +17,7 @@ from gms_core.devices import DeviceId
 from gms_core.errors import DriverError, GmsError
 from gms_core.snapshot.memories import Arrival, Waiter
 from gms_core.snapshot.plan import Extents
-from gms_core.snapshot.transfer import CopyLane
+from gms_core.snapshot.transfer import CopyLane, Place
 from gms_core.vmm.cuda_calls import attribute, checked, cuda, find_device
 from gms_core.vmm.driver import Address
 from gms_core.vmm.undo import UndoStack
@@ -76,6 +76,10 @@ class CudaMemory:
         """See `Memory.unregister`."""
         with self._current():
             checked("cuMemHostUnregister", address, about=f"{address:#x}")
+
+    def places(self, offset: int, size: int) -> Sequence[Place]:
+        """See `Memory.places`."""
+        return self._arrival.places(self._extents, offset, size, self._device)
 
     def close(self) -> None:
         """See `ArenaMemory.close`."""

@@ -9,7 +9,7 @@ from typing import Self
 
 from gms_core.snapshot.memories import Arrival, Waiter
 from gms_core.snapshot.plan import Extents
-from gms_core.snapshot.transfer import CopyLane
+from gms_core.snapshot.transfer import CopyLane, Place
 from gms_core.vmm.driver import Address
 
 
@@ -41,6 +41,10 @@ class HostMemory:
 
     def unregister(self, address: int) -> None:
         """See `Memory.unregister`."""
+
+    def places(self, offset: int, size: int) -> Sequence[Place]:
+        """See `Memory.places`."""
+        return self._arrival.places(self._extents, offset, size)
 
     def close(self) -> None:
         """See `ArenaMemory.close`. Nothing is held."""

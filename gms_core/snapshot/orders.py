@@ -65,6 +65,32 @@ class RestoreOrder(_Order, tag="restore", frozen=True, kw_only=True, forbid_unkn
     pin: bool = False
 
 
+class PullOrder(_Order, tag="pull", frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Publish an image of a peer's.
+
+    Attributes:
+        socket: Of the device's server.
+        pool: Where to.
+        peer: ``HOST:PORT``.
+        secret: File of the secret.
+        id: Of what the peer serves.
+        timeout_s: Seconds to wait for the right to write.
+        memory_timeout_s: Seconds to wait for memory that others release.
+        replace: Drop this committed generation first; None drops nothing.
+        pin: Keep the generation without readers.
+    """
+
+    socket: str
+    pool: str
+    peer: str
+    secret: str
+    id: str
+    timeout_s: float
+    memory_timeout_s: float
+    replace: int | None = None
+    pin: bool = False
+
+
 class VerifyOrder(_Order, tag="verify", frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Compare an image with its checksums.
 
@@ -79,7 +105,7 @@ class VerifyOrder(_Order, tag="verify", frozen=True, kw_only=True, forbid_unknow
     id: str
 
 
-Order = SaveOrder | RestoreOrder | VerifyOrder
+Order = SaveOrder | RestoreOrder | PullOrder | VerifyOrder
 
 COMMIT = b"commit\n"
 """What the process is told once all images have arrived."""

@@ -79,17 +79,11 @@ def checked_manifest(wanted: Reference, seal: Committed, text: bytes, where: Whe
     return manifest
 
 
-class OpenSnapshot(Protocol):
-    """A snapshot that is open for reading, wherever it lies."""
+class ImageSource(Protocol):
+    """Whatever images come from."""
 
-    manifest: Manifest
-    """What it says of itself."""
     objects: bool
-    """Whether it lies in an object store."""
-
-    @property
-    def reference(self) -> Reference:
-        """Its name and its version."""
+    """Whether they lie in an object store."""
 
     def image(self, index: int) -> Image:
         """One of its images.
@@ -99,12 +93,23 @@ class OpenSnapshot(Protocol):
         """
 
     def files(self, index: int) -> list[File]:
-        """The files of an image, by the numbers that stripes have. They are there, with the sizes that they should have.
+        """Where the parts of an image are, by the numbers that stripes have. They are there, with the sizes that they should have.
 
         Raises:
-            SnapshotNotFound: A root or a file is missing.
-            SnapshotDamaged: A file has another size.
+            SnapshotNotFound: A root or a part is missing.
+            SnapshotDamaged: A part has another size.
         """
+
+
+class OpenSnapshot(ImageSource, Protocol):
+    """A snapshot that is open for reading, wherever it lies."""
+
+    manifest: Manifest
+    """What it says of itself."""
+
+    @property
+    def reference(self) -> Reference:
+        """Its name and its version."""
 
     def close(self) -> None:
         """Do not read it any more. Idempotent."""

@@ -26,6 +26,11 @@ _BUILT_IN: Mapping[str, _Place] = {
     "uring": _Place("gms_core.snapshot.backends.uring", "URING"),
     "object": _Place("gms_core.snapshot.backends.object", "OBJECT"),
     "local-ssd-pinned": _Place("gms_core.snapshot.backends.pinned", "PINNED"),
+    "nixl-posix": _Place("gms_core.snapshot.backends.nixl_posix", "NIXL_POSIX"),
+    "nixl-posix-direct": _Place("gms_core.snapshot.backends.nixl_direct", "NIXL_POSIX_DIRECT"),
+    "nixl-gds": _Place("gms_core.snapshot.backends.nixl_direct", "NIXL_GDS"),
+    "nixl-ucx": _Place("gms_core.snapshot.backends.nixl_ucx", "NIXL_UCX"),
+    "cufile-gds": _Place("gms_core.snapshot.backends.cufile_gds", "CUFILE_GDS"),
 }
 ALIASES: Mapping[str, str] = {"preadv": "staged", "cpu-staged": "staged", "local-ssd-striped": "staged"}
 """Other names of the field for the same: with several roots each one has a queue and threads of its own in any case."""

@@ -13,9 +13,12 @@ from gms_core.layout import Identity, layout_digest
 from gms_core.snapshot.manifest import Image
 from gms_core.snapshot.memories import DiscardingMemory, memory_for
 from gms_core.snapshot.plan import pieces
-from gms_core.snapshot.reading import OpenSnapshot
+from gms_core.snapshot.reading import ImageSource, OpenSnapshot
 from gms_core.snapshot.running import OnTransfer, running
 from gms_core.snapshot.transfer import File, Job, Moved, TransferBackend
+
+_kept: list[object] = []
+"""Drafts that something may still be written to. They stay to the end of the process."""
 
 MEMORY_S = 60.0
 """Seconds that a restore waits for memory that others release."""
@@ -68,7 +71,7 @@ def check_fits(image: Image, driver: str, granularity: int, expected: Identity |
 
 def restore_image(
     session: Session,
-    snapshot: OpenSnapshot,
+    snapshot: ImageSource,
     index: int,
     backend: TransferBackend,
     *,
@@ -83,12 +86,13 @@ def restore_image(
     on_transfer: OnTransfer | None = None,
     on_wait: Callable[[str], None] | None = None,
     before_commit: Callable[[], None] | None = None,
+    on_hang: Callable[[BaseException], None] | None = None,
 ) -> Restored:
     """Publish an image as the next generation of a pool. Files are read before the memory is there.
 
     Args:
         session: With the server of the device that gets it.
-        snapshot: It is open.
+        snapshot: It is open; or whatever else images come from.
         index: Of the image.
         backend: Moves the bytes.
         pool: To publish it in; the one that it was saved from if empty.
@@ -103,20 +107,31 @@ def restore_image(
         on_wait: Is told of what is waited for.
         before_commit: Is called once all is there as it was saved. It may wait, such as for images of other devices, and what it raises keeps this
             one from being published.
+        on_hang: Is told of the error when the transfer has failed, and may still write to the memory: the device's server must not have that back
+            before. The draft stays then, mapped and leased; end the process with the session open, which lets the kernel end it all first.
 
     Raises:
         SnapshotMismatch: The image is not what is wanted, or does not fit the device.
         SnapshotNotFound: A root or a file is missing.
         SnapshotDamaged: The bytes are not those that were saved.
-        GmsError: As session and backend say. Whatever is raised before the commit: nothing is published, and the lease is given up.
+        GmsError: As session and backend say. Whatever is raised before the commit: nothing is published, and the lease is given up, except after
+            `on_hang`.
     """
     begin, image = time.monotonic(), snapshot.image(index)
     check_fits(image, session.welcome.driver, session.welcome.granularity, expected)
     job = job_of(image, snapshot.files(index), workers, options, objects=snapshot.objects)
     identity = Identity(image.identity)
     # What copies need, such as the device's context, is given up last: the lease still maps memory that copies have written to.
-    with memory_for(session.device, image.allocations) as memory, contextlib.ExitStack() as stack:
-        with running(backend, job, memory, on_transfer) as transfer:
+    with contextlib.ExitStack() as held:
+        memory = held.enter_context(memory_for(session.device, image.allocations))
+        stack = held.enter_context(contextlib.ExitStack())
+
+        def hung(error: BaseException) -> None:
+            _kept.append((held.pop_all(), session))
+            if on_hang is not None:
+                on_hang(error)
+
+        with running(backend, job, memory, on_transfer, hung) as transfer:
             prepared = time.monotonic()
             lease = session.acquire(
                 pool or image.pool, "rw", identity, timeout_s=timeout_s, on_wait=on_wait, replace=replace, memory_timeout_s=memory_timeout_s

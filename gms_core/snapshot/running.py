@@ -1,4 +1,4 @@
-"""A transfer from its begin to its end: when the block is left, in whatever way, nothing touches files or memory any more."""
+"""A transfer from its begin to its end: when the block is left, in whatever way, nothing touches files or memory any more, or that is told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from gms_core.errors import GmsError, InvalidArgument
 from gms_core.snapshot.memories import ArenaMemory
-from gms_core.snapshot.transfer import Job, Moved, Transfer, TransferBackend
+from gms_core.snapshot.transfer import Job, Moved, Transfer, TransferBackend, is_quiet
 
 OnTransfer = Callable[[Transfer, int], None]
 """Is told of a transfer that has begun, and of its bytes, so that somebody can watch it."""
@@ -51,8 +51,19 @@ def moves_objects(backend: TransferBackend) -> bool:
     return bool(getattr(backend, "objects", False))
 
 
+def verifies(backend: TransferBackend) -> bool:
+    """Whether a backend can compare a snapshot with its checksums without memory for it. One that says nothing of it, such as a plugin's, can."""
+    return bool(getattr(backend, "verifies", True))
+
+
 @contextlib.contextmanager
-def running(backend: TransferBackend, job: Job, memory: ArenaMemory, on_transfer: OnTransfer | None = None) -> Iterator[Transfer]:
+def running(
+    backend: TransferBackend,
+    job: Job,
+    memory: ArenaMemory,
+    on_transfer: OnTransfer | None = None,
+    on_hang: Callable[[BaseException], None] | None = None,
+) -> Iterator[Transfer]:
     """Begin a job; who is in the block finishes it, or else it is cancelled.
 
     Args:
@@ -60,6 +71,7 @@ def running(backend: TransferBackend, job: Job, memory: ArenaMemory, on_transfer
         job: A part of an image, or all of it; it may have no bytes.
         memory: Of the image.
         on_transfer: Is told of the transfer.
+        on_hang: Is called before an error is raised when the transfer may still touch the memory then.
 
     Raises:
         InvalidArgument: See `check`.
@@ -74,9 +86,11 @@ def running(backend: TransferBackend, job: Job, memory: ArenaMemory, on_transfer
         if on_transfer is not None:
             on_transfer(transfer, job.size)
         yield transfer
-    except BaseException:
+    except BaseException as error:
         memory.never()
         transfer.cancel()
         with contextlib.suppress(GmsError):
             transfer.finish()
+        if on_hang is not None and not is_quiet(transfer):
+            on_hang(error)
         raise

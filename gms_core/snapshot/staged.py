@@ -1,4 +1,4 @@
-"""Backends that move bytes through host buffers: what they have in common beside the engine, which is their options and their refusals."""
+"""GMS's own backends: what they have in common beside the engine, which is their options and their refusals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gms_core.snapshot.engine import Route, StagedTransfer, Tuning
 from gms_core.snapshot.files import JobFiles
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
+from gms_core.snapshot.worker import Worker
 from gms_core.vmm.undo import UndoStack
 
 BOTH: frozenset[Direction] = frozenset({"save", "restore"})
@@ -20,6 +21,9 @@ LARGEST_CHUNK = 2**30
 
 DIRECT = {"auto": True, "never": False}
 """The values of the option ``direct``."""
+
+DEADLINE = "deadline_s"
+"""The option of backends that give up what never ends."""
 
 
 def cores() -> int:
@@ -43,6 +47,8 @@ class StagedBackend:
         chunk_bytes: Read or written at once, if not told otherwise.
         threads: The most threads that it starts by itself.
         directions: What it can do.
+        deadline_s: Seconds in which something that is under way has to end, if not told otherwise; 0 for a backend that waits as long as the kernel.
+        worker: What its threads do: bytes go through buffers, unless it says otherwise.
     """
 
     name: str
@@ -53,6 +59,13 @@ class StagedBackend:
     chunk_bytes: int = 8 * 2**20
     threads: int = 16
     directions: frozenset[Direction] = BOTH
+    deadline_s: int = 0
+    worker: type[Worker] = Worker
+
+    @property
+    def verifies(self) -> bool:
+        """Whether it can read a snapshot into nothing: not if bytes go into a device's memory alone."""
+        return self.worker is Worker
 
     def probe(self) -> Probe:
         """See `TransferBackend.probe`."""
@@ -65,7 +78,7 @@ class StagedBackend:
             InvalidArgument: The job contradicts itself, or has an option that the backend does not know.
         """
         check_pieces(job)
-        self._tuning(job)
+        self.tuning(job)
 
     def open(self, job: Job, memory: Memory) -> Transfer:
         """See `TransferBackend.open`.
@@ -76,18 +89,23 @@ class StagedBackend:
             TransferFailed: A file cannot be opened, or the machine has no room for the buffers.
         """
         self.check(job)
-        tuning = self._tuning(job)
+        tuning = self.tuning(job)
         with UndoStack() as undo:
             files = JobFiles(job, direct=tuning.direct)
             undo.push(files.close)
             route = self.route(job, files, memory)
             undo.push(route.close)
-            transfer = StagedTransfer(job, memory, files, route, tuning)
+            transfer = StagedTransfer(job, memory, files, route, tuning, self.worker)
             undo.commit()
         return transfer
 
-    def _tuning(self, job: Job) -> Tuning:
-        known = {"chunk_bytes", "buffers", "direct"} | ({"depth"} if self.is_deep else set())
+    def tuning(self, job: Job) -> Tuning:
+        """What a job's options come to.
+
+        Raises:
+            InvalidArgument: One is not known, or has a value that it cannot have.
+        """
+        known = {"chunk_bytes", "buffers", "direct"} | ({"depth"} if self.is_deep else set()) | ({DEADLINE} if self.deadline_s else set())
         if unknown := sorted(job.options.keys() - known):
             raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
         chunk = number_of(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
@@ -98,6 +116,8 @@ class StagedBackend:
         direct = job.options.get("direct", "auto")
         if direct not in DIRECT:
             raise InvalidArgument(f"the option direct={direct!r} is neither of {', '.join(DIRECT)}")
+        if self.deadline_s:
+            deadline(job, self.deadline_s)
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
         roots = len({file.root for file in job.files})
@@ -117,6 +137,15 @@ def check_pieces(job: Job) -> None:
             raise InvalidArgument(f"block {block} of {size} bytes at {position} is not a block of whole pages")
         if not 0 <= block < known:
             raise InvalidArgument(f"block {block} has no checksum")
+
+
+def deadline(job: Job, otherwise: int) -> int:
+    """Seconds in which something that is under way has to end.
+
+    Raises:
+        InvalidArgument: The option is no whole number, or out of its range.
+    """
+    return number_of(job, DEADLINE, otherwise, 1, 86400)
 
 
 def number_of(job: Job, name: str, otherwise: int, least: int, most: int) -> int:

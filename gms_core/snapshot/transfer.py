@@ -1,7 +1,8 @@
 """The interface between snapshots and what moves their bytes. A backend knows files, memory and blocks, and nothing else of GMS.
 
 A backend is asked in this order: `TransferBackend.probe`, whether it can be used here; `TransferBackend.check`, whether it can do this job; then
-`TransferBackend.open`, which begins it. Names of backends are those of the field.
+`TransferBackend.open`, which begins it. Names of backends are those of the field. A command asks the first two, and a process that it starts calls
+`TransferBackend.open` without a `TransferBackend.probe` before it: what a backend needs it has to load there too.
 """
 
 from __future__ import annotations
@@ -75,6 +76,24 @@ class Job:
         return sum(piece.size for piece in self.pieces)
 
 
+HOST_MEMORY = -1
+"""The number of no GPU."""
+
+
+class Place(NamedTuple):
+    """A contiguous range of an image's memory, as this process reaches it.
+
+    Attributes:
+        address: Of its first byte.
+        size: Bytes.
+        gpu: Number of the GPU, as CUDA counts them in this process; `HOST_MEMORY` where a CPU can read and write it.
+    """
+
+    address: int
+    size: int
+    gpu: int = HOST_MEMORY
+
+
 class CopyLane(Protocol):
     """One thread's way between host buffers and the device's memory. A lane's copies may go on behind its back; it is used by one thread alone."""
 
@@ -126,6 +145,14 @@ class Memory(Protocol):
     def unregister(self, address: int) -> None:
         """Undo `register`."""
 
+    def places(self, offset: int, size: int) -> Sequence[Place]:
+        """Where a part of the image lies, for a backend that moves bytes there without buffers. Once a lane has arrived.
+
+        Raises:
+            BackendUnavailable: It lies nowhere: this memory keeps nothing.
+            TransferCancelled: It is not there.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -159,6 +186,11 @@ class Moved:
     notes: Sequence[str] = ()
 
 
+def is_quiet(transfer: Transfer) -> bool:
+    """Whether nothing of a transfer whose `finish` has raised is under way; those that say nothing about it keep to that."""
+    return bool(getattr(transfer, "is_quiet", True))
+
+
 class Transfer(Protocol):
     """A job that is under way, in threads of its own."""
 
@@ -167,6 +199,9 @@ class Transfer(Protocol):
 
     def finish(self) -> Moved:
         """Wait for the end; nothing of the job is under way when it returns or raises. Written bytes may still have to be synced.
+
+        Where that cannot be known, it raises, and the transfer has an attribute ``is_quiet`` that is False: the job's memory must not be given up
+        before this process has ended.
 
         Raises:
             SnapshotDamaged: A block has another checksum, or a file is too short; the message names file and position.

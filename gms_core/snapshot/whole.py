@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gms_core.errors import GmsError, TransferCancelled
+from gms_core.errors import GmsError, InvalidArgument, TransferCancelled
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.control import Control
 from gms_core.snapshot.manifest import BLOCK_BYTES, Image, Manifest
@@ -17,8 +17,8 @@ from gms_core.snapshot.matching import check_alike, check_expected
 from gms_core.snapshot.on_disk import Reference, reference
 from gms_core.snapshot.orders import Done, RestoreOrder, SaveOrder, VerifyOrder
 from gms_core.snapshot.processes import Watch, carry_out
-from gms_core.snapshot.registry import usable
-from gms_core.snapshot.running import check
+from gms_core.snapshot.registry import find, usable
+from gms_core.snapshot.running import check, verifies
 from gms_core.snapshot.shelves import open_shelf
 from gms_core.snapshot.transfer import Direction, Job
 from gms_core.stop_signals import raising
@@ -182,6 +182,7 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
         watch: Is told how far each image is.
 
     Raises:
+        InvalidArgument: The backend reads into a device's memory alone.
         SnapshotDamaged: It is not what was saved.
         GmsError: As `gms_core.snapshot.restore.verify_image` says.
     """
@@ -189,6 +190,10 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
     with _told_to_end(), shelf.find(wanted) as snapshot:
         manifest = snapshot.manifest
         _check_backend(config, "restore")
+        if not verifies(find(config.mover)):
+            raise InvalidArgument(
+                f"the transfer backend {config.mover!r} reads into a device's memory alone, and verifies nothing", hint="Use --backend staged."
+            )
         done: list[tuple[str, Done | None]] = []
         for index, image in enumerate(manifest.images):
             name = f"image {index} ({image.pool})"

@@ -15,7 +15,7 @@ import xxhash
 from gms_core.errors import GmsError
 from gms_core.snapshot.buffers import Buffer
 from gms_core.snapshot.plan import Piece
-from gms_core.snapshot.transfer import CopyLane, Job
+from gms_core.snapshot.transfer import CopyLane, Job, Place
 from gms_core.vmm.undo import UndoStack
 
 
@@ -109,6 +109,7 @@ class Orders(NamedTuple):
         check: Raises when the transfer is to end early.
         channel: Opens the thread's channel.
         lane: The thread's lane.
+        places: Tells where a part of the image lies in memory; see `Memory.places`.
         buffers: The thread's own.
         pin: Makes all buffers fit for copies, if they are not yet; called once the memory is there.
         depth: How many chunks may be begun at once.
@@ -121,6 +122,7 @@ class Orders(NamedTuple):
     check: Callable[[], None]
     channel: Callable[[Sequence[Buffer]], Channel]
     lane: CopyLane
+    places: Callable[[int, int], Sequence[Place]]
     buffers: Sequence[Buffer]
     pin: Callable[[], None]
     depth: int

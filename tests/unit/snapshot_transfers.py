@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 from gms_core.snapshot import registry
+from gms_core.snapshot.backends import asking
 from gms_core.snapshot.manifest import PAGE_BYTES, Stripe
 from gms_core.snapshot.memories import Arrival, memory_for
 from gms_core.snapshot.plan import Extents, pieces
@@ -20,6 +22,7 @@ from gms_core.snapshot.transfer import File, Job
 
 GAPS = ((0, 5 * PAGE_BYTES), (5 * PAGE_BYTES, 3 * PAGE_BYTES), (11 * PAGE_BYTES, PAGE_BYTES), (40 * PAGE_BYTES, 28 * PAGE_BYTES))
 """Of 37 pages: two allocations side by side, and two that lie apart."""
+asking.DEADLINE_S = 60.0  # a busy machine loads a library slowly, and what is collected must not depend on it
 SMALL = {"chunk_bytes": str(2 * PAGE_BYTES)}
 
 
@@ -151,6 +154,9 @@ class LateMemory:
             if any(address <= place < end for target, source, _ in copies for place in (target, source)):
                 self.too_early.append(address)
 
+    def places(self, offset, size):
+        return self.arrival.places(self.extents, offset, size)
+
     def __enter__(self):
         return self
 
@@ -189,9 +195,15 @@ class LateLane:
             self.wait(ticket)
 
 
-def usable_backends():
-    """What this machine can run that moves files, beside what every machine can."""
-    return [name for name in registry.names() if registry.find(name).probe().usable and not moves_objects(registry.find(name))]
+@functools.cache
+def _is_usable(name):
+    return registry.find(name).probe().usable
+
+
+def usable_backends(*, gpu=False):
+    """What this machine can run, beside what every machine can, with files and the memory of the host or of a GPU."""
+    left_out = ("nixl-ucx", "nixl-posix-direct") if gpu else ("nixl-ucx", "nixl-gds", "cufile-gds")
+    return [name for name in registry.names() if name not in left_out and not moves_objects(registry.find(name)) and _is_usable(name)]
 
 
 def transfer_threads():

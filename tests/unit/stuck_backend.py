@@ -122,3 +122,46 @@ class Faulty:
 def gms_transfer_backends():
     return [Faulty()]
 """
+
+ENDLESS = '''
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from gms_core.plugins.hookspecs import hookimpl
+from gms_core.snapshot import registry
+from gms_core.snapshot.backends.nixl_agents import Agent
+from gms_core.snapshot.transfer import Probe
+
+plain = Agent.begin
+
+
+class Endless:
+    """NIXL by the backend of the option ``with``, and nothing that it has begun ever ends. A process that has begun something leaves a file."""
+
+    name = "stuck"
+    directions = frozenset({"save", "restore"})
+
+    def probe(self):
+        return Probe(True, "")
+
+    def check(self, job):
+        pass
+
+    def open(self, job, memory):
+        options = dict(job.options)
+        mark, backend = Path(options.pop("mark")), registry.find(options.pop("with"))
+
+        def begin(agent, *arguments):
+            handle = plain(agent, *arguments)
+            (mark / str(os.getpid())).touch()
+            return handle
+
+        Agent.begin, Agent.has_ended = begin, lambda agent, handle: False
+        return backend.open(replace(job, options=options), memory)
+
+
+@hookimpl
+def gms_transfer_backends():
+    return [Endless()]
+'''

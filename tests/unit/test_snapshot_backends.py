@@ -52,6 +52,10 @@ def test_plain_reads_can_be_used_when_nothing_else_can():
     assert {"staged", "local-ssd-pinned"} <= set(BACKENDS)
 
 
+def test_library_is_there_when_the_tests_of_its_backends_are_to_run():
+    assert {"nixl-posix", "nixl-posix-direct"} <= set(BACKENDS), f"make environment installs NIXL: {registry.find('nixl-posix').probe().reason}"
+
+
 @pytest.mark.parametrize("folder", ["", "/dev/shm"], ids=["disk", "memory"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_image_is_the_same_when_it_was_saved_and_restored(tmp_path, name, folder):
@@ -225,7 +229,7 @@ def _cancel_in_the_middle(scene, name):
     target = Memory(scene.extent)
     with Held("host", scene.allocations) as memory:
         memory.ready(target.base)
-        transfer = registry.find(name).open(scene.job(workers=2, buffers="4" if name in ("aio", "uring") else "2"), memory)
+        transfer = registry.find(name).open(scene.job(workers=2, buffers="4" if registry.find(name).is_deep else "2"), memory)
         assert began.wait(30)
         transfer.cancel()
         go_on.set()

@@ -20,12 +20,18 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gms_core.client import connect
+from gms_core.snapshot import registry
+from gms_core.snapshot.backends.nixl_agents import library
 from gms_core.snapshot.pruning import prune
 from gms_core.snapshot.roots import open_roots
 from tests.unit.publishing import MODEL
 from tests.unit.snapshot_stand_in import save_bytes, save_pool
 
 what, socket = sys.argv[1:]
+backend = None
+if what == "save-nixl-posix":
+    backend = registry.find("nixl-posix")
+    library()  # once for all
 CALLS = ("open", "mkdir", "write", "pwrite", "fsync", "fdatasync", "ftruncate", "posix_fallocate", "rename", "link", "unlink", "rmdir")
 
 
@@ -35,7 +41,7 @@ def work():
             # Counted from here on: what is asked of the server before makes no difference to disks.
             lease.map()
             arm()
-            save_pool(session, lease, open_roots([Path(path) for path in paths], create=True), resume=what == "save-resume")
+            save_pool(session, lease, open_roots([Path(path) for path in paths], create=True), backend=backend, resume=what == "save-resume")
     else:
         arm()
         prune(open_roots([Path(path) for path in paths]), "model", keep=1)
@@ -106,7 +112,7 @@ def left_over(folder):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", ["save", "save-resume"])
+@pytest.mark.parametrize("what", ["save", "save-resume", "save-nixl-posix"])
 def test_former_snapshot_loads_and_the_next_is_saved_when_a_save_is_killed_at_any_step(server, folder, what):
     roots = roots_in(folder)
     kills = 0

@@ -27,6 +27,7 @@ from gms_core.errors import (
     TransferFailed,
 )
 from gms_core.layout import Identity
+from gms_core.snapshot import restore as restoring
 from gms_core.snapshot.catalogue import entries, find
 from gms_core.snapshot.manifest import BLOCK_BYTES
 from gms_core.snapshot.memory_host import HostMemory
@@ -87,6 +88,41 @@ def test_engine_attaches_as_to_any_generation_when_a_snapshot_was_restored(serve
         assert read_all(session, lease, SIZE) == data
     with find(roots, "model") as snapshot:
         assert verify_image(snapshot, 0, backend).bytes == before.size
+
+
+class Endless(Plain):
+    """What it has begun never ends."""
+
+    is_quiet = False
+
+    def open(self, job, memory):
+        return self
+
+    def poll(self):
+        return 0
+
+    def cancel(self):
+        pass
+
+    def finish(self):
+        raise TransferFailed("it does not end")
+
+
+def test_server_does_not_get_a_draft_back_when_something_may_still_be_written_to_it(saved, server, monkeypatch):
+    kept, seen = [], []
+    monkeypatch.setattr(restoring, "_kept", kept)
+    with server.connect() as session, server.connect() as other:
+
+        def writer():
+            return next((pool.writer for pool in other.status().pools if pool.name == "copy"), 0)
+
+        with pytest.raises(TransferFailed, match="it does not end"):
+            restore(session, saved, Endless(), pool="copy", on_hang=lambda error: seen.append((error.message, writer())))
+        assert seen == [("it does not end", session.welcome.session)]
+        assert writer() == session.welcome.session
+        for held, _ in kept:
+            held.close()
+        assert not writer()
 
 
 def test_what_copies_need_is_given_up_last_when_an_image_is_restored(saved, server, monkeypatch):

@@ -1,0 +1,1 @@
+"""Published memory that goes from one machine to another without files: one serves what it has published, and others pull it."""
