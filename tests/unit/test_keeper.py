@@ -61,9 +61,22 @@ def until(condition, patience_s: float = 20.0) -> None:
 
 
 def reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    """Reap children that have ended, and those that are about to: what has no words of its command any more ends by itself."""
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not any(map(is_ending, Path("/proc/self/task").glob("*/children"))):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def is_ending(children: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return any(not Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split())
+    return False
 
 
 @contextlib.contextmanager
