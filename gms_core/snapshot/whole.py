@@ -15,7 +15,7 @@ from gms_core.snapshot.control import Control
 from gms_core.snapshot.manifest import BLOCK_BYTES, Image, Manifest
 from gms_core.snapshot.matching import check_alike, check_expected
 from gms_core.snapshot.on_disk import Reference, reference
-from gms_core.snapshot.orders import Done, RestoreOrder, SaveOrder, VerifyOrder
+from gms_core.snapshot.orders import Done, PullOrder, RestoreOrder, SaveOrder, VerifyOrder
 from gms_core.snapshot.processes import Watch, carry_out
 from gms_core.snapshot.registry import find, usable
 from gms_core.snapshot.running import check, verifies
@@ -72,7 +72,7 @@ def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: Snap
         GmsError: There is no new snapshot; those that were there are untouched.
         KeyboardInterrupt: Likewise.
     """
-    with Control(config.control_dir, name, "save") as control, _told_to_end() as too_late:
+    with Control(config.control_dir, name, "save") as control, told_to_end() as too_late:
         if config.objects:
             control.alone()
         _check_backend(config, "save")
@@ -136,7 +136,7 @@ def restore_snapshot(
         KeyboardInterrupt: Nothing is published unless all images had arrived.
     """
     asked = reference(wanted)
-    with Control(config.control_dir, asked.name, "restore") as control, _told_to_end() as too_late:
+    with Control(config.control_dir, asked.name, "restore") as control, told_to_end() as too_late:
         control.begin()
         shelf = open_shelf(config.roots)
         with shelf.find(wanted) as snapshot:
@@ -144,33 +144,54 @@ def restore_snapshot(
             control.about(manifest.version, manifest.id)
             check_expected(manifest.images, expected or {})
             _check_backend(config, "restore")
-            chosen = places(manifest.images)
-            missing = [(index, place) for index, place in enumerate(chosen) if not (if_missing and place.digest == manifest.images[index].digest)]
-            orders = [
-                (
-                    str(place),
-                    RestoreOrder(
-                        index=index,
-                        backend=config.mover,
-                        workers=config.load_workers,
-                        options=config.options,
-                        socket=str(place.socket),
-                        pool=place.pool,
-                        roots=tuple(map(str, shelf.roots)),
-                        snapshot=str(Reference(manifest.name, manifest.version)),
-                        id=manifest.id,
-                        timeout_s=timeout_s,
-                        memory_timeout_s=memory_timeout_s,
-                        replace=replace,
-                        pin=pin,
-                    ),
+
+            def order(index: int, place: Place) -> RestoreOrder:
+                return RestoreOrder(
+                    index=index,
+                    backend=config.mover,
+                    workers=config.load_workers,
+                    options=config.options,
+                    socket=str(place.socket),
+                    pool=place.pool,
+                    roots=tuple(map(str, shelf.roots)),
+                    snapshot=str(Reference(manifest.name, manifest.version)),
+                    id=manifest.id,
+                    timeout_s=timeout_s,
+                    memory_timeout_s=memory_timeout_s,
+                    replace=replace,
+                    pin=pin,
                 )
-                for index, place in missing
-            ]
-            done = dict(zip([index for index, _ in missing], carry_out(orders, watch), strict=True))
+
+            images = publish_together(manifest.images, places(manifest.images), order, watch, if_missing=if_missing)
             too_late()
         control.done()
-        return Outcome(manifest, [(str(place), done.get(index)) for index, place in enumerate(chosen)], control.close())
+        return Outcome(manifest, images, control.close())
+
+
+def publish_together(
+    images: Sequence[Image],
+    places: Sequence[Place],
+    order: Callable[[int, Place], RestoreOrder | PullOrder],
+    watch: Watch,
+    *,
+    if_missing: bool,
+) -> list[tuple[str, Done | None]]:
+    """Publish images, each by a process of its own, once all have arrived.
+
+    Args:
+        images: Of one manifest.
+        places: Where each goes.
+        order: What the process of an image is told, by the image's index and its place.
+        watch: Is told how far each image is.
+        if_missing: Leave out what is committed already.
+
+    Returns:
+        See `Outcome.images`.
+    """
+    missing = [index for index, place in enumerate(places) if not (if_missing and place.digest == images[index].digest)]
+    orders = [(str(places[index]), order(index, places[index])) for index in missing]
+    done = dict(zip(missing, carry_out(orders, watch), strict=True))
+    return [(str(place), done.get(index)) for index, place in enumerate(places)]
 
 
 def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcome:
@@ -187,7 +208,7 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
         GmsError: As `gms_core.snapshot.restore.verify_image` says.
     """
     shelf = open_shelf(config.roots)
-    with _told_to_end(), shelf.find(wanted) as snapshot:
+    with told_to_end(), shelf.find(wanted) as snapshot:
         manifest = snapshot.manifest
         _check_backend(config, "restore")
         if not verifies(find(config.mover)):
@@ -216,6 +237,6 @@ def _check_backend(config: SnapshotConfig, direction: Direction) -> None:
     check(usable(config.mover), Job(direction, (), (), (), BLOCK_BYTES, workers, config.options, config.objects))
 
 
-def _told_to_end() -> contextlib.AbstractContextManager[Callable[[], None]]:
+def told_to_end() -> contextlib.AbstractContextManager[Callable[[], None]]:
     """Within, SIGTERM ends everything in order, as Ctrl-C does; until what it yields is called, for then there is a snapshot, or all is published."""
     return raising(signal.SIGTERM, lambda: TransferCancelled("it was told to end by SIGTERM"))

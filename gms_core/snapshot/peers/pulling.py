@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gms_core.errors import BackendUnavailable, TransferCancelled
+from gms_core.errors import BackendUnavailable
 from gms_core.snapshot.backends.nixl_ucx import PeerBackend
 from gms_core.snapshot.manifest import BLOCK_BYTES, Image
 from gms_core.snapshot.matching import check_expected
 from gms_core.snapshot.orders import PullOrder
 from gms_core.snapshot.peers.handshake import Address, read_secret
 from gms_core.snapshot.peers.peer import Peer
-from gms_core.snapshot.processes import Watch, carry_out
+from gms_core.snapshot.processes import Watch
 from gms_core.snapshot.transfer import Job
-from gms_core.snapshot.whole import Outcome, Place
-from gms_core.stop_signals import raising
+from gms_core.snapshot.whole import Outcome, Place, publish_together, told_to_end
 
 
 def pull(
@@ -61,33 +59,28 @@ def pull(
     found = PeerBackend().probe()
     if not found.usable:
         raise BackendUnavailable(f"nothing can be pulled here: {found.reason}")
-    with raising(signal.SIGTERM, lambda: TransferCancelled("it was told to end by SIGTERM")) as too_late, Peer(where, known) as peer:
+    with told_to_end() as too_late, Peer(where, known) as peer:
         manifest = peer.manifest
         PeerBackend(peer.offer).check(Job("restore", (), (), (), BLOCK_BYTES, workers, options or {}))
         check_expected(manifest.images, expected or {})
-        chosen = places(manifest.images)
-        missing = [(index, place) for index, place in enumerate(chosen) if not (if_missing and place.digest == manifest.images[index].digest)]
-        orders = [
-            (
-                str(place),
-                PullOrder(
-                    index=index,
-                    backend=PeerBackend.name,
-                    workers=workers,
-                    options=dict(options or {}),
-                    socket=str(place.socket),
-                    pool=place.pool,
-                    peer=str(where),
-                    secret=str(secret),
-                    id=manifest.id,
-                    timeout_s=timeout_s,
-                    memory_timeout_s=memory_timeout_s,
-                    replace=replace,
-                    pin=pin,
-                ),
+
+        def order(index: int, place: Place) -> PullOrder:
+            return PullOrder(
+                index=index,
+                backend=PeerBackend.name,
+                workers=workers,
+                options=dict(options or {}),
+                socket=str(place.socket),
+                pool=place.pool,
+                peer=str(where),
+                secret=str(secret),
+                id=manifest.id,
+                timeout_s=timeout_s,
+                memory_timeout_s=memory_timeout_s,
+                replace=replace,
+                pin=pin,
             )
-            for index, place in missing
-        ]
-        done = dict(zip([index for index, _ in missing], carry_out(orders, watch), strict=True))
+
+        images = publish_together(manifest.images, places(manifest.images), order, watch, if_missing=if_missing)
         too_late()
-        return Outcome(manifest, [(str(place), done.get(index)) for index, place in enumerate(chosen)])
+        return Outcome(manifest, images)
