@@ -6,22 +6,20 @@ import contextlib
 import os
 import secrets
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from gms_core.cli import fio
+from gms_core.cli.plain_loop import timed
 from gms_core.cli.snapshot_benchmark_objects import plain_read, plain_threads, plain_write, remove
 from gms_core.client import Session, WriteLease, connect
 from gms_core.errors import BackendUnavailable, GmsError, ProtocolError, TransferFailed
 from gms_core.layout import Identity
-from gms_core.snapshot.buffers import Buffer, Ring, populate
+from gms_core.snapshot.buffers import Buffer
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.folders import explained
@@ -320,22 +318,12 @@ def _fio(tell: Tell, measure: Callable[[], float]) -> float:
 
 def _timed(parts: Sequence[Part], threads: int, move: Callable[[int, Sequence[memoryview], int], int], flags: int) -> float:
     """Seconds to move parts between files and buffers in huge pages, past the page cache where that can be done."""
-    left = deque(parts)
-    ready = threading.Barrier(threads + 1)
 
-    def work(buffer: Buffer) -> None:
-        try:
-            populate([buffer])
-            ready.wait()
-        except BaseException:
-            ready.abort()
-            raise
+    @contextlib.contextmanager
+    def mover() -> Iterator[Callable[[Part, Buffer], None]]:
         with _descriptors(flags) as descriptor_of:
-            while left:
-                try:
-                    part = left.popleft()
-                except IndexError:
-                    return
+
+            def move_part(part: Part, buffer: Buffer) -> None:
                 done = 0
                 with explained("moved", part.path):
                     while done < part.size:
@@ -344,18 +332,9 @@ def _timed(parts: Sequence[Part], threads: int, move: Callable[[int, Sequence[me
                             return
                         done += count
 
-    ring = Ring(threads, CHUNK_BYTES)
-    try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="gms-plain") as pool:
-            working = [pool.submit(work, buffer) for buffer in ring.buffers]
-            with contextlib.suppress(threading.BrokenBarrierError):
-                ready.wait()
-            began = time.perf_counter()
-            for one in working:
-                one.result()
-            return time.perf_counter() - began
-    finally:
-        ring.close()
+            yield move_part
+
+    return timed(parts, threads, CHUNK_BYTES, mover)
 
 
 @contextlib.contextmanager

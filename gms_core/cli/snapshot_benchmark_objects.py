@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
+from gms_core.cli.plain_loop import Part, timed
 from gms_core.errors import GmsError
 from gms_core.snapshot.backends.object import CHUNK_BYTES, CONNECTIONS
-from gms_core.snapshot.buffers import Buffer, Ring, populate
+from gms_core.snapshot.buffers import Buffer
 from gms_core.snapshot.objects.bucket import Bucket
 from gms_core.snapshot.objects.urls import locate
 from gms_core.snapshot.shelves import open_shelf
 from gms_core.snapshot.staged import cores
-
-Part = TypeVar("Part")
 
 
 def plain_threads() -> int:
@@ -70,31 +64,4 @@ def remove(url: str, name: str) -> None:
 
 
 def _timed(parts: Sequence[Part], threads: int, move: Callable[[Part, Buffer], None]) -> float:
-    left, ready = deque(parts), threading.Barrier(threads + 1)
-
-    def work(buffer: Buffer) -> None:
-        try:
-            populate([buffer])
-            ready.wait()
-        except BaseException:
-            ready.abort()
-            raise
-        while left:
-            try:
-                part = left.popleft()
-            except IndexError:
-                return
-            move(part, buffer)
-
-    ring = Ring(threads, CHUNK_BYTES)
-    try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="gms-plain") as pool:
-            working = [pool.submit(work, buffer) for buffer in ring.buffers]
-            with contextlib.suppress(threading.BrokenBarrierError):
-                ready.wait()
-            began = time.perf_counter()
-            for one in working:
-                one.result()
-            return time.perf_counter() - began
-    finally:
-        ring.close()
+    return timed(parts, threads, CHUNK_BYTES, lambda: contextlib.nullcontext(move))
