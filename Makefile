@@ -11,6 +11,7 @@ KILLS ?= 100
 FAULTS ?= $(KILLS)
 SOAK_S ?= 600
 FRAMES ?= 1000000
+NVRTC ?= build/nvrtc
 BENCH_BYTES ?=
 BENCH_ARGS ?=
 
@@ -18,7 +19,7 @@ BENCH_ARGS ?=
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -61,6 +62,10 @@ bench: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## All benchmarks t
 
 peers: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Install the loaders of others that make bench measures, beside the torch that is there: make peers RUN=python3
 	$(RUN) -m pip install --no-deps --group peers
+
+kernels: ## Make the GPUs' code (PTX) from its sources, with a pinned compiler.
+	$(PYTHON) -m pip install --no-deps --target $(NVRTC) nvidia-cuda-nvrtc-cu12==12.0.76
+	$(PYTHON) tools/kernels.py $(NVRTC)/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 
 wheels: $(WHEELS)/.stamp ## Download the vLLM wheels that the contract tests read.
 

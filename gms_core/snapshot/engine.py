@@ -35,6 +35,7 @@ class Tuning(NamedTuple):
         chunk_bytes: Read or written at once, at most.
         direct: Whether to go past the page cache where that can be done.
         in_order: Whether each file is moved by one thread alone, from its begin to its end.
+        hash_on_device: Whether a device that can finds the checksums when restoring.
     """
 
     workers: int
@@ -43,6 +44,7 @@ class Tuning(NamedTuple):
     chunk_bytes: int
     direct: bool = True
     in_order: bool = False
+    hash_on_device: bool = True
 
 
 class Route(Protocol):
@@ -149,6 +151,7 @@ class StagedTransfer:
                     pin=self._pin,
                     depth=tuning.depth,
                     chunk_bytes=tuning.chunk_bytes,
+                    hash_on_device=tuning.hash_on_device,
                 )
             )
             for number, lane in enumerate(self._lanes)

@@ -157,6 +157,9 @@ class _DiscardingLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
+    def hash(self) -> None:
+        """See `CopyLane.hash`. Nothing lies here."""
+
     def close(self) -> None:
         """See `CopyLane.close`."""
 

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 from gms_core.devices import DeviceId
 from gms_core.errors import DriverError, GmsError
+from gms_core.snapshot.hash_cuda import TILE_BYTES, DeviceHash
 from gms_core.snapshot.memories import Arrival, Waiter
 from gms_core.snapshot.plan import Extents
-from gms_core.snapshot.transfer import CopyLane, Place
+from gms_core.snapshot.transfer import CopyLane, LaneHash, Place
 from gms_core.vmm.cuda_calls import attribute, checked, cuda, find_device
 from gms_core.vmm.driver import Address
 from gms_core.vmm.undo import UndoStack
@@ -31,7 +32,7 @@ _READ_ONLY = 0x08
 class CudaMemory:
     """See `gms_core.snapshot.memories.memory_for`.
 
-    It uses the device's primary context, and begins to make it at once: that takes a tenth of a second.
+    It uses the device's primary context, and begins to make it at once, and what finds checksums on the device: that takes a tenth of a second.
 
     Args:
         device: UUID, as NVML writes it.
@@ -45,9 +46,11 @@ class CudaMemory:
     def __init__(self, device: DeviceId, allocations: Sequence[tuple[int, int]]) -> None:
         self._device = find_device(device)
         self._extents = Extents(allocations)
+        self._whole_tiles = not any((place | size) % TILE_BYTES for place, size in allocations)
         self._arrival = Arrival()
         self._lock = threading.Lock()
         self._context: Any = None
+        self._hash: DeviceHash | None = None
         self._closed = False
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
@@ -62,19 +65,19 @@ class CudaMemory:
 
     def lane(self) -> CopyLane:
         """See `Memory.lane`."""
-        return _CudaLane(self._retained, self._extents, self._arrival.waiter())
+        return _CudaLane(self._retained, self._hashing, self._extents, self._arrival.waiter())
 
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`."""
         if not writable and not attribute("READ_ONLY_HOST_REGISTER_SUPPORTED", self._device):
             raise DriverError("this GPU's driver cannot pin memory that is mapped for reading alone")
         flags = _PORTABLE if writable else _PORTABLE | _READ_ONLY
-        with self._current():
+        with _current(self._retained()):
             checked("cuMemHostRegister", address, size, flags, about=f"{size} bytes at {address:#x}")
 
     def unregister(self, address: int) -> None:
         """See `Memory.unregister`."""
-        with self._current():
+        with _current(self._retained()):
             checked("cuMemHostUnregister", address, about=f"{address:#x}")
 
     def places(self, offset: int, size: int) -> Sequence[Place]:
@@ -86,7 +89,11 @@ class CudaMemory:
         self._beginning.join()
         with self._lock:
             if self._context is not None and not self._closed:
-                checked("cuDevicePrimaryCtxRelease", self._device)
+                with UndoStack() as undo:
+                    undo.push(checked, "cuDevicePrimaryCtxRelease", self._device)
+                    if self._hash is not None:
+                        with _current(self._context):
+                            self._hash.close()
             self._closed = True
 
     def __enter__(self) -> Self:
@@ -98,9 +105,21 @@ class CudaMemory:
 
     def _begin(self) -> None:
         try:
-            self._retained()
+            context = self._retained()
         except GmsError as error:  # whoever needs it first meets the same
             log.debug("no context on device %s yet: %s", self._device, error)
+            return
+        if not self._whole_tiles:
+            return
+        try:
+            with _current(context):
+                self._hash = DeviceHash()
+        except GmsError as error:
+            log.warning("checksums are found by the host's processors, since the device cannot: %s", error)
+
+    def _hashing(self) -> DeviceHash | None:
+        self._beginning.join()
+        return self._hash
 
     def _retained(self) -> Any:
         with self._lock:
@@ -110,21 +129,24 @@ class CudaMemory:
                 self._context = checked("cuDevicePrimaryCtxRetain", self._device)
             return self._context
 
-    @contextlib.contextmanager
-    def _current(self) -> Iterator[None]:
-        with UndoStack() as undo:
-            checked("cuCtxPushCurrent", self._retained())
-            undo.push(checked, "cuCtxPopCurrent")
-            yield
+
+@contextlib.contextmanager
+def _current(context: Any) -> Iterator[None]:
+    with UndoStack() as undo:
+        checked("cuCtxPushCurrent", context)
+        undo.push(checked, "cuCtxPopCurrent")
+        yield
 
 
 class _CudaLane:
     """A stream, and an event for each copy that is under way. Its thread has the context current from the first use to `close`."""
 
-    def __init__(self, context: Callable[[], Any], extents: Extents, waiter: Waiter) -> None:
+    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
         self._context = context
+        self._hashing = hashing
         self._extents = extents
         self._waiter = waiter
+        self._hash: _CudaHash | None = None
         self._stream: Any = None
         self._idle: list[Any] = []
         self._pending: dict[int, Any] = {}
@@ -163,6 +185,19 @@ class _CudaLane:
             del self._pending[ticket]
             self._idle.append(event)
 
+    def hash(self) -> LaneHash | None:
+        """See `CopyLane.hash`."""
+        if self._hash is None and (hashing := self._hashing()) is not None:
+            self._hash = _CudaHash(self, hashing)
+        return self._hash
+
+    def begin_hash(self, hashing: DeviceHash, offset: int, size: int) -> tuple[int, int]:
+        """Have a part of the image hashed; returns a ticket for `wait`, and where its checksum will be."""
+        self._open()
+        base = self._waiter.base()
+        slot = hashing.begin(self._stream, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
+        return self._mark(), slot
+
     def close(self) -> None:
         """See `CopyLane.close`. If the device does not answer any more, what it was given is left to it."""
         if self._stream is None:
@@ -193,3 +228,22 @@ class _CudaLane:
         self._pending[ticket] = event
         checked("cuEventRecord", event, self._stream)
         return ticket
+
+
+class _CudaHash:
+    """See `LaneHash`."""
+
+    def __init__(self, lane: _CudaLane, hashing: DeviceHash) -> None:
+        self._lane = lane
+        self._hashing = hashing
+        self._slots: dict[int, int] = {}
+
+    def begin(self, offset: int, size: int) -> int:
+        """See `LaneHash.begin`."""
+        ticket, self._slots[ticket] = self._lane.begin_hash(self._hashing, offset, size)
+        return ticket
+
+    def end(self, ticket: int) -> int:
+        """See `LaneHash.end`."""
+        self._lane.wait(ticket)
+        return self._hashing.end(self._slots.pop(ticket))

@@ -87,5 +87,8 @@ class _HostLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
+    def hash(self) -> None:
+        """See `CopyLane.hash`. The host's memory is hashed by the host."""
+
     def close(self) -> None:
         """See `CopyLane.close`."""

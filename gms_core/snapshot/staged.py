@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gms_core.errors import InvalidArgument
@@ -22,6 +22,9 @@ LARGEST_CHUNK = 2**30
 DIRECT = {"auto": True, "never": False}
 """The values of the option ``direct``."""
 
+HASH = {"auto": True, "host": False}
+"""The values of the option ``hash``: a device that can finds the checksums of what is restored, or always the host."""
+
 DEADLINE = "deadline_s"
 """The option of backends that give up what never ends."""
 
@@ -36,7 +39,7 @@ class StagedBackend:
     """A backend made of the engine and of its own way to files. See `TransferBackend`.
 
     Options of a job: ``chunk_bytes``, read or written at once; ``buffers`` of each thread; ``depth``, reads that a thread has under way at once,
-    where the backend can have several; ``direct``, which is ``auto`` or ``never``.
+    where the backend can have several; ``direct``, which is ``auto`` or ``never``; ``hash``, which is ``auto`` or ``host``.
 
     Attributes:
         name: What users call it.
@@ -105,7 +108,7 @@ class StagedBackend:
         Raises:
             InvalidArgument: One is not known, or has a value that it cannot have.
         """
-        known = {"chunk_bytes", "buffers", "direct"} | ({"depth"} if self.is_deep else set()) | ({DEADLINE} if self.deadline_s else set())
+        known = {"chunk_bytes", "buffers", "direct", "hash"} | ({"depth"} if self.is_deep else set()) | ({DEADLINE} if self.deadline_s else set())
         if unknown := sorted(job.options.keys() - known):
             raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
         chunk = number_of(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
@@ -113,9 +116,7 @@ class StagedBackend:
             raise InvalidArgument(f"the option chunk_bytes={chunk} is not a multiple of {PAGE_BYTES}")
         depth = number_of(job, "depth", self.depth, 1, 256)
         buffers = number_of(job, "buffers", depth + (2 if self.is_deep else 1), depth, 1024)
-        direct = job.options.get("direct", "auto")
-        if direct not in DIRECT:
-            raise InvalidArgument(f"the option direct={direct!r} is neither of {', '.join(DIRECT)}")
+        direct, hashes = choice(job, "direct", DIRECT), choice(job, "hash", HASH)
         if self.deadline_s:
             deadline(job, self.deadline_s)
         if job.workers < 0:
@@ -123,7 +124,7 @@ class StagedBackend:
         roots = len({file.root for file in job.files})
         workers = job.workers or max(2 * roots, min(self.threads, max(4, cores())))
         largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
-        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), DIRECT[direct])
+        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), direct, hash_on_device=hashes)
 
 
 def check_pieces(job: Job) -> None:
@@ -146,6 +147,18 @@ def deadline(job: Job, otherwise: int) -> int:
         InvalidArgument: The option is no whole number, or out of its range.
     """
     return number_of(job, DEADLINE, otherwise, 1, 86400)
+
+
+def choice(job: Job, name: str, values: Mapping[str, bool]) -> bool:
+    """An option of a job that is a word; ``auto`` if it is not there.
+
+    Raises:
+        InvalidArgument: It is another word.
+    """
+    word = job.options.get(name, "auto")
+    if word not in values:
+        raise InvalidArgument(f"the option {name}={word!r} is neither of {', '.join(values)}")
+    return values[word]
 
 
 def number_of(job: Job, name: str, otherwise: int, least: int, most: int) -> int:

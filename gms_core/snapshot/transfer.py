@@ -94,6 +94,20 @@ class Place(NamedTuple):
     gpu: int = HOST_MEMORY
 
 
+class LaneHash(Protocol):
+    """Finds checksums of what lies in the device's memory, without the host. It belongs to a lane, and to that lane's thread."""
+
+    def begin(self, offset: int, size: int) -> int:
+        """Begin to hash a part of the image, once all copies that the lane has begun are done; returns a ticket for `end`.
+
+        Raises:
+            DriverError: The device cannot.
+        """
+
+    def end(self, ticket: int) -> int:
+        """Wait for a checksum, xxh3_64, and return it. Each ticket is asked for once."""
+
+
 class CopyLane(Protocol):
     """One thread's way between host buffers and the device's memory. A lane's copies may go on behind its back; it is used by one thread alone."""
 
@@ -119,6 +133,9 @@ class CopyLane(Protocol):
 
     def wait(self, ticket: int) -> None:
         """Come back once a copy is done."""
+
+    def hash(self) -> LaneHash | None:
+        """What finds checksums on the device; None where the host has to. Once the lane has arrived."""
 
     def close(self) -> None:
         """Wait for all copies, and give up what the lane has. Idempotent."""

@@ -1,10 +1,12 @@
 """One thread of a transfer. It does its whole loop alone: handing work from thread to thread costs more than the work's own bookkeeping.
 
-Restoring: read a chunk into a buffer, begin to copy it to the memory, hash it meanwhile, and go on with the next buffer. Saving: the reverse.
+Restoring: read a chunk into a buffer, begin to copy it to the memory, hash it meanwhile, and go on with the next buffer. A device that can
+do it hashes what has arrived, and the host does not. Saving: the reverse, and the host hashes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +14,10 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
-from gms_core.errors import GmsError
-from gms_core.snapshot.buffers import Buffer
+from gms_core.errors import GmsError, TransferFailed
+from gms_core.snapshot.buffers import Buffer, Ring
 from gms_core.snapshot.plan import Piece
-from gms_core.snapshot.transfer import CopyLane, Job, Place
+from gms_core.snapshot.transfer import CopyLane, Job, LaneHash, Place
 from gms_core.vmm.undo import UndoStack
 
 
@@ -114,6 +116,7 @@ class Orders(NamedTuple):
         pin: Makes all buffers fit for copies, if they are not yet; called once the memory is there.
         depth: How many chunks may be begun at once.
         chunk_bytes: Of a chunk, at most.
+        hash_on_device: Whether a device that can finds the checksums when restoring.
     """
 
     job: Job
@@ -127,6 +130,7 @@ class Orders(NamedTuple):
     pin: Callable[[], None]
     depth: int
     chunk_bytes: int
+    hash_on_device: bool = True
 
 
 class Worker:
@@ -178,6 +182,8 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
+        hashing = deque[tuple[Chunk, int]]()
+        on_device: LaneHash | None = None
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -194,16 +200,24 @@ class Worker:
             bytes_at = channel.end()
             self._lap("read")
             lane.arrive()
+            on_device = lane.hash() if orders.hash_on_device else None
             if bytes_at is buffer:
                 orders.pin()
             self._lap("wait")
             ticket = lane.to_memory(chunk.offset, bytes_at.address, chunk.size)
             self._lap("copy")
-            # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
-            self._verify(chunk, bytes_at.view)
             copying.append((chunk, buffer, ticket))
+            # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
+            if on_device is None:
+                self._verify(chunk, bytes_at.view)
+            elif chunk.is_last:
+                hashing.append((chunk, on_device.begin(chunk.piece.offset, chunk.piece.size)))
+                if len(hashing) > 1:
+                    self._compare(on_device, *hashing.popleft())
         while copying:
             self._copied(*copying.popleft())
+        while on_device and hashing:
+            self._compare(on_device, *hashing.popleft())
 
     def _save(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
@@ -255,6 +269,30 @@ class Worker:
         found = self._digest(chunk, view)
         if found is not None and found != (saved := self._orders.job.checksums[chunk.piece.block]):
             raise chunk.file.damaged(chunk.piece.position, chunk.piece.size, found, saved)
+
+    def _compare(self, on_device: LaneHash, chunk: Chunk, ticket: int) -> None:
+        """Compare what a device has found with what was saved. If they differ, say whether it is the file that has changed."""
+        piece = chunk.piece
+        found, saved = on_device.end(ticket), self._orders.job.checksums[piece.block]
+        self._lap("hash")
+        self.checksums[piece.block] = found
+        if found == saved:
+            return
+        read = self._read_again(chunk.file, piece)
+        if read != saved:
+            raise chunk.file.damaged(piece.position, piece.size, read, saved)
+        raise TransferFailed(
+            f"block {piece.block} has the checksum {found:016x} in the device's memory, and {saved:016x} where it lies: it was changed on the way",
+            hint="Try again. If that fails too, look at nvidia-smi -q for ECC errors, and at the kernel's log.",
+            details={"block": str(piece.block)},
+        )
+
+    def _read_again(self, file: OpenFile, piece: Piece) -> int:
+        """The checksum of a block where it lies."""
+        with contextlib.closing(Ring(1, piece.size)) as ring:
+            view = ring.buffers[0].view[: piece.size]
+            file.read(view, piece.position)
+            return xxhash.xxh3_64_intdigest(view)
 
     def _digest(self, chunk: Chunk, view: memoryview) -> int | None:
         """Hash a chunk; returns the checksum of its block with the last one."""

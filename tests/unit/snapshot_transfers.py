@@ -122,7 +122,14 @@ class Scene:
 
 
 class LateMemory:
-    """Memory whose copies are made when they are waited for, as those of a device may be: a buffer that is used too early shows."""
+    """Memory whose copies are made when they are waited for, as those of a device may be: a buffer that is used too early shows.
+
+    Attributes:
+        hashes: Whether it can find checksums, as a GPU can.
+        changes: Whether its first copy of all arrives with another byte.
+    """
+
+    hashes = changes = False
 
     def __init__(self, device, allocations):
         self.extents, self.arrival = Extents(allocations), Arrival()
@@ -136,7 +143,7 @@ class LateMemory:
         self.arrival.never()
 
     def lane(self):
-        lane = LateLane(self.extents, self.arrival.waiter())
+        lane = LateLane(self)
         self.lanes.append(lane)
         return lane
 
@@ -166,8 +173,8 @@ class LateMemory:
 
 
 class LateLane:
-    def __init__(self, extents, waiter):
-        self.extents, self.waiter, self.copies = extents, waiter, []
+    def __init__(self, memory):
+        self.memory, self.extents, self.waiter, self.copies, self.hashed = memory, memory.extents, memory.arrival.waiter(), [], 0
 
     def arrive(self):
         self.waiter.base()
@@ -188,11 +195,39 @@ class LateLane:
     def wait(self, ticket):
         for copy in self.copies[ticket - 1]:
             ctypes.memmove(*copy)
+            if self.memory.changes:
+                self.memory.changes = False
+                ctypes.memset(copy[0], (ctypes.string_at(copy[0], 1)[0] + 1) % 256, 1)
         self.copies[ticket - 1] = []
+
+    def hash(self):
+        self.waiter.base()  # it has arrived
+        return LateHash(self) if self.memory.hashes else None
 
     def close(self):
         for ticket in range(1, len(self.copies) + 1):
             self.wait(ticket)
+
+
+class LateHash:
+    """As the hash of a GPU: of what lies in the memory once the copies before it have been made, and no others."""
+
+    def __init__(self, lane):
+        self.lane = lane
+
+    def begin(self, offset, size):
+        self.lane.copies.append([])
+        self.lane.hashed += 1
+        return (len(self.lane.copies), offset, size)
+
+    def end(self, ticket):
+        number, offset, size = ticket
+        for copies in range(1, number):
+            self.lane.wait(copies)
+        base = self.lane.waiter.base()
+        return xxhash.xxh3_64_intdigest(
+            b"".join(ctypes.string_at(base + place, length) for place, _, length in self.lane.extents.ranges(offset, size))
+        )
 
 
 @functools.cache

@@ -1,0 +1,122 @@
+"""Checksums that a device finds, as the engine uses them. The device is a fake, whose copies are late; tests/gpu has the kernel itself."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+
+import pytest
+import xxhash
+from snapshot_transfers import GAPS, LateMemory, Scene
+
+from gms_core.errors import InvalidArgument, SnapshotDamaged, TransferFailed
+from gms_core.snapshot import registry
+
+
+class HashingMemory(LateMemory):
+    hashes = True
+
+
+@pytest.fixture
+def scene(tmp_path):
+    made = Scene(tmp_path)
+    made.fill_files()
+    return made
+
+
+def restored(scene, memory, **options):
+    """Restore into such a memory; what was moved, and the memory."""
+    kept = []
+
+    def memory_of(device, allocations):
+        kept.append(memory(device, allocations))
+        return kept[0]
+
+    target, moved = scene.restore(memory_of=memory_of, **options)
+    return target, moved, kept[0]
+
+
+def holds(scene, target):
+    begin = 0
+    for place, size in GAPS:
+        if target.bytes[place : place + size] != scene.data[begin : begin + size]:
+            return False
+        begin += size
+    return True
+
+
+@pytest.mark.parametrize("chunk_pages", [1, 3, 4])
+def test_host_hashes_nothing_when_the_device_can(scene, chunk_pages, monkeypatch):
+    monkeypatch.setattr("gms_core.snapshot.worker.Worker._digest", lambda *_: pytest.fail("the host has hashed"))
+    target, moved, memory = restored(scene, HashingMemory, chunk_bytes=str(chunk_pages * 4096))
+    assert holds(scene, target)
+    assert [moved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
+    assert sum(lane.hashed for lane in memory.lanes) == len(scene.pieces)
+
+
+@pytest.mark.parametrize("memory", [LateMemory, HashingMemory])
+def test_host_hashes_when_the_device_cannot_or_shall_not(scene, memory):
+    target, moved, used = restored(scene, memory, hash="host")
+    assert holds(scene, target)
+    assert moved.checksums[0] == scene.checksums[0]
+    assert not any(lane.hashed for lane in used.lanes)
+
+
+@pytest.mark.parametrize("number", [0, 5, -1])
+def test_file_is_named_when_the_device_finds_that_a_block_has_changed(scene, number):
+    piece = scene.pieces[number]
+    scene.flip(piece)
+    with pytest.raises(SnapshotDamaged) as caught:
+        restored(scene, HashingMemory)
+    assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
+
+
+def test_file_is_not_blamed_when_bytes_have_changed_on_the_way(scene):
+    class Changing(HashingMemory):
+        changes = True
+
+    with pytest.raises(TransferFailed, match="changed on the way"):
+        restored(scene, Changing)
+
+
+def test_option_is_refused_when_it_is_no_such_word(scene):
+    with pytest.raises(InvalidArgument, match="hash='device' is neither of auto, host"):
+        registry.find("staged").check(scene.job(hash="device"))
+
+
+def test_kernel_is_the_one_of_its_source():
+    folder = files("gms_core.snapshot.kernels")
+    source, ptx = folder.joinpath("xxh3.cu").read_bytes(), folder.joinpath("xxh3.ptx").read_text()
+    assert hashlib.sha256(source).hexdigest() in ptx.splitlines()[0], "make kernels"
+
+
+def test_constants_of_the_kernel_are_those_of_the_hash():
+    """Its steps, with the constants that stand in its source, in slow Python."""
+    source = files("gms_core.snapshot.kernels").joinpath("xxh3.cu").read_text()
+
+    def table(name):
+        words = source.split(f" {name}[", 1)[1].split("{", 1)[1].split("}", 1)[0]
+        return [int(word.strip().removesuffix("ull"), 16) for word in words.split(",") if word.strip()]
+
+    secret, last, merge, start = (table(name) for name in ("SECRET", "LAST", "MERGE", "START"))
+    assert _xxh3(bytes(range(256)) * 12, secret, last, merge, start) == xxhash.xxh3_64_intdigest(bytes(range(256)) * 12)
+
+
+def _xxh3(data, secret, last, merge, start):
+    mask, sums, pieces = 2**64 - 1, list(start), len(data) // 1024
+    for piece in range(pieces):
+        for stripe in range(16):
+            keys = last if piece == pieces - 1 and stripe == 15 else secret[stripe : stripe + 8]
+            for lane in range(8):
+                value = int.from_bytes(data[1024 * piece + 64 * stripe + 8 * lane :][:8], "little")
+                mixed = value ^ keys[lane]
+                sums[lane ^ 1] = sums[lane ^ 1] + value & mask
+                sums[lane] = sums[lane] + (mixed & 0xFFFFFFFF) * (mixed >> 32) & mask
+        if piece < pieces - 1:
+            sums = [(one ^ one >> 47 ^ secret[16 + lane]) * 0x9E3779B1 & mask for lane, one in enumerate(sums)]
+    found = len(data) * 0x9E3779B185EBCA87 & mask
+    for lane in range(0, 8, 2):
+        product = (sums[lane] ^ merge[lane]) * (sums[lane + 1] ^ merge[lane + 1])
+        found = found + (product & mask ^ product >> 64) & mask
+    found = (found ^ found >> 37) * 0x165667919E3779F9 & mask
+    return found ^ found >> 32
