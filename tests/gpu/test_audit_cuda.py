@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("driver_contract")
-
-from driver_contract.harness import mapped, written  # noqa: E402 - after the line that makes its asserts talk
-
-from gms_core.audit import Audited  # noqa: E402
-from gms_core.client import WriteLease  # noqa: E402
-from gms_core.devices import list_gpus  # noqa: E402
-from gms_core.layout import Identity  # noqa: E402
-from gms_core.tensor_manifest import encode  # noqa: E402
-from gms_core.vmm import open_driver  # noqa: E402
-from tests.conftest import running_server  # noqa: E402
-from tests.unit.stray_writer import storage, tensor  # noqa: E402
+from gms_core.audit import Audited
+from gms_core.client import WriteLease
+from gms_core.devices import list_gpus
+from gms_core.layout import Identity
+from gms_core.tensor_manifest import encode
+from tests.conftest import running_server
+from tests.unit.stray_writer import storage, tensor
 
 MODEL = Identity({"content": "bytes"})
 MIB = 2**20
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("driver")]
 
 STRAY = """
 import sys
@@ -53,17 +47,6 @@ with connect(socket_path=Path(sys.argv[1]), client="stray") as session:
         driver.write(address, bytes([driver.read(address, 1)[0] ^ 1]))
         print("written", flush=True)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def context() -> Iterator[None]:
-    """Keep the device's context for all of the module: what CUDA opens for it is not what a test leaves behind."""
-    driver = open_driver(list_gpus()[0].id)
-    size = driver.granularity
-    with mapped(driver, written(driver, size, b"warm"), size) as address:
-        driver.read(address, 4)
-    yield
-    driver.close()
 
 
 def test_tensor_is_named_when_another_process_writes_one_byte_of_it(runtime_dir) -> None:

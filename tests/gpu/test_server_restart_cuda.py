@@ -25,7 +25,7 @@ KILLS = 20
 MODEL = Identity({"content": "bytes"})
 PIECE = b"0123456789abcdef" * 2**12
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("driver")]
 
 
 @pytest.fixture

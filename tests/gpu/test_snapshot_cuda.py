@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from gms_core.devices import list_gpus
 from gms_core.errors import DriverError, SnapshotDamaged, TransferCancelled
 from gms_core.snapshot import registry
 from gms_core.snapshot.buffers import Ring, populate
 from gms_core.snapshot.memories import ArenaMemory, memory_for
-from gms_core.vmm import open_driver
 from gms_core.vmm.driver import Access, Address
 from tests.unit.snapshot_transfers import Scene, transfer_threads, usable_backends
 
@@ -28,21 +29,6 @@ MIB, GIB = 2**20, 2**30
 GAPS = ((0, 2 * MIB), (2 * MIB, 4 * MIB), (10 * MIB, 2 * MIB))
 DEVICE_BYTES = 4 * GIB
 """Of the restore that is timed."""
-
-
-@pytest.fixture(scope="module")
-def driver():
-    """It keeps the device's context for all of the module: what CUDA opens for it is not what a test leaves behind."""
-    driver = open_driver(list_gpus()[0].id)
-    handle = driver.create(driver.granularity)
-    address = driver.reserve(driver.granularity)
-    driver.map(address, driver.granularity, handle)
-    driver.set_access(address, driver.granularity, Access.READ_WRITE)
-    driver.read(address, 1)
-    yield driver
-    driver.unmap(address, driver.granularity)
-    driver.free_reservation(address, driver.granularity)
-    driver.close()
 
 
 @contextlib.contextmanager
@@ -171,6 +157,35 @@ def test_copies_of_a_lane_are_whole_when_they_are_waited_for_in_any_order(driver
     ring.close()
 
 
+@pytest.mark.parametrize("size", [64 * 2**10, 192 * 2**10, MIB, 15 * MIB + 64 * 2**10, 16 * MIB])
+def test_device_finds_the_checksum_of_its_memory_when_a_block_has_any_size(driver, size):
+    data = os.urandom(16 * MIB)
+    with device_memory(driver, ((0, 16 * MIB),)) as base, memory_for(driver.device_id, ((0, 16 * MIB),)) as memory:
+        driver.write(base, data)
+        memory.ready(base)
+        with contextlib.closing(memory.lane()) as lane:
+            lane.arrive()
+            hashed = lane.hash()
+            assert hashed is not None
+            tickets = [(offset, hashed.begin(offset, size)) for offset in (0, 16 * MIB - size)]
+            assert [hashed.end(ticket) for _, ticket in tickets] == [xxhash.xxh3_64_intdigest(data[offset : offset + size]) for offset, _ in tickets]
+
+
+def test_device_finds_the_checksum_of_a_block_when_it_lies_in_parts_and_has_just_been_copied(driver):
+    allocations = tuple((number * 4 * MIB, 2 * MIB) for number in range(8))
+    ring = Ring(1, 16 * MIB)
+    with device_memory(driver, allocations) as base, memory_for(driver.device_id, allocations) as memory:
+        memory.register(ring.address, ring.size)
+        memory.ready(base)
+        with contextlib.closing(memory.lane()) as lane:
+            for _ in range(4):
+                ring.buffers[0].view[:] = data = os.urandom(16 * MIB)
+                lane.to_memory(0, ring.address, 16 * MIB)
+                assert lane.hash().end(lane.hash().begin(0, 16 * MIB)) == xxhash.xxh3_64_intdigest(data)
+        memory.unregister(ring.address)
+    ring.close()
+
+
 def test_no_context_is_left_when_memory_is_closed():
     script = """
 import sys
@@ -210,12 +225,13 @@ def test_speed_is_told_beside_that_of_one_pinned_copy_when_files_are_in_memory(d
             memory.ready(base)
             lines = [f"one pinned copy of 1 GiB: {pinned_gib_s(memory):.1f} GiB/s"]
         for name in [name for name in usable_backends(gpu=True) if not name.endswith("-gds")]:
-            for workers in (4, 8, 16):
+            for hashed, workers in itertools.product(("auto", "host"), (8, 16)):
                 with memory_for(driver.device_id, allocations) as memory:
                     memory.ready(base)
-                    moved = registry.find(name).open(scene.without(options={}, workers=workers), memory).finish()
+                    moved = registry.find(name).open(scene.without(options={"hash": hashed}, workers=workers), memory).finish()
                 phases = ", ".join(f"{phase.name} {phase.seconds:.2f}" for phase in moved.phases)
-                lines.append(f"{name} with {workers} threads: {moved.bytes / GIB / moved.seconds:.1f} GiB/s ({phases}) {' '.join(moved.notes)}")
+                told = f"{moved.bytes / GIB / moved.seconds:.1f} GiB/s ({phases}) {' '.join(moved.notes)}"
+                lines.append(f"{name} with {workers} threads, hash={hashed}: {told}")
     with capsys.disabled():
         sys.stdout.write("\n".join(["", *lines, ""]))
     assert moved.bytes == DEVICE_BYTES
