@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+GIB = 2**30
+
 
 class ProgramError(Exception):
     """A program ended or hung; the message has the end of its log."""
@@ -110,6 +112,18 @@ def complete(port: int, model: str, prompt: str, count: int) -> list[str]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:
         return list(json.load(answer)["choices"][0]["logprobs"]["tokens"])
+
+
+def used_gib() -> float | None:
+    """Memory of the first GPU that is in use, by whomever; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) / GIB
 
 
 def program(name: str) -> list[str]:

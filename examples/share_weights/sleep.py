@@ -22,24 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model import SHAPES
-from processes import Program, ProgramError, complete, free_port, running, wait_until_healthy
+from processes import GIB, Program, ProgramError, complete, free_port, running, used_gib, wait_until_healthy
 
-GIB = 2**30
 GMS = [sys.executable, "-m", "gms_core.cli"]
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 LEVELS = (1, 2)
-
-
-def used_gib() -> float | None:
-    """Memory of the first GPU that is in use, by whomever; None without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    import pynvml
-
-    pynvml.nvmlInit()
-    return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) / GIB
 
 
 def post(port: int, path: str) -> float:
