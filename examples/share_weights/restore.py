@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument(
-        "--dir", type=Path, help="where the model and its snapshot go for as long as it takes (default: the system's temporary directory)"
+        "--dir", type=Path, help="directory on a disk, where model and snapshot lie meanwhile (default: the system's temporary directory)"
     )
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.add_argument("--logs", type=Path, help="keep the programs' logs here")

@@ -11,29 +11,28 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from gms_core.errors import InvalidArgument
-from gms_core.vmm.cuda_calls import checked
+import xxhash
+
+from gms_core.errors import DriverError, InvalidArgument
+from gms_core.snapshot.kernels import MOST_RANGES, THREADS, TILE_BYTES
+from gms_core.vmm.cuda_calls import checked, cuda
 from gms_core.vmm.undo import UndoStack
 
-_THREADS = 288
-"""Of the thread block that hashes a block: nine warps, see ``kernels/xxh3.cu``."""
-_RANGES = 16
-"""That a block may lie in."""
-_SLOTS = 512
-"""Blocks whose checksums may be under way at once."""
-TILE_BYTES = 64 * 2**10
-"""Whatever is hashed has a multiple of it. Allocations of a GPU have 2 MiB or a multiple."""
+_SLOTS = 2048
+"""Blocks whose checksums may be under way at once: two for each of the 1024 threads that a transfer may have."""
 
 
 class _Ranges(ctypes.Structure):
-    _fields_ = (("end", ctypes.c_uint64 * _RANGES), ("base", ctypes.c_uint64 * _RANGES))
+    _fields_ = (("end", ctypes.c_uint64 * MOST_RANGES), ("base", ctypes.c_uint64 * MOST_RANGES))
 
 
 class DeviceHash:
     """xxh3_64, by the GPU whose context is current when it is made. Its methods may be called from any thread with that context.
 
+    It is tried at once: a driver may load code only when that is run.
+
     Raises:
-        DriverError: The driver cannot compile the kernel, or has no host memory to pin.
+        DriverError: The driver cannot compile or run the kernel, or has no memory for it; or its checksum is wrong.
     """
 
     def __init__(self) -> None:
@@ -43,9 +42,11 @@ class DeviceHash:
             undo.push(checked, "cuModuleUnload", self._module)
             self._kernel: Any = checked("cuModuleGetFunction", self._module, b"gms_xxh3_64")
             self._page = int(checked("cuMemHostAlloc", 8 * _SLOTS, 0))
+            undo.push(checked, "cuMemFreeHost", self._page)
+            self._found = (ctypes.c_uint64 * _SLOTS).from_address(self._page)
+            self._idle = deque(range(_SLOTS))
+            self._try()
             undo.commit()
-        self._found = (ctypes.c_uint64 * _SLOTS).from_address(self._page)
-        self._idle = deque(range(_SLOTS))
 
     def begin(self, stream: Any, ranges: Sequence[tuple[int, int]]) -> int:
         """Hash a block once all that the stream was given before is done; returns where its checksum will be, for `end`.
@@ -58,7 +59,7 @@ class DeviceHash:
             InvalidArgument: There are too many parts, or one is no such multiple.
             DriverError: The driver refuses.
         """
-        if not 0 < len(ranges) <= _RANGES or any(size <= 0 or size % TILE_BYTES for _, size in ranges):
+        if not 0 < len(ranges) <= MOST_RANGES or any(size <= 0 or size % TILE_BYTES for _, size in ranges):
             raise InvalidArgument(f"a block in {len(ranges)} parts, of {', '.join(str(size) for _, size in ranges)} bytes, cannot be hashed by a GPU")
         told, size = _Ranges(), 0
         for number, (address, length) in enumerate(ranges):
@@ -68,7 +69,12 @@ class DeviceHash:
         slot = self._idle.popleft()
         arguments = (told, ctypes.c_uint64(size), ctypes.c_uint64(self._page + 8 * slot))
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        checked("cuLaunchKernel", self._kernel, 1, 1, 1, _THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0, about=f"the hash of {size} bytes")
+        with UndoStack() as undo:
+            undo.push(self._idle.append, slot)
+            checked(
+                "cuLaunchKernel", self._kernel, 1, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0, about=f"the hash of {size} bytes"
+            )
+            undo.commit()
         return slot
 
     def end(self, slot: int) -> int:
@@ -76,6 +82,19 @@ class DeviceHash:
         found = int(self._found[slot])
         self._idle.append(slot)
         return found
+
+    def _try(self) -> None:
+        with UndoStack() as undo:
+            stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
+            undo.push(checked, "cuStreamDestroy", stream)
+            tile = int(checked("cuMemAlloc", TILE_BYTES))
+            undo.push(checked, "cuMemFree", tile)
+            checked("cuMemsetD8Async", tile, 1, TILE_BYTES, stream)
+            slot = self.begin(stream, [(tile, TILE_BYTES)])
+            checked("cuStreamSynchronize", stream)
+            found, right = self.end(slot), xxhash.xxh3_64_intdigest(b"\1" * TILE_BYTES)
+        if found != right:
+            raise DriverError(f"the GPU finds the checksum {found:016x} in place of {right:016x}")
 
     def close(self) -> None:
         """Give up what it has, once nothing is under way. Needs the context."""

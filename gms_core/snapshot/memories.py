@@ -157,7 +157,7 @@ class _DiscardingLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
-    def hash(self) -> None:
+    def hash(self, block_bytes: int) -> None:
         """See `CopyLane.hash`. Nothing lies here."""
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from gms_core.devices import DeviceId
 from gms_core.errors import DriverError, GmsError
-from gms_core.snapshot.hash_cuda import TILE_BYTES, DeviceHash
+from gms_core.snapshot.hash_cuda import DeviceHash
+from gms_core.snapshot.kernels import MOST_RANGES, TILE_BYTES
 from gms_core.snapshot.memories import Arrival, Waiter
 from gms_core.snapshot.plan import Extents
 from gms_core.snapshot.transfer import CopyLane, LaneHash, Place
@@ -32,7 +33,7 @@ _READ_ONLY = 0x08
 class CudaMemory:
     """See `gms_core.snapshot.memories.memory_for`.
 
-    It uses the device's primary context, and begins to make it at once, and what finds checksums on the device: that takes a tenth of a second.
+    It uses the device's primary context, and begins to make it at once: that takes a tenth of a second.
 
     Args:
         device: UUID, as NVML writes it.
@@ -46,11 +47,13 @@ class CudaMemory:
     def __init__(self, device: DeviceId, allocations: Sequence[tuple[int, int]]) -> None:
         self._device = find_device(device)
         self._extents = Extents(allocations)
+        self._smallest = min((size for _, size in allocations), default=0)
         self._whole_tiles = not any((place | size) % TILE_BYTES for place, size in allocations)
         self._arrival = Arrival()
         self._lock = threading.Lock()
         self._context: Any = None
         self._hash: DeviceHash | None = None
+        self._tried_to_hash = False
         self._closed = False
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
@@ -87,14 +90,13 @@ class CudaMemory:
     def close(self) -> None:
         """See `ArenaMemory.close`."""
         self._beginning.join()
-        with self._lock:
-            if self._context is not None and not self._closed:
-                with UndoStack() as undo:
-                    undo.push(checked, "cuDevicePrimaryCtxRelease", self._device)
-                    if self._hash is not None:
-                        with _current(self._context):
-                            self._hash.close()
-            self._closed = True
+        with self._lock, UndoStack() as undo:
+            closed, self._closed = self._closed, True
+            if self._context is not None and not closed:
+                undo.push(checked, "cuDevicePrimaryCtxRelease", self._device)
+                if self._hash is not None:
+                    with _current(self._context):
+                        self._hash.close()
 
     def __enter__(self) -> Self:
         return self
@@ -105,21 +107,25 @@ class CudaMemory:
 
     def _begin(self) -> None:
         try:
-            context = self._retained()
+            self._retained()
         except GmsError as error:  # whoever needs it first meets the same
             log.debug("no context on device %s yet: %s", self._device, error)
-            return
-        if not self._whole_tiles:
-            return
-        try:
-            with _current(context):
-                self._hash = DeviceHash()
-        except GmsError as error:
-            log.warning("checksums are found by the host's processors, since the device cannot: %s", error)
 
-    def _hashing(self) -> DeviceHash | None:
-        self._beginning.join()
-        return self._hash
+    def _hashing(self, block_bytes: int) -> DeviceHash | None:
+        """What finds checksums of such blocks; None if the device cannot. Called with the context current."""
+        if not self._whole_tiles or block_bytes % TILE_BYTES or block_bytes // self._smallest + 2 > MOST_RANGES:
+            log.info(
+                "checksums are found by the host: blocks of %d bytes in allocations from %d bytes on are none for a GPU", block_bytes, self._smallest
+            )
+            return None
+        with self._lock:
+            if not self._tried_to_hash:
+                self._tried_to_hash = True
+                try:
+                    self._hash = DeviceHash()
+                except GmsError as error:
+                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
+            return self._hash
 
     def _retained(self) -> Any:
         with self._lock:
@@ -141,12 +147,11 @@ def _current(context: Any) -> Iterator[None]:
 class _CudaLane:
     """A stream, and an event for each copy that is under way. Its thread has the context current from the first use to `close`."""
 
-    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
+    def __init__(self, context: Callable[[], Any], hashing: Callable[[int], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
         self._context = context
         self._hashing = hashing
         self._extents = extents
         self._waiter = waiter
-        self._hash: _CudaHash | None = None
         self._stream: Any = None
         self._idle: list[Any] = []
         self._pending: dict[int, Any] = {}
@@ -185,11 +190,11 @@ class _CudaLane:
             del self._pending[ticket]
             self._idle.append(event)
 
-    def hash(self) -> LaneHash | None:
+    def hash(self, block_bytes: int) -> LaneHash | None:
         """See `CopyLane.hash`."""
-        if self._hash is None and (hashing := self._hashing()) is not None:
-            self._hash = _CudaHash(self, hashing)
-        return self._hash
+        self._open()
+        hashing = self._hashing(block_bytes)
+        return None if hashing is None else _CudaHash(self, hashing)
 
     def begin_hash(self, hashing: DeviceHash, offset: int, size: int) -> tuple[int, int]:
         """Have a part of the image hashed; returns a ticket for `wait`, and where its checksum will be."""

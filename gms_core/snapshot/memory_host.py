@@ -87,7 +87,7 @@ class _HostLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
-    def hash(self) -> None:
+    def hash(self, block_bytes: int) -> None:
         """See `CopyLane.hash`. The host's memory is hashed by the host."""
 
     def close(self) -> None:

@@ -134,8 +134,12 @@ class CopyLane(Protocol):
     def wait(self, ticket: int) -> None:
         """Come back once a copy is done."""
 
-    def hash(self) -> LaneHash | None:
-        """What finds checksums on the device; None where the host has to. Once the lane has arrived."""
+    def hash(self, block_bytes: int) -> LaneHash | None:
+        """What finds checksums on the device; None where the host has to. It is asked for once, and once the lane has arrived.
+
+        Args:
+            block_bytes: Of the largest block; every other one, but for the image's last one, has as many.
+        """
 
     def close(self) -> None:
         """Wait for all copies, and give up what the lane has. Idempotent."""

@@ -17,12 +17,16 @@ import xxhash
 from gms_core.errors import GmsError, TransferFailed
 from gms_core.snapshot.buffers import Buffer, Ring
 from gms_core.snapshot.plan import Piece
-from gms_core.snapshot.transfer import CopyLane, Job, LaneHash, Place
+from gms_core.snapshot.transfer import CopyLane, Job, LaneHash, Place, Where
 from gms_core.vmm.undo import UndoStack
 
 
 class OpenFile(Protocol):
     """A shard that is open: a file, or an object of a store."""
+
+    @property
+    def path(self) -> Where:
+        """Where it lies."""
 
     def read(self, view: memoryview, position: int) -> None:
         """Fill a view from a position on, whatever number of calls that takes.
@@ -130,7 +134,7 @@ class Orders(NamedTuple):
     pin: Callable[[], None]
     depth: int
     chunk_bytes: int
-    hash_on_device: bool = True
+    hash_on_device: bool
 
 
 class Worker:
@@ -182,8 +186,7 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        hashing = deque[tuple[Chunk, int]]()
-        on_device: LaneHash | None = None
+        hashing, on_device, is_first = deque[tuple[Chunk, int]](), None, True
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -200,13 +203,15 @@ class Worker:
             bytes_at = channel.end()
             self._lap("read")
             lane.arrive()
-            on_device = lane.hash() if orders.hash_on_device else None
             if bytes_at is buffer:
                 orders.pin()
             self._lap("wait")
             ticket = lane.to_memory(chunk.offset, bytes_at.address, chunk.size)
             self._lap("copy")
             copying.append((chunk, buffer, ticket))
+            if is_first:
+                is_first = False
+                on_device = lane.hash(orders.job.block_bytes) if orders.hash_on_device else None
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
             if on_device is None:
                 self._verify(chunk, bytes_at.view)
@@ -216,7 +221,7 @@ class Worker:
                     self._compare(on_device, *hashing.popleft())
         while copying:
             self._copied(*copying.popleft())
-        while on_device and hashing:
+        if on_device is not None and hashing:
             self._compare(on_device, *hashing.popleft())
 
     def _save(self, channel: Channel) -> None:
@@ -278,13 +283,17 @@ class Worker:
         self.checksums[piece.block] = found
         if found == saved:
             return
-        read = self._read_again(chunk.file, piece)
+        try:
+            read = self._read_again(chunk.file, piece)
+        except GmsError as error:
+            raise chunk.file.damaged(piece.position, piece.size, found, saved) from error
         if read != saved:
             raise chunk.file.damaged(piece.position, piece.size, read, saved)
         raise TransferFailed(
-            f"block {piece.block} has the checksum {found:016x} in the device's memory, and {saved:016x} where it lies: it was changed on the way",
-            hint="Try again. If that fails too, look at nvidia-smi -q for ECC errors, and at the kernel's log.",
-            details={"block": str(piece.block)},
+            f"the {piece.size} bytes at position {piece.position} of {chunk.file.path} have the checksum {found:016x} in the device's memory; "
+            f"read once more they have {saved:016x}, with which they were saved: they were read wrongly, or changed on the way",
+            hint="Nothing is published. Try again; if it fails again, look at the kernel's log, and at nvidia-smi -q for ECC errors.",
+            details={"file": str(chunk.file.path), "position": str(piece.position)},
         )
 
     def _read_again(self, file: OpenFile, piece: Piece) -> int:

@@ -165,7 +165,7 @@ def test_device_finds_the_checksum_of_its_memory_when_a_block_has_any_size(drive
         memory.ready(base)
         with contextlib.closing(memory.lane()) as lane:
             lane.arrive()
-            hashed = lane.hash()
+            hashed = lane.hash(16 * MIB)
             assert hashed is not None
             tickets = [(offset, hashed.begin(offset, size)) for offset in (0, 16 * MIB - size)]
             assert [hashed.end(ticket) for _, ticket in tickets] == [xxhash.xxh3_64_intdigest(data[offset : offset + size]) for offset, _ in tickets]
@@ -178,10 +178,12 @@ def test_device_finds_the_checksum_of_a_block_when_it_lies_in_parts_and_has_just
         memory.register(ring.address, ring.size)
         memory.ready(base)
         with contextlib.closing(memory.lane()) as lane:
+            hashed = lane.hash(16 * MIB)
             for _ in range(4):
                 ring.buffers[0].view[:] = data = os.urandom(16 * MIB)
                 lane.to_memory(0, ring.address, 16 * MIB)
-                assert lane.hash().end(lane.hash().begin(0, 16 * MIB)) == xxhash.xxh3_64_intdigest(data)
+                assert hashed.end(hashed.begin(0, 16 * MIB)) == xxhash.xxh3_64_intdigest(data)
+            assert lane.hash(64 * MIB) is None  # in too many parts
         memory.unregister(ring.address)
     ring.close()
 

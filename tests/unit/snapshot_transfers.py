@@ -172,6 +172,12 @@ class LateMemory:
         assert not self.too_early, "host memory was given up while a copy from or to it was under way"
 
 
+class HashingMemory(LateMemory):
+    """As a GPU's."""
+
+    hashes = True
+
+
 class LateLane:
     def __init__(self, memory):
         self.memory, self.extents, self.waiter, self.copies, self.hashed = memory, memory.extents, memory.arrival.waiter(), [], 0
@@ -200,7 +206,7 @@ class LateLane:
                 ctypes.memset(copy[0], (ctypes.string_at(copy[0], 1)[0] + 1) % 256, 1)
         self.copies[ticket - 1] = []
 
-    def hash(self):
+    def hash(self, block_bytes):
         self.waiter.base()  # it has arrived
         return LateHash(self) if self.memory.hashes else None
 
@@ -213,16 +219,17 @@ class LateHash:
     """As the hash of a GPU: of what lies in the memory once the copies before it have been made, and no others."""
 
     def __init__(self, lane):
-        self.lane = lane
+        self.lane, self.asked = lane, {}
 
     def begin(self, offset, size):
         self.lane.copies.append([])
         self.lane.hashed += 1
-        return (len(self.lane.copies), offset, size)
+        self.asked[len(self.lane.copies)] = offset, size
+        return len(self.lane.copies)
 
     def end(self, ticket):
-        number, offset, size = ticket
-        for copies in range(1, number):
+        offset, size = self.asked.pop(ticket)
+        for copies in range(1, ticket):
             self.lane.wait(copies)
         base = self.lane.waiter.base()
         return xxhash.xxh3_64_intdigest(

@@ -23,7 +23,7 @@ from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.running import running
 from gms_core.snapshot.transfer import File, Job
 from gms_core.snapshot.worker import Chunk
-from tests.unit.snapshot_transfers import LateMemory, Memory, Scene, descriptors, rings, transfer_threads, usable_backends
+from tests.unit.snapshot_transfers import HashingMemory, LateMemory, Memory, Scene, descriptors, rings, transfer_threads, usable_backends
 
 BACKENDS = usable_backends()
 WRITERS = [name for name in BACKENDS if "save" in registry.find(name).directions]
@@ -66,7 +66,7 @@ def test_image_is_the_same_when_it_was_saved_and_restored(tmp_path, name, folder
             assert [saved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
             assert scene.files_hold_image()
         scene.fill_files()
-        for memory_of in (memory_for, LateMemory):
+        for memory_of in (memory_for, LateMemory, HashingMemory):
             target, restored = scene.restore(name, memory_of)
             assert target.bytes[:] == scene.filled().bytes[:]
             assert restored.bytes == scene.size
@@ -79,7 +79,7 @@ def test_file_and_position_are_named_when_any_block_has_a_wrong_bit(scene, name)
     for piece in scene.pieces:
         scene.flip(piece)
         with pytest.raises(SnapshotDamaged) as caught:
-            scene.restore(name)
+            scene.restore(name, HashingMemory if piece.block % 2 else memory_for)
         assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
         assert f"{scene.checksums[piece.block]:016x}" in caught.value.message
         scene.flip(piece)

@@ -21,7 +21,7 @@ from gms_core.snapshot.engine import dedicate_process
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.memories import DiscardingMemory, memory_for
 from gms_core.snapshot.plan import Piece
-from tests.unit.snapshot_transfers import LateMemory, Memory, Scene, descriptors, rings, transfer_threads
+from tests.unit.snapshot_transfers import HashingMemory, LateMemory, Memory, Scene, descriptors, rings, transfer_threads
 
 STAGED = registry.find("staged")
 
@@ -67,7 +67,7 @@ def test_every_byte_arrives_and_returns_when_layout_and_tuning_are_any(data):
     options["buffers"] = str(depth + data.draw(st.integers(0, 2), "spare buffers"))
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(Path(folder), roots, allocations, block, stripe)
-        memory_of = data.draw(st.sampled_from([memory_for, LateMemory]), "memory")
+        memory_of = data.draw(st.sampled_from([memory_for, LateMemory, HashingMemory]), "memory")
         saved = scene.save(name, memory_of, **options)
         assert [saved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
         assert saved.bytes == scene.size

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib.resources import files
 
 import pytest
 import xxhash
-from snapshot_transfers import GAPS, LateMemory, Scene
+from snapshot_transfers import GAPS, HashingMemory, LateMemory, Scene
 
 from gms_core.errors import InvalidArgument, SnapshotDamaged, TransferFailed
-from gms_core.snapshot import registry
-
-
-class HashingMemory(LateMemory):
-    hashes = True
+from gms_core.snapshot import kernels, registry
 
 
 @pytest.fixture
@@ -75,8 +72,22 @@ def test_file_is_not_blamed_when_bytes_have_changed_on_the_way(scene):
     class Changing(HashingMemory):
         changes = True
 
-    with pytest.raises(TransferFailed, match="changed on the way"):
+    with pytest.raises(TransferFailed, match="changed on the way") as caught:
         restored(scene, Changing)
+    assert caught.value.details["file"] in {str(file.path) for file in scene.files}
+
+
+def test_damage_is_told_when_the_block_cannot_be_read_again(scene, monkeypatch):
+    piece = scene.pieces[3]
+    scene.flip(piece)
+
+    def gone(*_):
+        raise TransferFailed("it is gone")
+
+    monkeypatch.setattr("gms_core.snapshot.worker.Worker._read_again", gone)
+    with pytest.raises(SnapshotDamaged, match=f"{scene.checksums[3]:016x}") as caught:
+        restored(scene, HashingMemory)
+    assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
 
 
 def test_option_is_refused_when_it_is_no_such_word(scene):
@@ -88,6 +99,14 @@ def test_kernel_is_the_one_of_its_source():
     folder = files("gms_core.snapshot.kernels")
     source, ptx = folder.joinpath("xxh3.cu").read_bytes(), folder.joinpath("xxh3.ptx").read_text()
     assert hashlib.sha256(source).hexdigest() in ptx.splitlines()[0], "make kernels"
+
+
+def test_limits_are_those_of_the_kernel():
+    source = files("gms_core.snapshot.kernels").joinpath("xxh3.cu").read_text()
+    told = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)", source)}
+    assert told["RANGES"] == kernels.MOST_RANGES
+    assert told["PIECES"] * told["PIECE"] == kernels.TILE_BYTES
+    assert 32 * (told["WARPS"] + 1) == kernels.THREADS
 
 
 def test_constants_of_the_kernel_are_those_of_the_hash():

@@ -19,7 +19,7 @@ from gms_core.snapshot.engine import StagedTransfer, Tuning
 from gms_core.snapshot.objects import bucket
 from gms_core.snapshot.objects.bucket import Bucket, ShardObject
 from gms_core.snapshot.objects.urls import MOST_PARTS, locate, smallest_part
-from gms_core.snapshot.staged import BOTH, LARGEST_CHUNK, check_pieces, cores, number_of
+from gms_core.snapshot.staged import BOTH, HASH, LARGEST_CHUNK, check_pieces, choice, cores, number_of
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
 from gms_core.snapshot.worker import Channel, Chunk, OpenFile
 from gms_core.vmm.undo import UndoStack
@@ -203,8 +203,8 @@ class ObjectBackend:
 
     def _tuning(self, job: Job) -> Tuning:
         saves = job.direction == "save"
-        known = {"chunk_bytes", "buffers"} | ({"depth"} if saves else set())
-        if unknown := sorted(job.options.keys() - {"chunk_bytes", "buffers", "depth"}):
+        known = {"chunk_bytes", "buffers"} | ({"depth"} if saves else {"hash"})
+        if unknown := sorted(job.options.keys() - {"chunk_bytes", "buffers", "depth", "hash"}):
             raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
@@ -216,7 +216,7 @@ class ObjectBackend:
         parts = -(-max((file.size for file in job.files), default=chunk) // chunk)
         depth = number_of(job, "depth", max(1, min(CONNECTIONS // workers, parts)), 1, 256) if saves else 1
         buffers = number_of(job, "buffers", depth + (2 if saves else 1), depth, 1024)
-        return Tuning(workers, depth, buffers, chunk, direct=False, in_order=saves)
+        return Tuning(workers, depth, buffers, chunk, direct=False, in_order=saves, hash_on_device=choice(job, "hash", HASH))
 
 
 def _patience_s(shard: ShardObject) -> float:
