@@ -186,7 +186,8 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        hashing, on_device, is_first = deque[tuple[Chunk, int]](), None, True
+        hashing: tuple[Chunk, int] | None = None
+        on_device, is_first = None, True
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -216,13 +217,13 @@ class Worker:
             if on_device is None:
                 self._verify(chunk, bytes_at.view)
             elif chunk.is_last:
-                hashing.append((chunk, on_device.begin(chunk.piece.offset, chunk.piece.size)))
-                if len(hashing) > 1:
-                    self._compare(on_device, *hashing.popleft())
+                before, hashing = hashing, (chunk, on_device.begin(chunk.piece.offset, chunk.piece.size))
+                if before is not None:
+                    self._compare(on_device, *before)
         while copying:
             self._copied(*copying.popleft())
-        if on_device is not None and hashing:
-            self._compare(on_device, *hashing.popleft())
+        if on_device is not None and hashing is not None:
+            self._compare(on_device, *hashing)
 
     def _save(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
