@@ -18,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from model import SHAPES, write_model
-from processes import Program, ProgramError, complete, free_port, running, wait_until_healthy
+from processes import Program, ProgramError, complete, environment, free_port, kept_logs, program, running, serving, tell, wait_until_healthy
 
 GIB = 2**30
 KV_BYTES = 16 * GIB
-GMS = [sys.executable, "-m", "gms_core.cli"]
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+VLLM = program("vllm")
 PROMPT_TOKENS, NEW_TOKENS = 512, 128
 
 
@@ -44,14 +43,7 @@ class Bench:
         self.logs = directory / "logs"
         self.logs.mkdir()
         self.requests, self.rounds, self.shape = requests, rounds, shape
-        self.environment = {
-            "GMS_RUNTIME_DIR": str(self.runtime),
-            "GMS_CACHE_DIR": str(directory / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        self.environment = environment(self.runtime, directory / "cache")
 
     @contextlib.contextmanager
     def engine(self, name: str, *options: str) -> Iterator[tuple[Program, int, dict[str, float]]]:
@@ -96,19 +88,17 @@ def measure(bench: Bench) -> dict[str, object]:
     """Run the engines; returns the figures."""
     with bench.engine("stock") as (_, port, stock):
         right, stock["tokens_per_s"] = bench.answers(port), bench.throughput(port)
-    with running("gms serve", [*GMS, "serve", "--runtime-dir", str(bench.runtime)], bench.logs / "gms.log", bench.environment) as server:
-        while not list(bench.runtime.glob("*.sock")):
-            server.check()
-            time.sleep(0.001)
-        ready = time.monotonic() - server.started
-        with bench.engine("writer", "--load-format", "gms") as (first, port_1, writer):
-            published = first.figures("event=published")
-            writer["tokens_per_s"] = bench.throughput(port_1)
-            equal = bench.answers(port_1) == right
-            with bench.engine("reader", "--load-format", "gms") as (second, port_2, reader):
-                attached = second.figures("event=attached")
-                equal = equal and bench.answers(port_2) == right
-                reader["tokens_per_s"] = bench.throughput(port_2)
+    with (
+        serving(bench.runtime, bench.logs / "gms.log", bench.environment) as ready,
+        bench.engine("writer", "--load-format", "gms") as (first, port_1, writer),
+    ):
+        published = first.figures("event=published")
+        writer["tokens_per_s"] = bench.throughput(port_1)
+        equal = bench.answers(port_1) == right
+        with bench.engine("reader", "--load-format", "gms") as (second, port_2, reader):
+            attached = second.figures("event=attached")
+            equal = equal and bench.answers(port_2) == right
+            reader["tokens_per_s"] = bench.throughput(port_2)
     return {
         "shape": bench.shape,
         "tokens_equal": equal,
@@ -135,18 +125,12 @@ def main() -> int:
         bench = Bench(directory, options.shape, options.requests, options.rounds)
         write_model(bench.model, options.shape, "bfloat16")
         try:
-            figures = measure(bench)
+            with kept_logs(bench.logs, options.logs, options.shape):
+                figures = measure(bench)
         except ProgramError as failure:
             print(f"The benchmark failed: {failure}", file=sys.stderr)
             return 1
-        finally:
-            if options.logs:
-                options.logs.mkdir(parents=True, exist_ok=True)
-                for log in bench.logs.glob("*.log"):
-                    (options.logs / f"{options.shape}-{log.name}").write_bytes(log.read_bytes())
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    tell(figures, options.out)
     return 0 if figures["tokens_equal"] else 1
 
 

@@ -13,12 +13,11 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from model import write_model
-from processes import Program, ProgramError, complete, free_port, program, running, wait_until_healthy
+from processes import Program, ProgramError, complete, environment, free_port, program, running, serving, wait_until_healthy
 
 from gms_core.cli.failover_benchmark import Wanted, measure
 from gms_core.cli.failover_benchmark_client import Endpoint
@@ -30,7 +29,6 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", "64M"]
 PROMPT = "w3 w14 w15 w92 w65 w35"
 REQUESTS = 4
@@ -51,8 +49,7 @@ class Demo:
 
     @property
     def environment(self) -> dict[str, str]:
-        extra = {"GMS_RUNTIME_DIR": str(self.runtime), "GMS_CACHE_DIR": str(self.runtime / "cache")}
-        return ENVIRONMENT | extra | ({} if self.gpu else CPU_ENVIRONMENT)
+        return environment(self.runtime, self.runtime / "cache") | ({} if self.gpu else CPU_ENVIRONMENT)
 
     def command(self, port: int) -> list[str]:
         """The command line of an engine, without GMS."""
@@ -68,15 +65,9 @@ class Demo:
             say(f"  {name} answers on port {port}, {ready:.1f} s after its start")
             yield engine, port
 
-    @contextlib.contextmanager
-    def server(self) -> Iterator[float]:
+    def server(self) -> contextlib.AbstractContextManager[float]:
         """A ``gms serve``; gives the seconds from its start to a socket that accepts."""
-        command = [*program("gms"), "serve", "--runtime-dir", str(self.runtime), *([] if self.gpu else ["--device", "host"])]
-        with running("gms serve", command, self.logs / "gms.log", self.environment) as server:
-            while not list(self.runtime.glob("*.sock")):
-                server.check()
-                time.sleep(0.002)
-            yield time.monotonic() - server.started
+        return serving(self.runtime, self.logs / "gms.log", self.environment, *([] if self.gpu else ["--device", "host"]))
 
     def tokens(self, port: int) -> list[str]:
         """What an engine answers to the story's prompt."""

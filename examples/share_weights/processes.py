@@ -126,6 +126,56 @@ def used_gib() -> float | None:
     return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) / GIB
 
 
+def environment(runtime: Path, cache: Path) -> dict[str, str]:
+    """Variables of engines and servers in directories of their own, that download nothing and tell nobody of themselves."""
+    return {
+        "GMS_RUNTIME_DIR": str(runtime),
+        "GMS_CACHE_DIR": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@contextlib.contextmanager
+def serving(runtime: Path, log: Path, variables: Mapping[str, str], *options: str) -> Iterator[float]:
+    """A device server that clients can reach; the seconds until they could."""
+    command = [*program("gms"), "serve", *options, "--runtime-dir", str(runtime)]
+    with running("gms serve", command, log, variables) as server:
+        while not list(runtime.glob("*.sock")):
+            server.check()
+            time.sleep(0.001)
+        yield time.monotonic() - server.started
+
+
+def write_model(shape: str, directory: Path) -> None:
+    """Write a model in a process of its own, which leaves nothing on the device."""
+    writer = [sys.executable, str(Path(__file__).with_name("model.py")), shape, str(directory)]
+    subprocess.run([*writer, "--dtype", "float32" if used_gib() is None else "bfloat16"], check=True)
+
+
+@contextlib.contextmanager
+def kept_logs(logs: Path, target: Path | None, prefix: str) -> Iterator[None]:
+    """Copy all logs when the context ends, however it does; nothing without a target."""
+    try:
+        yield
+    finally:
+        if target:
+            target.mkdir(parents=True, exist_ok=True)
+            for log in logs.rglob("*.log"):
+                (target / "-".join([prefix, *log.relative_to(logs).parts])).write_bytes(log.read_bytes())
+
+
+def tell(figures: Mapping[str, object], out: Path | None) -> None:
+    """Print figures, and write them to a file if one is wanted."""
+    text = json.dumps(figures, indent=2)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+    print(text)
+
+
 def program(name: str) -> list[str]:
     """The command line of ``gms`` or ``vllm`` in this Python's environment; its console scripts may be anywhere, or nowhere."""
     return [sys.executable, "-m", {"gms": "gms_core.cli", "vllm": "vllm.entrypoints.cli.main"}[name]]

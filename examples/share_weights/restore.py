@@ -17,12 +17,24 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model import SHAPES
-from processes import ProgramError, complete, free_port, program, running, used_gib, wait_until_healthy
+from processes import (
+    ProgramError,
+    complete,
+    environment,
+    free_port,
+    kept_logs,
+    program,
+    running,
+    serving,
+    tell,
+    used_gib,
+    wait_until_healthy,
+    write_model,
+)
 
 NAME = "model"
 
@@ -37,19 +49,9 @@ class Bench:
         self.logs = directory / "logs"
         self.logs.mkdir()
         self.options = options
-        self.environment = {
-            "GMS_RUNTIME_DIR": str(self.runtime),
-            "GMS_CACHE_DIR": str(directory / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        self.gpu = used_gib() is not None
-        self.device = [] if self.gpu else ["--device", "host"]
-        # In a process of its own, which leaves nothing on the device.
-        writer = [sys.executable, str(Path(__file__).with_name("model.py")), shape, str(self.model)]
-        subprocess.run([*writer, "--dtype", "bfloat16" if self.gpu else "float32"], check=True)
+        self.environment = environment(self.runtime, directory / "cache")
+        self.device = ["--device", "host"] if used_gib() is None else []
+        write_model(shape, self.model)
 
     def gms(self, *arguments: str) -> dict[str, object]:
         """What a command of gms says with ``-o json``."""
@@ -63,22 +65,12 @@ class Bench:
 
     @contextlib.contextmanager
     def engine(self, name: str, *options: str, before: Sequence[str] = ()) -> Iterator[dict[str, object]]:
-        """An engine that answers: the seconds until it did, what it answered, and how long its loader says that it took."""
+        """An engine that answers: the seconds until it did, and what it answered."""
         port = free_port()
         command = [*before, *program("vllm"), "serve", str(self.model), "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096"]
         with running(name, [*command, *self.options, *options], self.logs / f"{name}.log", self.environment) as engine:
             ready_s = wait_until_healthy(engine, port)
             yield {"ready_s": ready_s, "answers": [complete(port, str(self.model), f"w{3 + number} w14 w15 w92", 32) for number in range(8)]}
-
-    @contextlib.contextmanager
-    def server(self) -> Iterator[None]:
-        """A device server that clients can reach."""
-        command = [*program("gms"), "serve", *self.device, "--runtime-dir", str(self.runtime)]
-        with running("gms serve", command, self.logs / "gms.log", self.environment) as server:
-            while not list(self.runtime.glob("*.sock")):
-                server.check()
-                time.sleep(0.01)
-            yield
 
     def restored(self, name: str) -> dict[str, object]:
         """An engine that `gms run --restore` brings up, where nothing runs."""
@@ -86,10 +78,8 @@ class Bench:
         run = [*program("gms"), "run", "--shadows", "0", *self.device, "--log-dir", str(logs), "-o", "json"]
         with self.engine(name, before=[*run, "--restore", NAME, "--root", str(self.root), "--"]) as figures:
             changes = [json.loads(line) for line in (self.logs / f"{name}.log").read_text().splitlines() if line.startswith("{")]
-        (began, ended) = [
-            next(one["time"] for one in changes if (one["subject"], one["state"]) == ("restore", state)) for state in ("starting", "done")
-        ]
-        return figures | {"restore_s": ended - began}
+        times = {one["state"]: one["time"] for one in changes if one["subject"] == "restore"}
+        return figures | {"restore_s": times["done"] - times["starting"]}
 
     def forget_files(self) -> None:
         """Drop the snapshot's files from the page cache."""
@@ -112,7 +102,7 @@ def measure(bench: Bench) -> dict[str, object]:
     """Run the engines; returns the figures."""
     with bench.engine("stock") as stock:
         pass
-    with bench.server():
+    with serving(bench.runtime, bench.logs / "gms.log", bench.environment, *bench.device):
         with bench.engine("writer", "--load-format", "gms") as writer:
             pass
         saved = bench.gms("snapshot", "save", NAME, "--root", str(bench.root), "--runtime-dir", str(bench.runtime))
@@ -141,19 +131,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gms-bench-", dir=options.dir) as name:
         bench = Bench(Path(name), options.shape, others)
         try:
-            figures = {"shape": options.shape, **measure(bench)}
+            with kept_logs(bench.logs, options.logs, f"restore-{options.shape}"):
+                figures = {"shape": options.shape, **measure(bench)}
         except ProgramError as failure:
             print(f"The benchmark failed: {failure}", file=sys.stderr)
             return 1
-        finally:
-            if options.logs:
-                options.logs.mkdir(parents=True, exist_ok=True)
-                for log in bench.logs.rglob("*.log"):
-                    (options.logs / "-".join(["restore", options.shape, *log.relative_to(bench.logs).parts])).write_bytes(log.read_bytes())
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    tell(figures, options.out)
     return 0 if figures["tokens_equal"] else 1
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +20,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model import SHAPES
-from processes import GIB, Program, ProgramError, complete, free_port, running, used_gib, wait_until_healthy
+from processes import (
+    GIB,
+    ProgramError,
+    complete,
+    environment,
+    free_port,
+    kept_logs,
+    program,
+    running,
+    serving,
+    tell,
+    used_gib,
+    wait_until_healthy,
+    write_model,
+)
 
-GMS = [sys.executable, "-m", "gms_core.cli"]
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+VLLM = program("vllm")
 LEVELS = (1, 2)
 
 
@@ -45,18 +56,8 @@ class Bench:
         self.logs = directory / "logs"
         self.logs.mkdir()
         self.kv_bytes, self.rounds, self.options = kv_bytes, rounds, options
-        self.environment = {
-            "GMS_RUNTIME_DIR": str(self.runtime),
-            "GMS_CACHE_DIR": str(directory / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "VLLM_SERVER_DEV_MODE": "1",
-        }
-        # In a process of its own, which leaves nothing on the device.
-        writer = [sys.executable, str(Path(__file__).with_name("model.py")), shape, str(self.model)]
-        subprocess.run([*writer, "--dtype", "float32" if used_gib() is None else "bfloat16"], check=True)
+        self.environment = environment(self.runtime, directory / "cache") | {"VLLM_SERVER_DEV_MODE": "1"}
+        write_model(shape, self.model)
 
     @contextlib.contextmanager
     def engine(self, name: str, *options: str) -> Iterator[int]:
@@ -67,16 +68,6 @@ class Bench:
         with running(name, command, self.logs / f"{name}.log", self.environment) as engine:
             wait_until_healthy(engine, port)
             yield port
-
-    @contextlib.contextmanager
-    def server(self) -> Iterator[Program]:
-        """A device server that clients can reach."""
-        device = ["--device", "host"] if used_gib() is None else []
-        with running("gms serve", [*GMS, "serve", *device, "--runtime-dir", str(self.runtime)], self.logs / "gms.log", self.environment) as server:
-            while not list(self.runtime.glob("*.sock")):
-                server.check()
-                time.sleep(0.01)
-            yield server
 
     def answers(self, port: int) -> list[list[str]]:
         """Greedy answers to some prompts."""
@@ -104,7 +95,8 @@ def measure(bench: Bench) -> dict[str, object]:
     if used_gib() is not None:
         with bench.engine("stock") as port:
             figures["stock"] = bench.cycles(port, (1,))  # at level 2 its weights are gone
-    with bench.server(), bench.engine("gms", "--load-format", "gms") as port:
+    device = ["--device", "host"] if used_gib() is None else []
+    with serving(bench.runtime, bench.logs / "gms.log", bench.environment, *device), bench.engine("gms", "--load-format", "gms") as port:
         figures["gms"] = bench.cycles(port, LEVELS)
     return figures
 
@@ -121,19 +113,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gms-bench-") as name:
         bench = Bench(Path(name), options.shape, int(options.kv_gib * GIB), options.rounds, others)
         try:
-            figures = {"shape": options.shape, "kv_gib": options.kv_gib, **measure(bench)}
+            with kept_logs(bench.logs, options.logs, f"sleep-{options.shape}"):
+                figures = {"shape": options.shape, "kv_gib": options.kv_gib, **measure(bench)}
         except ProgramError as failure:
             print(f"The benchmark failed: {failure}", file=sys.stderr)
             return 1
-        finally:
-            if options.logs:
-                options.logs.mkdir(parents=True, exist_ok=True)
-                for log in bench.logs.glob("*.log"):
-                    (options.logs / f"sleep-{options.shape}-{log.name}").write_bytes(log.read_bytes())
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    tell(figures, options.out)
     return 0
 
 

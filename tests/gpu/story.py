@@ -27,23 +27,11 @@ class Story:
     def __init__(self, folder: Path, runtime_dir: Path, runner: str, programs: Any, bridge_bytes: int = 0) -> None:
         self._folder, self._runtime_dir, self._programs, self._bridge_bytes = folder, runtime_dir, programs, bridge_bytes
         self.port = programs.free_port()
-        self._environment = {
-            "GMS_RUNTIME_DIR": str(runtime_dir),
-            "GMS_CACHE_DIR": str(folder / "cache"),
-            "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        self._environment = programs.environment(runtime_dir, folder / "cache") | {"VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0"}
 
     @contextlib.contextmanager
     def server(self) -> Iterator[None]:
-        command = [*self._programs.program("gms"), "serve", "--runtime-dir", str(self._runtime_dir)]
-        with self._programs.running("gms serve", command, self._folder / "gms.log", self._environment) as server:
-            while not list(self._runtime_dir.glob("*.sock")):
-                server.check()
-                time.sleep(0.01)
+        with self._programs.serving(self._runtime_dir, self._folder / "gms.log", self._environment):
             yield
 
     @contextlib.contextmanager
