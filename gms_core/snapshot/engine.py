@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from gms_core.errors import DriverError, TransferCancelled, TransferFailed
 from gms_core.snapshot.buffers import Buffer, Ring
 from gms_core.snapshot.plan import Piece
-from gms_core.snapshot.transfer import Job, Memory, Moved, Phase
+from gms_core.snapshot.transfer import Direct, Job, Memory, Moved, Phase
 from gms_core.snapshot.worker import Channel, OpenFiles, Orders, Worker
 from gms_core.vmm.undo import UndoStack
 
@@ -33,7 +33,7 @@ class Tuning(NamedTuple):
         depth: Reads or writes that a thread has under way at once.
         buffers: Of each thread.
         chunk_bytes: Read or written at once, at most.
-        direct: Whether to go past the page cache where that can be done.
+        direct: Whether to go past the page cache.
         in_order: Whether each file is moved by one thread alone, from its begin to its end.
         hash_on_device: Whether a device that can finds the checksums when restoring.
     """
@@ -42,7 +42,7 @@ class Tuning(NamedTuple):
     depth: int
     buffers: int
     chunk_bytes: int
-    direct: bool = True
+    direct: Direct = "auto"
     in_order: bool = False
     hash_on_device: bool = True
 
@@ -135,6 +135,8 @@ class StagedTransfer:
         self._notes: list[str] = []
         self._left = _WholeFiles(job) if tuning.in_order else _Queues(job)
         self._began = time.perf_counter()
+        if job.direction == "restore" and tuning.hash_on_device:
+            memory.prepare_hash(job.block_bytes)
         self._lanes = [memory.lane() for _ in range(tuning.workers)]
         self._ring = Ring(tuning.workers * tuning.buffers, tuning.chunk_bytes)
         self._workers = [

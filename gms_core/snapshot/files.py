@@ -12,9 +12,13 @@ from pathlib import Path
 from gms_core.errors import SnapshotDamaged, SnapshotError, TransferFailed
 from gms_core.snapshot.folders import HINTS
 from gms_core.snapshot.manifest import PAGE_BYTES
-from gms_core.snapshot.transfer import Direction, File, Job
+from gms_core.snapshot.page_cache import share_in_memory
+from gms_core.snapshot.transfer import Direct, Direction, File, Job
 from gms_core.snapshot.worker import OpenFile
 from gms_core.vmm.undo import UndoStack
+
+_MOSTLY = 0.5
+"""From this part on, a file that is in memory is read there: what is missing costs a little more than a direct read, and the rest next to nothing."""
 
 
 class ShardFile:
@@ -25,19 +29,21 @@ class ShardFile:
         size: Bytes that it has to have.
         descriptor: It is open for reading, or for writing.
         is_direct: Whether it is read or written past the page cache.
+        is_in_memory: Whether it is read through the page cache because most of it was there.
     """
 
-    def __init__(self, file: File, direction: Direction, *, direct: bool) -> None:
+    def __init__(self, file: File, direction: Direction, *, direct: Direct) -> None:
         self.path = Path(file.path)
         self.size = file.size
         self._verb = "read" if direction == "restore" else "written"
         flags = (os.O_RDONLY if direction == "restore" else os.O_WRONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.is_direct = direct
+        self.is_direct = direct != "never"
+        self.is_in_memory = False
         try:
             try:
-                self.descriptor = os.open(self.path, flags | (os.O_DIRECT if direct else 0))
+                self.descriptor = os.open(self.path, flags | (os.O_DIRECT if self.is_direct else 0))
             except OSError as error:
-                if error.errno != errno.EINVAL or not direct:
+                if error.errno != errno.EINVAL or not self.is_direct:
                     raise
                 self.is_direct = False
                 self.descriptor = os.open(self.path, flags)
@@ -48,6 +54,9 @@ class ShardFile:
             short = self.too_short()
             self.close()
             raise short
+        if direction == "restore" and direct == "auto" and share_in_memory(self.descriptor, file.size) >= _MOSTLY:
+            self.is_in_memory = True
+            self.leave_direct()
 
     def read(self, view: memoryview, position: int) -> None:
         """Fill a view from a position on, whatever number of calls that takes.
@@ -141,8 +150,8 @@ class JobFiles:
         TransferFailed: One cannot be opened.
     """
 
-    def __init__(self, job: Job, *, direct: bool) -> None:
-        self._wanted_direct = direct
+    def __init__(self, job: Job, *, direct: Direct) -> None:
+        self._wanted_direct = direct != "never"
         self._open: dict[int, ShardFile] = {}
         self._direction = job.direction
         with UndoStack() as undo:
@@ -155,12 +164,17 @@ class JobFiles:
     def __getitem__(self, index: int) -> ShardFile:
         return self._open[index]
 
+    @property
+    def are_in_memory(self) -> bool:
+        """Whether all of them are read where they lie in memory."""
+        return all(file.is_in_memory for file in self)
+
     def __iter__(self) -> Iterator[ShardFile]:
         return iter(self._open.values())
 
     def notes(self) -> list[str]:
         """What a user should know of how they were used."""
-        cached = [file.path for file in self._open.values() if not file.is_direct]
+        cached = [file.path for file in self._open.values() if not file.is_direct and not file.is_in_memory]
         if not cached or not self._wanted_direct:
             return []
         verb = "read" if self._direction == "restore" else "written"

@@ -18,8 +18,11 @@ from gms_core.snapshot.kernels import MOST_RANGES, THREADS, TILE_BYTES
 from gms_core.vmm.cuda_calls import checked, cuda
 from gms_core.vmm.undo import UndoStack
 
-_SLOTS = 2048
-"""Blocks whose checksums may be under way at once: two for each of the 1024 threads that a transfer may have."""
+_SLOTS = 16384
+"""Blocks whose checksums may be under way at once: sixteen for each of the 1024 threads that a transfer may have."""
+
+_STREAMS = 16
+"""Blocks that are hashed at once. One takes longer to be hashed than to be copied, as a single multiprocessor does it."""
 
 
 class _Ranges(ctypes.Structure):
@@ -45,14 +48,18 @@ class DeviceHash:
             undo.push(checked, "cuMemFreeHost", self._page)
             self._found = (ctypes.c_uint64 * _SLOTS).from_address(self._page)
             self._idle = deque(range(_SLOTS))
+            self._streams: list[Any] = []
+            for _ in range(_STREAMS):
+                self._streams.append(checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
+                undo.push(checked, "cuStreamDestroy", self._streams[-1])
             self._try()
             undo.commit()
 
-    def begin(self, stream: Any, ranges: Sequence[tuple[int, int]]) -> int:
-        """Hash a block once all that the stream was given before is done; returns where its checksum will be, for `end`.
+    def begin(self, after: Any, ranges: Sequence[tuple[int, int]]) -> tuple[int, Any]:
+        """Hash a block; returns where its checksum will be, for `end`, and the stream that will have it then.
 
         Args:
-            stream: Of the driver.
+            after: The event before which the block is not there.
             ranges: Address and bytes of each contiguous part, in the block's order; the bytes are multiples of `TILE_BYTES`.
 
         Raises:
@@ -67,30 +74,33 @@ class DeviceHash:
             size += length
             told.end[number] = size
         slot = self._idle.popleft()
+        stream = self._streams[slot % _STREAMS]
         arguments = (told, ctypes.c_uint64(size), ctypes.c_uint64(self._page + 8 * slot))
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         with UndoStack() as undo:
             undo.push(self._idle.append, slot)
+            checked("cuStreamWaitEvent", stream, after, 0)
             checked(
                 "cuLaunchKernel", self._kernel, 1, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0, about=f"the hash of {size} bytes"
             )
             undo.commit()
-        return slot
+        return slot, stream
 
     def end(self, slot: int) -> int:
-        """The checksum that was begun there, once the stream has come past it."""
+        """The checksum that was begun there, once its stream has come past it."""
         found = int(self._found[slot])
         self._idle.append(slot)
         return found
 
     def _try(self) -> None:
         with UndoStack() as undo:
-            stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
-            undo.push(checked, "cuStreamDestroy", stream)
+            there = checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            undo.push(checked, "cuEventDestroy", there)
             tile = int(checked("cuMemAlloc", TILE_BYTES))
             undo.push(checked, "cuMemFree", tile)
-            checked("cuMemsetD8Async", tile, 1, TILE_BYTES, stream)
-            slot = self.begin(stream, [(tile, TILE_BYTES)])
+            checked("cuMemsetD8Async", tile, 1, TILE_BYTES, self._streams[-1])
+            checked("cuEventRecord", there, self._streams[-1])
+            slot, stream = self.begin(there, [(tile, TILE_BYTES)])
             checked("cuStreamSynchronize", stream)
             found, right = self.end(slot), xxhash.xxh3_64_intdigest(b"\1" * TILE_BYTES)
         if found != right:
@@ -100,4 +110,6 @@ class DeviceHash:
         """Give up what it has, once nothing is under way. Needs the context."""
         with UndoStack() as undo:
             undo.push(checked, "cuModuleUnload", self._module)
-            checked("cuMemFreeHost", self._page)
+            undo.push(checked, "cuMemFreeHost", self._page)
+            for stream in self._streams:
+                undo.push(checked, "cuStreamDestroy", stream)

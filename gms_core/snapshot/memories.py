@@ -110,6 +110,9 @@ class DiscardingMemory:
         """See `Memory.lane`."""
         return _DiscardingLane()
 
+    def prepare_hash(self, block_bytes: int) -> None:
+        """See `Memory.prepare_hash`. Nothing lies here."""
+
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`. There is nothing to do."""
 
@@ -157,7 +160,7 @@ class _DiscardingLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
-    def hash(self, block_bytes: int) -> None:
+    def hash(self) -> None:
         """See `CopyLane.hash`. Nothing lies here."""
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class CudaMemory:
         self._lock = threading.Lock()
         self._context: Any = None
         self._hash: DeviceHash | None = None
-        self._tried_to_hash = False
+        self._preparing: threading.Thread | None = None
         self._closed = False
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
@@ -69,6 +69,17 @@ class CudaMemory:
     def lane(self) -> CopyLane:
         """See `Memory.lane`."""
         return _CudaLane(self._retained, self._hashing, self._extents, self._arrival.waiter())
+
+    def prepare_hash(self, block_bytes: int) -> None:
+        """See `Memory.prepare_hash`."""
+        if not self._whole_tiles or block_bytes % TILE_BYTES or block_bytes // self._smallest + 2 > MOST_RANGES:
+            log.info(
+                "checksums are found by the host: blocks of %d bytes in allocations from %d bytes on are none for a GPU", block_bytes, self._smallest
+            )
+            return
+        preparing = threading.Thread(target=self._prepare_hash, name="gms-snapshot-hash", daemon=True)
+        preparing.start()
+        self._preparing = preparing
 
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`."""
@@ -90,6 +101,8 @@ class CudaMemory:
     def close(self) -> None:
         """See `ArenaMemory.close`."""
         self._beginning.join()
+        if self._preparing is not None:
+            self._preparing.join()
         with self._lock, UndoStack() as undo:
             closed, self._closed = self._closed, True
             if self._context is not None and not closed:
@@ -111,21 +124,18 @@ class CudaMemory:
         except GmsError as error:  # whoever needs it first meets the same
             log.debug("no context on device %s yet: %s", self._device, error)
 
-    def _hashing(self, block_bytes: int) -> DeviceHash | None:
-        """What finds checksums of such blocks; None if the device cannot. Called with the context current."""
-        if not self._whole_tiles or block_bytes % TILE_BYTES or block_bytes // self._smallest + 2 > MOST_RANGES:
-            log.info(
-                "checksums are found by the host: blocks of %d bytes in allocations from %d bytes on are none for a GPU", block_bytes, self._smallest
-            )
-            return None
-        with self._lock:
-            if not self._tried_to_hash:
-                self._tried_to_hash = True
-                try:
-                    self._hash = DeviceHash()
-                except GmsError as error:
-                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
-            return self._hash
+    def _prepare_hash(self) -> None:
+        try:
+            with _current(self._retained()):
+                self._hash = DeviceHash()
+        except GmsError as error:
+            log.warning("checksums are found by the host, since the GPU cannot: %s", error)
+
+    def _hashing(self) -> DeviceHash | None:
+        """What finds checksums; None if the device cannot."""
+        if self._preparing is not None:
+            self._preparing.join()
+        return self._hash
 
     def _retained(self) -> Any:
         with self._lock:
@@ -145,14 +155,15 @@ def _current(context: Any) -> Iterator[None]:
 
 
 class _CudaLane:
-    """A stream, and an event for each copy that is under way. Its thread has the context current from the first use to `close`."""
+    """A stream, and an event for each copy or hash that is under way. Its thread has the context current from the first use to `close`."""
 
-    def __init__(self, context: Callable[[], Any], hashing: Callable[[int], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
+    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
         self._context = context
         self._hashing = hashing
         self._extents = extents
         self._waiter = waiter
         self._stream: Any = None
+        self._copied: Any = None
         self._idle: list[Any] = []
         self._pending: dict[int, Any] = {}
         self._tickets = itertools.count(1)
@@ -172,7 +183,7 @@ class _CudaLane:
         base = self._waiter.base()
         for place, inside, length in self._extents.ranges(offset, size):
             checked("cuMemcpyHtoDAsync", base + place, source + inside, length, self._stream, about=f"{length} bytes to {base + place:#x}")
-        return self._mark()
+        return self._mark(self._stream)
 
     def from_memory(self, target: int, offset: int, size: int) -> int:
         """See `CopyLane.from_memory`."""
@@ -180,7 +191,7 @@ class _CudaLane:
         base = self._waiter.base()
         for place, inside, length in self._extents.ranges(offset, size):
             checked("cuMemcpyDtoHAsync", target + inside, base + place, length, self._stream, about=f"{length} bytes from {base + place:#x}")
-        return self._mark()
+        return self._mark(self._stream)
 
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
@@ -190,29 +201,34 @@ class _CudaLane:
             del self._pending[ticket]
             self._idle.append(event)
 
-    def hash(self, block_bytes: int) -> LaneHash | None:
+    def hash(self) -> LaneHash | None:
         """See `CopyLane.hash`."""
-        self._open()
-        hashing = self._hashing(block_bytes)
+        hashing = self._hashing()
         return None if hashing is None else _CudaHash(self, hashing)
 
     def begin_hash(self, hashing: DeviceHash, offset: int, size: int) -> tuple[int, int]:
         """Have a part of the image hashed; returns a ticket for `wait`, and where its checksum will be."""
         self._open()
         base = self._waiter.base()
-        slot = hashing.begin(self._stream, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
-        return self._mark(), slot
+        if self._copied is None:
+            self._copied = checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        checked("cuEventRecord", self._copied, self._stream)
+        slot, stream = hashing.begin(self._copied, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
+        return self._mark(stream), slot
 
     def close(self) -> None:
         """See `CopyLane.close`. If the device does not answer any more, what it was given is left to it."""
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
+        copied, self._copied = self._copied, None
         with UndoStack() as undo:
             undo.push(checked, "cuCtxPopCurrent")
             checked("cuStreamSynchronize", stream)
+            for event in self._pending.values():  # of a hash that nobody waits for any more
+                checked("cuEventSynchronize", event)
             undo.push(checked, "cuStreamDestroy", stream)
-            for event in (*self._idle, *self._pending.values()):
+            for event in (*self._idle, *self._pending.values(), *((copied,) if copied is not None else ())):
                 undo.push(checked, "cuEventDestroy", event)
             self._idle.clear()
             self._pending.clear()
@@ -225,13 +241,13 @@ class _CudaLane:
             undo.push(checked, "cuCtxPopCurrent")
             self._stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
-    def _mark(self) -> int:
+    def _mark(self, stream: Any) -> int:
         # A thread that waits for its copy sleeps: others need the core to read, and the interpreter's lock is not held either way.
         flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
         event = self._idle.pop() if self._idle else checked("cuEventCreate", int(flags))
         ticket = next(self._tickets)
         self._pending[ticket] = event
-        checked("cuEventRecord", event, self._stream)
+        checked("cuEventRecord", event, stream)
         return ticket
 
 

@@ -36,6 +36,9 @@ class HostMemory:
         """See `Memory.lane`."""
         return _HostLane(self._extents, self._arrival.waiter())
 
+    def prepare_hash(self, block_bytes: int) -> None:
+        """See `Memory.prepare_hash`. The host's memory is hashed by the host."""
+
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`. To the CPU all memory is the same."""
 
@@ -87,7 +90,7 @@ class _HostLane:
     def wait(self, ticket: int) -> None:
         """See `CopyLane.wait`."""
 
-    def hash(self, block_bytes: int) -> None:
+    def hash(self) -> None:
         """See `CopyLane.hash`. The host's memory is hashed by the host."""
 
     def close(self) -> None:

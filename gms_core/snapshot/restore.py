@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.errors import LeaseConflict, SnapshotDamaged, SnapshotMismatch
@@ -184,7 +184,7 @@ def verify_image(
         SnapshotDamaged: The bytes are not those that were saved.
         GmsError: As the backend says.
     """
-    job = job_of(snapshot.image(index), snapshot.files(index), workers, options, objects=snapshot.objects)
+    job = replace(job_of(snapshot.image(index), snapshot.files(index), workers, options, objects=snapshot.objects), from_disk=True)
     with DiscardingMemory() as memory, running(backend, job, memory, on_transfer) as transfer:
         moved = transfer.finish()
     check_moved(backend, job, moved)

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from gms_core.errors import InvalidArgument
 from gms_core.snapshot.engine import Route, StagedTransfer, Tuning
 from gms_core.snapshot.files import JobFiles
 from gms_core.snapshot.manifest import PAGE_BYTES
-from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
+from gms_core.snapshot.transfer import Direct, Direction, Job, Memory, Probe, Transfer
 from gms_core.snapshot.worker import Worker
 from gms_core.vmm.undo import UndoStack
 
@@ -19,11 +20,13 @@ BOTH: frozenset[Direction] = frozenset({"save", "restore"})
 LARGEST_CHUNK = 2**30
 """Linux reads and writes a little less than 2 GiB at once, and that not at a page's end."""
 
-DIRECT = {"auto": True, "never": False}
+DIRECT: Mapping[str, Direct] = {"auto": "auto", "always": "always", "never": "never"}
 """The values of the option ``direct``."""
 
-HASH = {"auto": True, "host": False}
+HASH: Mapping[str, bool] = {"auto": True, "host": False}
 """The values of the option ``hash``: a device that can finds the checksums of what is restored, or always the host."""
+
+_Value = TypeVar("_Value")
 
 DEADLINE = "deadline_s"
 """The option of backends that give up what never ends."""
@@ -34,21 +37,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class Pace(NamedTuple):
+    """How much goes on at once, if not told otherwise.
+
+    Attributes:
+        threads: At most.
+        depth: Reads or writes that a thread has under way at once.
+        chunk_bytes: Read or written at once.
+    """
+
+    threads: int = 16
+    depth: int = 1
+    chunk_bytes: int = 8 * 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class StagedBackend:
     """A backend made of the engine and of its own way to files. See `TransferBackend`.
 
     Options of a job: ``chunk_bytes``, read or written at once; ``buffers`` of each thread; ``depth``, reads that a thread has under way at once,
-    where the backend can have several; ``direct``, which is ``auto`` or ``never``; ``hash``, which is ``auto`` or ``host``.
+    where the backend can have several; ``direct``, which is ``auto``, ``always`` or ``never``; ``hash``, which is ``auto`` or ``host``.
 
     Attributes:
         name: What users call it.
         usable: See `TransferBackend.probe`.
         route: Opens its way to the files of a job.
-        depth: Reads or writes that a thread has under way at once, if not told otherwise.
-        is_deep: Whether that can be more than one.
-        chunk_bytes: Read or written at once, if not told otherwise.
-        threads: The most threads that it starts by itself.
+        pace: From and to disks.
+        in_memory: From files that are in memory.
+        is_deep: Whether a thread can have more than one read or write under way at once.
         directions: What it can do.
         deadline_s: Seconds in which something that is under way has to end, if not told otherwise; 0 for a backend that waits as long as the kernel.
         worker: What its threads do: bytes go through buffers, unless it says otherwise.
@@ -57,10 +73,9 @@ class StagedBackend:
     name: str
     usable: Callable[[], Probe]
     route: Callable[[Job, JobFiles, Memory], Route]
-    depth: int = 1
+    pace: Pace
+    in_memory: Pace | None = None
     is_deep: bool = False
-    chunk_bytes: int = 8 * 2**20
-    threads: int = 16
     directions: frozenset[Direction] = BOTH
     deadline_s: int = 0
     worker: type[Worker] = Worker
@@ -92,18 +107,22 @@ class StagedBackend:
             TransferFailed: A file cannot be opened, or the machine has no room for the buffers.
         """
         self.check(job)
-        tuning = self.tuning(job)
         with UndoStack() as undo:
-            files = JobFiles(job, direct=tuning.direct)
+            files = JobFiles(job, direct=self.tuning(job).direct)
             undo.push(files.close)
+            tuning = self.tuning(job, in_memory=files.are_in_memory)
             route = self.route(job, files, memory)
             undo.push(route.close)
             transfer = StagedTransfer(job, memory, files, route, tuning, self.worker)
             undo.commit()
         return transfer
 
-    def tuning(self, job: Job) -> Tuning:
+    def tuning(self, job: Job, *, in_memory: bool = False) -> Tuning:
         """What a job's options come to.
+
+        Args:
+            job: What is to be moved.
+            in_memory: Whether its files are in memory.
 
         Raises:
             InvalidArgument: One is not known, or has a value that it cannot have.
@@ -111,20 +130,24 @@ class StagedBackend:
         known = {"chunk_bytes", "buffers", "direct", "hash"} | ({"depth"} if self.is_deep else set()) | ({DEADLINE} if self.deadline_s else set())
         if unknown := sorted(job.options.keys() - known):
             raise InvalidArgument(f"the backend {self.name!r} has no option {unknown[0]!r}", hint=f"It has {', '.join(sorted(known))}.")
-        chunk = number_of(job, "chunk_bytes", self.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
+        pace = self.in_memory if in_memory and self.in_memory is not None else self.pace
+        chunk = number_of(job, "chunk_bytes", pace.chunk_bytes, PAGE_BYTES, LARGEST_CHUNK)
         if chunk % PAGE_BYTES:
             raise InvalidArgument(f"the option chunk_bytes={chunk} is not a multiple of {PAGE_BYTES}")
-        depth = number_of(job, "depth", self.depth, 1, 256)
-        buffers = number_of(job, "buffers", depth + (2 if self.is_deep else 1), depth, 1024)
+        depth = number_of(job, "depth", pace.depth, 1, 256)
+        buffers = number_of(job, "buffers", depth + (max(2, depth // 2) if self.is_deep else 1), depth, 1024)
         direct, hashes = choice(job, "direct", DIRECT), choice(job, "hash", HASH)
+        if direct == "auto" and (job.from_disk or self.worker is not Worker):  # what goes straight into a device's memory comes straight from a disk
+            direct = "always"
         if self.deadline_s:
             deadline(job, self.deadline_s)
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
         roots = len({file.root for file in job.files})
-        workers = job.workers or max(2 * roots, min(self.threads, max(4, cores())))
+        workers = job.workers or max(1 if in_memory else 2 * roots, min(pace.threads, max(4, cores())))
         largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
-        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), direct, hash_on_device=hashes)
+        on_device = hashes and self.worker is Worker
+        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), direct, hash_on_device=on_device)
 
 
 def check_pieces(job: Job) -> None:
@@ -149,7 +172,7 @@ def deadline(job: Job, otherwise: int) -> int:
     return number_of(job, DEADLINE, otherwise, 1, 86400)
 
 
-def choice(job: Job, name: str, values: Mapping[str, bool]) -> bool:
+def choice(job: Job, name: str, values: Mapping[str, _Value]) -> _Value:
     """An option of a job that is a word; ``auto`` if it is not there.
 
     Raises:

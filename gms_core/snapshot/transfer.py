@@ -16,6 +16,9 @@ from gms_core.snapshot.plan import Piece
 
 Direction = Literal["save", "restore"]
 
+Direct = Literal["auto", "always", "never"]
+"""Past the page cache: unless what is read is in memory already, wherever the filesystem can, or not."""
+
 Where = Path | str
 """Where something lies: the path of a file or a folder, or the URL of an object or of what its name begins with."""
 
@@ -59,6 +62,7 @@ class Job:
         workers: Threads; 0 for as many as suit the backend.
         options: The backend's own, by name.
         objects: Whether its files are objects of a store. Only a backend whose attribute ``objects`` is true is given such a job, and no other.
+        from_disk: Whether it is the disk that is asked, and not what the machine remembers of it: for whoever verifies a snapshot.
     """
 
     direction: Direction
@@ -69,6 +73,7 @@ class Job:
     workers: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
     objects: bool = False
+    from_disk: bool = False
 
     @property
     def size(self) -> int:
@@ -134,12 +139,8 @@ class CopyLane(Protocol):
     def wait(self, ticket: int) -> None:
         """Come back once a copy is done."""
 
-    def hash(self, block_bytes: int) -> LaneHash | None:
-        """What finds checksums on the device; None where the host has to. It is asked for once, and once the lane has arrived.
-
-        Args:
-            block_bytes: Of the largest block; every other one, but for the image's last one, has as many.
-        """
+    def hash(self) -> LaneHash | None:
+        """What finds checksums on the device; None where the host has to. It is asked for once the lane has arrived; see `Memory.prepare_hash`."""
 
     def close(self) -> None:
         """Wait for all copies, and give up what the lane has. Idempotent."""
@@ -150,6 +151,13 @@ class Memory(Protocol):
 
     def lane(self) -> CopyLane:
         """A lane for one thread. It takes nothing until that thread uses it."""
+
+    def prepare_hash(self, block_bytes: int) -> None:
+        """Make ready to find checksums on the device, behind the caller's back, for those who will ask their lane for it. Once at most.
+
+        Args:
+            block_bytes: Of the largest block; every other one, but for the image's last one, has as many.
+        """
 
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """Make host memory fit for fast copies: it is pinned, where that means something.
@@ -180,7 +188,7 @@ class Phase:
     """What a transfer has spent its time on.
 
     Attributes:
-        name: Such as ``read``, ``hash``, ``copy`` or ``wait``.
+        name: Such as ``read``, ``arrive`` (until the memory is there), ``hash``, ``copy`` or ``wait`` (for copies).
         seconds: Summed over the threads.
     """
 

@@ -20,6 +20,9 @@ from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.transfer import CopyLane, Job, LaneHash, Place, Where
 from gms_core.vmm.undo import UndoStack
 
+_MOST_HASHED = 8
+"""Blocks that a device hashes for one thread at once, beside the newest one."""
+
 
 class OpenFile(Protocol):
     """A shard that is open: a file, or an object of a store."""
@@ -186,7 +189,7 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        hashing: tuple[Chunk, int] | None = None
+        hashing = deque[tuple[Chunk, int]]()
         on_device, is_first = None, True
         chunks = self._chunks()
         upcoming = next(chunks, None)
@@ -206,24 +209,24 @@ class Worker:
             lane.arrive()
             if bytes_at is buffer:
                 orders.pin()
-            self._lap("wait")
+            self._lap("arrive")
             ticket = lane.to_memory(chunk.offset, bytes_at.address, chunk.size)
             self._lap("copy")
             copying.append((chunk, buffer, ticket))
             if is_first:
                 is_first = False
-                on_device = lane.hash(orders.job.block_bytes) if orders.hash_on_device else None
+                on_device = lane.hash() if orders.hash_on_device else None
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
             if on_device is None:
                 self._verify(chunk, bytes_at.view)
             elif chunk.is_last:
-                before, hashing = hashing, (chunk, on_device.begin(chunk.piece.offset, chunk.piece.size))
-                if before is not None:
-                    self._compare(on_device, *before)
+                hashing.append((chunk, on_device.begin(chunk.piece.offset, chunk.piece.size)))
+                if len(hashing) > min(orders.depth, _MOST_HASHED):
+                    self._compare(on_device, *hashing.popleft())
         while copying:
             self._copied(*copying.popleft())
-        if on_device is not None and hashing is not None:
-            self._compare(on_device, *hashing)
+        while on_device is not None and hashing:
+            self._compare(on_device, *hashing.popleft())
 
     def _save(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane

@@ -163,9 +163,10 @@ def test_device_finds_the_checksum_of_its_memory_when_a_block_has_any_size(drive
     with device_memory(driver, ((0, 16 * MIB),)) as base, memory_for(driver.device_id, ((0, 16 * MIB),)) as memory:
         driver.write(base, data)
         memory.ready(base)
+        memory.prepare_hash(16 * MIB)
         with contextlib.closing(memory.lane()) as lane:
             lane.arrive()
-            hashed = lane.hash(16 * MIB)
+            hashed = lane.hash()
             assert hashed is not None
             tickets = [(offset, hashed.begin(offset, size)) for offset in (0, 16 * MIB - size)]
             assert [hashed.end(ticket) for _, ticket in tickets] == [xxhash.xxh3_64_intdigest(data[offset : offset + size]) for offset, _ in tickets]
@@ -177,15 +178,26 @@ def test_device_finds_the_checksum_of_a_block_when_it_lies_in_parts_and_has_just
     with device_memory(driver, allocations) as base, memory_for(driver.device_id, allocations) as memory:
         memory.register(ring.address, ring.size)
         memory.ready(base)
+        memory.prepare_hash(16 * MIB)
         with contextlib.closing(memory.lane()) as lane:
-            hashed = lane.hash(16 * MIB)
+            lane.arrive()
+            hashed = lane.hash()
             for _ in range(4):
                 ring.buffers[0].view[:] = data = os.urandom(16 * MIB)
                 lane.to_memory(0, ring.address, 16 * MIB)
                 assert hashed.end(hashed.begin(0, 16 * MIB)) == xxhash.xxh3_64_intdigest(data)
-            assert lane.hash(64 * MIB) is None  # in too many parts
         memory.unregister(ring.address)
     ring.close()
+
+
+def test_host_finds_checksums_when_a_block_lies_in_too_many_parts(driver):
+    allocations = tuple((number * 4 * MIB, 2 * MIB) for number in range(8))
+    with device_memory(driver, allocations) as base, memory_for(driver.device_id, allocations) as memory:
+        memory.ready(base)
+        memory.prepare_hash(64 * MIB)
+        with contextlib.closing(memory.lane()) as lane:
+            lane.arrive()
+            assert lane.hash() is None
 
 
 def test_no_context_is_left_when_memory_is_closed():

@@ -23,7 +23,7 @@ from gms_core.snapshot.transfer import File, Job
 GAPS = ((0, 5 * PAGE_BYTES), (5 * PAGE_BYTES, 3 * PAGE_BYTES), (11 * PAGE_BYTES, PAGE_BYTES), (40 * PAGE_BYTES, 28 * PAGE_BYTES))
 """Of 37 pages: two allocations side by side, and two that lie apart."""
 asking.DEADLINE_S = 60.0  # a busy machine loads a library slowly, and what is collected must not depend on it
-SMALL = {"chunk_bytes": str(2 * PAGE_BYTES)}
+SMALL = {"chunk_bytes": str(2 * PAGE_BYTES), "direct": "always"}
 
 
 class Memory:
@@ -106,6 +106,15 @@ class Scene:
             memory.ready(target.base)
             return target, transfer.finish()
 
+    def holds(self, target):
+        """Whether memory that was restored to has the image."""
+        begin = 0
+        for place, size in self.allocations:
+            if target.bytes[place : place + size] != self.data[begin : begin + size]:
+                return False
+            begin += size
+        return True
+
     def flip(self, piece):
         """Change one bit in the middle of a block's file."""
         path, position = self.files[piece.shard].path, piece.position + piece.size // 2
@@ -135,6 +144,7 @@ class LateMemory:
         self.extents, self.arrival = Extents(allocations), Arrival()
         self.registered, self.unregistered, self.refuse = [], [], None
         self.lock, self.lanes, self.too_early = threading.Lock(), [], []
+        self.prepared = 0
 
     def ready(self, base):
         self.arrival.ready(base)
@@ -146,6 +156,9 @@ class LateMemory:
         lane = LateLane(self)
         self.lanes.append(lane)
         return lane
+
+    def prepare_hash(self, block_bytes):
+        self.prepared = block_bytes
 
     def register(self, address, size, *, writable=True):
         with self.lock:
@@ -206,9 +219,9 @@ class LateLane:
                 ctypes.memset(copy[0], (ctypes.string_at(copy[0], 1)[0] + 1) % 256, 1)
         self.copies[ticket - 1] = []
 
-    def hash(self, block_bytes):
+    def hash(self):
         self.waiter.base()  # it has arrived
-        return LateHash(self) if self.memory.hashes else None
+        return LateHash(self) if self.memory.hashes and self.memory.prepared else None
 
     def close(self):
         for ticket in range(1, len(self.copies) + 1):

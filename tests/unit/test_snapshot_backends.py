@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from gms_core.errors import BackendUnavailable, DriverError, InvalidArgument, SnapshotDamaged, TransferCancelled, TransferFailed
-from gms_core.snapshot import registry
-from gms_core.snapshot.backends import system_calls
+from gms_core.snapshot import registry, system_calls
 from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.buffers import Ring
 from gms_core.snapshot.files import ShardFile
@@ -295,12 +294,12 @@ class Answers:
     def __init__(self, *results):
         self.results, self.begun, self.closed = list(results), [], False
 
-    def submit(self, buffer, size, descriptor, position):
+    def submit(self, buffer, size, file, position):
         result = self.results.pop(0)
         if isinstance(result, OSError):
             raise result
         if result > 0:
-            result = os.preadv(descriptor, [buffer.view[: min(result, size)]], position)
+            result = os.preadv(file.descriptor, [buffer.view[: min(result, size)]], position)
         self.begun.append((buffer.number, result))
 
     def reap(self):

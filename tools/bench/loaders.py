@@ -51,20 +51,6 @@ class Peer(NamedTuple):
     condition: Callable[[str], str] = lambda _: ""
 
 
-class Restore(NamedTuple):
-    """A way to restore with GMS.
-
-    Attributes:
-        backend: By its name.
-        options: The backend's own.
-        sources: For which it is measured.
-    """
-
-    backend: str
-    options: Mapping[str, str] = {}
-    sources: tuple[str, ...] = SOURCES
-
-
 def _load_file(files: Sequence[str], device: str) -> Tensors:
     from safetensors.torch import load_file
 
@@ -139,12 +125,8 @@ PEERS: Mapping[str, Peer] = {
     "InstantTensor": Peer("instanttensor", "instanttensor", _instanttensor, _lacks_gpu),
 }
 
-GMS: Mapping[str, Restore] = {
-    "gms staged": Restore("staged"),
-    "gms staged direct=never": Restore("staged", {"direct": "never"}, (PAGE_CACHE,)),
-    "gms aio": Restore("aio"),
-    "gms local-ssd-pinned": Restore("local-ssd-pinned"),
-}
+GMS: Mapping[str, str] = {f"gms {backend}": backend for backend in ("staged", "aio", "uring", "local-ssd-pinned")}
+"""Restores with GMS, and the backend of each."""
 
 
 def names() -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tools.bench import page_cache
 from tools.bench.commands import gms
 from tools.bench.document import Limit, Loader, Loading, Measurement, Sample, summed_up
 from tools.bench.limits import Tell, copy_limit, disk_limit, fio_seconds
-from tools.bench.loaders import DISK, GMS, PAGE_CACHE, PEERS, TMPFS
+from tools.bench.loaders import DISK, GMS, PAGE_CACHE, TMPFS
 from tools.bench.machine import file_system
 from tools.bench.orders import Answer, Asked, Check, Load, Publish, ask
 
@@ -150,17 +150,12 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
     )
 
 
-def _loaders_of(source: str, names: Sequence[str]) -> list[str]:
-    """Those that are measured for a source."""
-    return [name for name in names if name in PEERS or source in GMS[name].sources]
-
-
 def _measurements(run: Run, size: int, copy: Limit, disk: Limit) -> tuple[Measurement, ...]:
     def one(source: str, name: str) -> Measurement:
         error = run.left_out.get(source, "") or run.errors.get((source, name), "")
         return summed_up(source, name, run.samples.get((source, name), []), size, copy, disk if source == DISK else Limit(""), error)
 
-    return tuple(one(source, name) for source in run.wanted.sources for name in _loaders_of(source, run.wanted.loaders))
+    return tuple(one(source, name) for source in run.wanted.sources for name in run.wanted.loaders)
 
 
 def _rounds(run: Run, source: str, place: Place) -> None:
@@ -169,7 +164,7 @@ def _rounds(run: Run, source: str, place: Place) -> None:
         run.tell(f"{source}, {number + 1} of {run.wanted.repeat}")
         if source == DISK:
             run.fio_s += fio_seconds(place.files, run.tell)
-        for name in _loaders_of(source, run.wanted.loaders):
+        for name in run.wanted.loaders:
             _try(run, source, place, name)
 
 
@@ -210,11 +205,9 @@ def sample_of(asked: Asked, cached: float) -> Sample:
 
 
 def _restore(run: Run, place: Place, name: str, cached: float) -> tuple[Sample, str]:
-    way = GMS[name]
-    options = [word for key, value in way.options.items() for word in ("--option", f"{key}={value}")]
     began = time.monotonic()
     told = gms(
-        *("snapshot", "restore", NAME, "--root", str(place.root), "--backend", way.backend, *options),
+        *("snapshot", "restore", NAME, "--root", str(place.root), "--backend", GMS[name]),
         *("--device", str(run.wanted.device), "--runtime-dir", str(run.socket.parent)),
     )
     ended = time.monotonic()

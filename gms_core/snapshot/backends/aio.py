@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.backends.deep import DeepChannel
-from gms_core.snapshot.backends.system_calls import needed, refusal, system_call
 from gms_core.snapshot.buffers import Buffer, populate
-from gms_core.snapshot.files import JobFiles
-from gms_core.snapshot.staged import StagedBackend
+from gms_core.snapshot.files import JobFiles, ShardFile
+from gms_core.snapshot.staged import Pace, StagedBackend
+from gms_core.snapshot.system_calls import needed, refusal, system_call
 from gms_core.snapshot.transfer import Job, Memory, Probe
 from gms_core.snapshot.worker import Channel
 
@@ -70,10 +70,10 @@ class AioQueue:
             raise TransferFailed(f"asynchronous I/O cannot be set up: {error.strerror}", hint=hint) from error
         self._context: int | None = context.value
 
-    def submit(self, buffer: Buffer, size: int, descriptor: int, position: int) -> None:
+    def submit(self, buffer: Buffer, size: int, file: ShardFile, position: int) -> None:
         """See `KernelQueue.submit`."""
         block = self._blocks[buffer.number]
-        block.descriptor, block.buffer, block.size, block.position = descriptor, buffer.address, size, position
+        block.descriptor, block.buffer, block.size, block.position = file.descriptor, buffer.address, size, position
         pointer = ctypes.c_uint64(ctypes.addressof(block))
         system_call(self._calls["io_submit"], self._context or 0, 1, ctypes.addressof(pointer))
 
@@ -112,4 +112,4 @@ def _probe() -> Probe:
     return refusal("io_setup", 1)
 
 
-AIO = StagedBackend("aio", _probe, AioRoute, depth=4, is_deep=True, chunk_bytes=4 * 2**20, threads=8)
+AIO = StagedBackend("aio", _probe, AioRoute, Pace(8, 4, 4 * 2**20), is_deep=True)

@@ -16,7 +16,7 @@ from gms_core.snapshot.backends.into_memory import all_places, explained
 from gms_core.snapshot.buffers import Buffer, populate
 from gms_core.snapshot.direct import DirectWorker
 from gms_core.snapshot.files import JobFiles, ShardFile, shard_file
-from gms_core.snapshot.staged import StagedBackend
+from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Job, Memory, Probe
 from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
@@ -159,7 +159,7 @@ def _tried() -> Probe:
     return Probe(True, open_driver())
 
 
-CUFILE_GDS = StagedBackend(NAME, _probe, CuFileRoute, threads=16, directions=frozenset({"restore"}), worker=DirectWorker)
+CUFILE_GDS = StagedBackend(NAME, _probe, CuFileRoute, Pace(), directions=frozenset({"restore"}), worker=DirectWorker)
 
 if __name__ == "__main__":
     answer(_tried)

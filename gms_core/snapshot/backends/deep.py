@@ -21,8 +21,8 @@ _DONE_PLAINLY = frozenset({errno.EINVAL, errno.EAGAIN, errno.EINTR, errno.EOPNOT
 class KernelQueue(Protocol):
     """An interface of the kernel, opened for one thread."""
 
-    def submit(self, buffer: Buffer, size: int, descriptor: int, position: int) -> None:
-        """Begin to read into a buffer, or to write from it. The buffer's number names the request.
+    def submit(self, buffer: Buffer, size: int, file: ShardFile, position: int) -> None:
+        """Begin to read a file into a buffer, or to write it from there. The buffer's number names the request.
 
         Raises:
             OSError: The kernel has not taken it.
@@ -65,7 +65,7 @@ class DeepChannel:
         """See `Channel.begin`."""
         request = _Request(chunk, buffer, shard_file(chunk.file))
         try:
-            self._queue.submit(buffer, chunk.size, request.file.descriptor, chunk.position)
+            self._queue.submit(buffer, chunk.size, request.file, chunk.position)
         except OSError as error:
             if error.errno not in _DONE_PLAINLY:
                 raise request.file.failed(chunk.position, error) from error

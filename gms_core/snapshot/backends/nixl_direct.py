@@ -20,7 +20,7 @@ from gms_core.snapshot.backends.nixl_waiting import DEADLINE_S, Patience, Reques
 from gms_core.snapshot.buffers import Buffer, populate
 from gms_core.snapshot.direct import DirectWorker
 from gms_core.snapshot.files import JobFiles, shard_file
-from gms_core.snapshot.staged import StagedBackend, deadline
+from gms_core.snapshot.staged import Pace, StagedBackend, deadline
 from gms_core.snapshot.transfer import Job, Memory, Place, Probe
 from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
@@ -207,10 +207,8 @@ NIXL_POSIX_DIRECT = StagedBackend(
     _POSIX.backend,
     probe_posix,
     functools.partial(NixlDirectRoute, _POSIX),
-    depth=4,
+    Pace(4, 4, 4 * 2**20),
     is_deep=True,
-    chunk_bytes=4 * 2**20,
-    threads=4,
     directions=frozenset({"restore"}),
     deadline_s=DEADLINE_S,
     worker=DirectWorker,
@@ -219,9 +217,8 @@ NIXL_GDS = StagedBackend(
     _GDS.backend,
     _probe_gds,
     functools.partial(NixlDirectRoute, _GDS),
-    depth=4,
+    Pace(8, 4),
     is_deep=True,
-    threads=8,
     directions=frozenset({"restore"}),
     deadline_s=DEADLINE_S,
     worker=DirectWorker,

@@ -21,8 +21,8 @@ from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.backends.nixl_agents import Agent, Handle, NixlError, Operation, Range, StillUnderWay
 from gms_core.snapshot.backends.nixl_waiting import DEADLINE_S, Patience, hang
 from gms_core.snapshot.buffers import Buffer, populate
-from gms_core.snapshot.files import JobFiles
-from gms_core.snapshot.staged import StagedBackend, deadline
+from gms_core.snapshot.files import JobFiles, ShardFile
+from gms_core.snapshot.staged import Pace, StagedBackend, deadline
 from gms_core.snapshot.transfer import Job, Memory, Probe
 from gms_core.snapshot.worker import Channel
 from gms_core.vmm.undo import UndoStack
@@ -82,11 +82,12 @@ class NixlQueue:
             self._agent.register("DRAM", [Range(buffer.address, len(buffer.view), 0) for buffer in buffers])
             undo.commit()
 
-    def submit(self, buffer: Buffer, size: int, descriptor: int, position: int) -> None:
+    def submit(self, buffer: Buffer, size: int, file: ShardFile, position: int) -> None:
         """See `KernelQueue.submit`."""
         if self._is_retired:
             raise OSError(errno.EAGAIN, "NIXL has failed before")
         try:
+            descriptor = file.descriptor
             if descriptor not in self._files:
                 self._agent.register("FILE", [Range(0, WHOLE_FILE, descriptor)])
                 self._files.add(descriptor)
@@ -204,4 +205,4 @@ def probe() -> Probe:
     return ask("gms_core.snapshot.backends.nixl_probe", PLUGIN, about="NIXL's plugin POSIX")
 
 
-NIXL_POSIX = StagedBackend("nixl-posix", probe, NixlPosixRoute, depth=4, is_deep=True, chunk_bytes=4 * 2**20, threads=4, deadline_s=DEADLINE_S)
+NIXL_POSIX = StagedBackend("nixl-posix", probe, NixlPosixRoute, Pace(4, 4, 4 * 2**20), is_deep=True, deadline_s=DEADLINE_S)

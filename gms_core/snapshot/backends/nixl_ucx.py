@@ -16,7 +16,7 @@ from gms_core.snapshot.buffers import Buffer, populate
 from gms_core.snapshot.engine import StagedTransfer
 from gms_core.snapshot.peers.offers import Offer, Reach, parts
 from gms_core.snapshot.peers.peer import REACH, PeerMemories, PeerMemory
-from gms_core.snapshot.staged import StagedBackend, check_pieces, deadline
+from gms_core.snapshot.staged import Pace, StagedBackend, check_pieces, deadline
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
 from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
@@ -202,5 +202,5 @@ def _no_files(*_: object) -> PeerRoute:
     raise BackendUnavailable("a peer's memory is no file")
 
 
-_TUNED = StagedBackend(PeerBackend.name, probe, _no_files, depth=4, is_deep=True, threads=2, deadline_s=DEADLINE_S)
+_TUNED = StagedBackend(PeerBackend.name, probe, _no_files, Pace(2, 4), is_deep=True, deadline_s=DEADLINE_S)
 NIXL_UCX = PeerBackend()

@@ -216,7 +216,7 @@ class ObjectBackend:
         parts = -(-max((file.size for file in job.files), default=chunk) // chunk)
         depth = number_of(job, "depth", max(1, min(CONNECTIONS // workers, parts)), 1, 256) if saves else 1
         buffers = number_of(job, "buffers", depth + (2 if saves else 1), depth, 1024)
-        return Tuning(workers, depth, buffers, chunk, direct=False, in_order=saves, hash_on_device=choice(job, "hash", HASH))
+        return Tuning(workers, depth, buffers, chunk, direct="never", in_order=saves, hash_on_device=choice(job, "hash", HASH))
 
 
 def _patience_s(shard: ShardObject) -> float:

@@ -16,7 +16,7 @@ from gms_core.errors import DriverError, TransferFailed
 from gms_core.snapshot.buffers import Buffer, MappedFile
 from gms_core.snapshot.files import JobFiles, ShardFile, shard_file
 from gms_core.snapshot.manifest import BLOCK_BYTES
-from gms_core.snapshot.staged import StagedBackend
+from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Job, Memory, Probe
 from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
@@ -114,4 +114,4 @@ def _probe() -> Probe:
     return Probe(True, "files on a tmpfs or in the page cache are pinned where they lie; others are read as by staged")
 
 
-PINNED = StagedBackend("local-ssd-pinned", _probe, PinnedRoute, chunk_bytes=BLOCK_BYTES, directions=frozenset({"restore"}))
+PINNED = StagedBackend("local-ssd-pinned", _probe, PinnedRoute, Pace(chunk_bytes=BLOCK_BYTES), directions=frozenset({"restore"}))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gms_core.snapshot.buffers import Buffer, populate
 from gms_core.snapshot.files import JobFiles
-from gms_core.snapshot.staged import StagedBackend
+from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe
 from gms_core.snapshot.worker import Channel, Chunk
 
@@ -59,4 +59,4 @@ def _probe() -> Probe:
     return Probe(True, "preadv and pwritev, past the page cache where the filesystem has direct I/O")
 
 
-STAGED = StagedBackend("staged", _probe, PreadvRoute)
+STAGED = StagedBackend("staged", _probe, PreadvRoute, Pace(), in_memory=Pace(threads=8))

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.backends.deep import DeepChannel
-from gms_core.snapshot.backends.system_calls import needed, refusal, system_call
 from gms_core.snapshot.buffers import Buffer, populate
-from gms_core.snapshot.files import JobFiles
-from gms_core.snapshot.staged import StagedBackend
+from gms_core.snapshot.files import JobFiles, ShardFile
+from gms_core.snapshot.staged import Pace, StagedBackend
+from gms_core.snapshot.system_calls import needed, refusal, system_call
 from gms_core.snapshot.transfer import Job, Memory, Probe
 from gms_core.snapshot.worker import Channel
 from gms_core.vmm.undo import UndoStack
@@ -26,6 +26,7 @@ _READ_FIXED, _WRITE_FIXED, _READ, _WRITE = 4, 5, 22, 23
 _SINGLE_MMAP = 1
 _SQES_OFFSET = 0x10000000
 _ENTER_GETEVENTS = 1
+_ASYNC = 1 << 4
 _REGISTER_BUFFERS = 0
 _SQE = struct.Struct("=BBHiQQIIQHHi16x")
 """Opcode, flags, priority, descriptor, position, address, size, flags of the read, the request's name, the registered buffer's number, two more."""
@@ -84,12 +85,13 @@ class UringQueue:
         fixed, plain = (_WRITE_FIXED, _WRITE) if writes else (_READ_FIXED, _READ)
         self._opcode = fixed if self.is_registered else plain
 
-    def submit(self, buffer: Buffer, size: int, descriptor: int, position: int) -> None:
-        """See `KernelQueue.submit`."""
+    def submit(self, buffer: Buffer, size: int, file: ShardFile, position: int) -> None:
+        """See `KernelQueue.submit`. What goes through the page cache is copied by threads of the kernel, all at once, and not by this one."""
         parameters = self._parameters
         tail = self._word(parameters.sq_tail)
         place = tail & self._word(parameters.sq_mask)
-        request = (self._opcode, 0, 0, descriptor, position, buffer.address, size, 0, buffer.number, self._numbers[buffer.number], 0, 0)
+        flags, place_of_buffer = 0 if file.is_direct else _ASYNC, self._numbers[buffer.number]
+        request = (self._opcode, flags, 0, file.descriptor, position, buffer.address, size, 0, buffer.number, place_of_buffer, 0, 0)
         _SQE.pack_into(self._sqes, place * _SQE.size, *request)
         _WORD.pack_into(self._rings, parameters.sq_array + 4 * place, place)
         _WORD.pack_into(self._rings, parameters.sq_tail, (tail + 1) & 0xFFFFFFFF)
@@ -162,4 +164,4 @@ def _probe() -> Probe:
     return refusal("io_uring_setup", 1)
 
 
-URING = StagedBackend("uring", _probe, UringRoute, depth=4, is_deep=True, chunk_bytes=4 * 2**20, threads=8)
+URING = StagedBackend("uring", _probe, UringRoute, Pace(8, 4, 4 * 2**20), in_memory=Pace(1, 20, 4 * 2**20), is_deep=True)
