@@ -11,9 +11,14 @@ from functools import partial
 from gms_core.config import settings
 from gms_core.errors import ConfigurationError
 from gms_core.failover.parent_death import end_with_parent
+from gms_core.weights.log import log_as
 from gms_patches.on_import import when_imported
 
-log = logging.getLogger("vllm.gms")
+LOG = "vllm.gms"
+"""Below vLLM's own logger, whose handlers and level it shares."""
+
+log = logging.getLogger(LOG)
+log_as(LOG)
 
 
 def register() -> None:

@@ -23,9 +23,9 @@ import torch
 
 from gms_core.engine_config import GmsConfig
 from gms_core.errors import OutOfMemory
+from gms_core.weights.holdings import GIB, Holding
 from gms_patches.apply import applied
 from gms_patches.for_vllm import REQUEST_MEMORY
-from gms_vllm.holdings import GIB, Holding
 from gms_vllm.place import connect, pool_name
 
 log = logging.getLogger("vllm.gms")

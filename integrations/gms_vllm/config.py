@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from vllm.config.load import LoadConfig
 
-from gms_core.engine_config import GmsConfig, parse_block
-from gms_core.errors import ConfigurationError, EngineUnsupported
-
-LOAD_FORMAT = "gms"
-BLOCK = "gms"
-WHERE = "--model-loader-extra-config: gms"
+from gms_core.errors import EngineUnsupported
+from gms_core.weights import options as weights_options
+from gms_core.weights.options import LOAD_FORMAT, LoaderOptions
 
 OBJECT_STORES = ("s3://", "gs://", "az://")
 """Schemes that vLLM reads with a streaming loader only (vllm/transformers_utils/runai_utils.py)."""
@@ -26,37 +20,9 @@ _NO_INNER = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LoaderOptions:
-    """What the user wrote.
-
-    Attributes:
-        gms: The block for GMS.
-        rest: Every other key, for the inner loader.
-    """
-
-    gms: GmsConfig
-    rest: Mapping[str, Any]
-
-
 def loader_options(extra: object) -> LoaderOptions:
-    """Split the value of ``model_loader_extra_config``.
-
-    Raises:
-        ConfigurationError: It is no mapping, or the block has an unknown key or a wrong value.
-    """
-    if not isinstance(extra, Mapping):
-        raise ConfigurationError(
-            f"--model-loader-extra-config is a {type(extra).__name__}, not a mapping", hint='Write it as JSON, such as {"gms": {}}.'
-        )
-    rest = dict(extra)
-    options = LoaderOptions(parse_block(rest.pop(BLOCK, None), where=WHERE), rest)
-    reason = _NO_INNER.get(options.gms.inner.lower())
-    if reason is not None:
-        raise ConfigurationError(
-            f"{WHERE}: inner: {options.gms.inner!r} cannot be used, because {reason}", hint="Leave it out, or name a loader that reads files."
-        )
-    return options
+    """Split the value of ``model_loader_extra_config``. See `gms_core.weights.options.loader_options`."""
+    return weights_options.loader_options(extra, _NO_INNER)
 
 
 def inner_load_config(load_config: LoadConfig, options: LoaderOptions, load_format: str | None = None) -> LoadConfig:

@@ -34,7 +34,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _create(arguments: Any, create: Callable[[], Any], usage_context: Any, headless: bool) -> Any:
     from gms_core.failover.config import failover_config
-    from gms_vllm.config import LOAD_FORMAT, OBJECT_STORES, loader_options, streaming_inner
+    from gms_core.weights.options import LOAD_FORMAT
+    from gms_vllm.config import OBJECT_STORES, loader_options, streaming_inner
     from gms_vllm.failover import begin_failover
     from gms_vllm.sleep_mode import set_sleep_mode, stock_sleep_mode_off
     from gms_vllm.unsupported import WORKER, check_arguments, check_config, check_engine, check_worker

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_core.checkpoint import WEIGHTS, find_weights
-from gms_core.errors import CheckpointNotFound
+from gms_core.weights.files import check_weights, model_folder
 
 PATTERNS = {
     "auto": WEIGHTS,
@@ -33,14 +33,8 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
     Raises:
         CheckpointNotFound: Names the folder and what was looked for.
     """
-    folder = Path(model_config.model)
-    if inner == "dummy" or _is_elsewhere(model_config) or not folder.is_dir() or weight_files(model_config, inner):
-        return
-    patterns = ", ".join(PATTERNS.get(inner, _OTHERS))
-    raise CheckpointNotFound(
-        f"{folder} has no weight files ({patterns}), and nothing that fits is published",
-        hint="Restore the files, or start the engine that publishes these weights first.",
-    )
+    if inner != "dummy" and not _is_elsewhere(model_config) and (folder := Path(model_config.model)).is_dir():
+        check_weights(folder, PATTERNS.get(inner, _OTHERS))
 
 
 def _is_elsewhere(model_config: Any) -> bool:
@@ -49,13 +43,6 @@ def _is_elsewhere(model_config: Any) -> bool:
 
 
 def _folder(model_config: Any, download_dir: str | None) -> Path | None:
-    folder = Path(model_config.model)
-    if folder.is_dir():
-        return None if _is_elsewhere(model_config) else folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_config.model, revision=model_config.revision, cache_dir=download_dir, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+    if _is_elsewhere(model_config) and Path(model_config.model).is_dir():
         return None
+    return model_folder(model_config.model, model_config.revision, download_dir)

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import vllm.envs as envs
 from vllm.platforms import current_platform
 
-from gms_core.checkpoint import cached_digest, content_digest
-from gms_core.errors import IdentityMismatch
 from gms_core.layout import Identity
+from gms_core.weights.identity import DUMMY, digest_of, plain, whereabouts
 from gms_patches.apply import installed_version
 from gms_patches.for_vllm import DISTRIBUTIONS
-
-log = logging.getLogger("vllm.gms")
-
-DUMMY = "dummy"
-"""The content of weights that are not read but made up."""
 
 _NOT_OF_THE_LAYOUT = frozenset(
     {"_name_or_path", "transformers_version", "tie_word_embeddings", "_commit_hash", "dtype", "torch_dtype", "quantization_config"}
@@ -46,8 +36,8 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
         extra: What the user added.
     """
     quantisation = {
-        "checkpoint": _plain(getattr(model_config.hf_config, "quantization_config", None)),
-        "runtime": _plain(_runtime_quantisation(model_config)),
+        "checkpoint": plain(getattr(model_config.hf_config, "quantization_config", None), _NOT_OF_THE_LAYOUT),
+        "runtime": plain(_runtime_quantisation(model_config), _NOT_OF_THE_LAYOUT),
     }
     fields = {
         "content": content,
@@ -60,9 +50,9 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
         "device": _device(),
         "dtype": str(model_config.dtype),
         "quantization": str(model_config.quantization or ""),
-        "quantization_config": _hash(quantisation) if any(quantisation.values()) else "",
+        "quantization_config": digest_of(quantisation) if any(quantisation.values()) else "",
         "architecture": ",".join(getattr(model_config.hf_config, "architectures", None) or ()),
-        "model_config": _hash(_plain(model_config.hf_config)),
+        "model_config": digest_of(plain(model_config.hf_config, _NOT_OF_THE_LAYOUT)),
         "model_impl": str(model_config.model_impl),
         "max_model_len": str(model_config.max_model_len),  # sizes rotary caches, which are published with the weights, and chooses their variant
         **_parallel(config),
@@ -72,39 +62,9 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
     return Identity({name: value for name, value in fields.items() if value})
 
 
-def check_content(files: Sequence[Path], published: Identity) -> None:
-    """Compare a checkpoint whose digest was unknown when the lease was asked for with what was granted.
-
-    The writer remembers the digest before it publishes; a checkpoint that is still unknown here is another one, or lies elsewhere, and is read.
-
-    Args:
-        files: The weight files that this engine would have read; nothing can be compared without.
-        published: What the lease is on.
-
-    Raises:
-        IdentityMismatch: Something else was published.
-        CheckpointNotFound: A file cannot be read.
-    """
-    found = published.fields.get("content", "")
-    if not files or not found:
-        log.warning("the digest of the checkpoint is not known: that the published weights are of the same content is not checked")
-        return
-    if cached_digest(files) is None:
-        log.info("the checkpoint in %s is not known here: it is read once, to compare it with what is published", files[0].parent)
-    content = content_digest(files)
-    if content != found:
-        difference = f"{content!r} != {found!r}"
-        raise IdentityMismatch(
-            f"the checkpoint in {files[0].parent} is not what is published: content: {difference} (expected != published)",
-            hint="Use another tag for this checkpoint, or mode rw to publish it as a new generation.",
-            details={"content": difference},
-        )
-
-
 def model_place(model_config: Any) -> str:
     """Where the model comes from: a folder, with links resolved, or a name."""
-    place = str(getattr(model_config, "model_weights", "") or model_config.model)
-    return str(Path(place).resolve()) if Path(place).is_dir() else place
+    return whereabouts(str(getattr(model_config, "model_weights", "") or model_config.model))
 
 
 def _runtime_quantisation(model_config: Any) -> object:
@@ -144,21 +104,3 @@ def _kernels(config: Any) -> dict[str, str]:
         "attention_backend": str(getattr(config.attention_config.backend, "name", "") or ""),
         "kernel_switches": ",".join(f"{name}={getattr(envs, name)}" for name in switches),
     }
-
-
-def _plain(value: object) -> object:
-    """A configuration as JSON can hold it, without the keys that do not alter the weights' layout."""
-    to_dict = getattr(value, "to_dict", None)
-    if callable(to_dict):
-        value = to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if key not in _NOT_OF_THE_LAYOUT}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-def _hash(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -11,7 +11,8 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from gms_core.errors import EngineUnsupported
-from gms_vllm.config import LOAD_FORMAT, LoaderOptions, inner_load_config, loader_options
+from gms_core.weights.options import LOAD_FORMAT, LoaderOptions
+from gms_vllm.config import inner_load_config, loader_options
 
 # vLLM also imports this where it only looks at a model's class: what loading needs is imported when it is needed.
 
@@ -51,15 +52,16 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         Raises:
             GmsError: Neither was possible; the message says why. Nothing of this engine is left in the server.
         """
-        from gms_core.checkpoint import cached_digest
         from gms_core.client import WriteLease
+        from gms_core.weights.holdings import Holding, keep
+        from gms_core.weights.identity import check_content, known_content
+        from gms_core.weights.leases import acquire
         from gms_vllm import reader, writer
         from gms_vllm.accounting import free_memory
         from gms_vllm.files import check_checkpoint, weight_files
-        from gms_vllm.holdings import Holding, keep
-        from gms_vllm.identity import DUMMY, check_content, expected_identity
-        from gms_vllm.place import LoadRequest, connect
-        from gms_vllm.roles import acquire
+        from gms_vllm.identity import expected_identity
+        from gms_vllm.place import LoadRequest, connect, pool_name
+        from gms_vllm.roles import all_ranks
         from gms_vllm.unsupported import check_config, check_engine, check_worker, is_draft
 
         check_engine()
@@ -72,12 +74,12 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         options = self.options.gms
         inner = options.inner.lower()
         files = weight_files(model_config, inner, self.load_config.download_dir)
-        content = DUMMY if inner == "dummy" else cached_digest(files) or ""
+        content = known_content(files, inner)
         identity = expected_identity(vllm_config, model_config, content=content, extra=options.identity)
         session = connect(options, rank=vllm_config.parallel_config.rank)
         try:
             before = free_memory()
-            granted = acquire(vllm_config, options, session, identity)
+            granted = acquire(session, pool_name(vllm_config, options), identity, options, all_ranks())
             holding = Holding(session, granted.lease, neighbours=before - free_memory())
             if isinstance(granted.lease, WriteLease):
                 check_checkpoint(model_config, inner)

@@ -15,11 +15,11 @@ from gms_core.pytorch import Slot, check_no_meta, materialise
 from gms_core.pytorch.manifest import decode
 from gms_core.pytorch.slots import read
 from gms_core.tensor_manifest import StorageRecord
+from gms_core.weights.holdings import Figures, Holding, report
+from gms_core.weights.leases import Granted
 from gms_vllm.cpu import shared_kernels
-from gms_vllm.holdings import Figures, Holding, report
 from gms_vllm.place import LoadRequest
 from gms_vllm.processed import already_processed, check_model
-from gms_vllm.roles import Granted
 from gms_vllm.tying import follow_publication
 
 log = logging.getLogger("vllm.gms")

@@ -17,9 +17,10 @@ from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, GmsEr
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.vmm import open_driver
+from gms_core.weights.holdings import amount
+from gms_core.weights.options import LOAD_FORMAT
 from gms_vllm import cohort, kv_planning
-from gms_vllm.config import LOAD_FORMAT, loader_options
-from gms_vllm.holdings import amount
+from gms_vllm.config import loader_options
 from gms_vllm.kv import RetainedKv, TakenOver, tensors_of
 from gms_vllm.kv_buffers import check_contents, raw_buffers
 from gms_vllm.kv_front import Range, blocks_of, size_of, wanted_bytes

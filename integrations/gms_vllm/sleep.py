@@ -14,7 +14,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepMode
 
 from gms_core.client import ReadLease
 from gms_core.errors import EngineUnsupported, InvalidArgument
-from gms_vllm.holdings import Holding
+from gms_core.weights.holdings import Holding
 from gms_vllm.sleep_mode import BACKEND
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"

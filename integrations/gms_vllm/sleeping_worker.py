@@ -17,8 +17,9 @@ from gms_core.errors import EngineAsleep
 from gms_core.failover.config import failover_config
 from gms_core.pytorch import placed
 from gms_core.vmm import open_driver
-from gms_vllm import holdings
-from gms_vllm.config import LOAD_FORMAT, loader_options
+from gms_core.weights import holdings
+from gms_core.weights.options import LOAD_FORMAT
+from gms_vllm.config import loader_options
 from gms_vllm.kv_buffers import RawBuffers, raw_buffers
 from gms_vllm.place import device_id
 from gms_vllm.private_kv import PrivateKv

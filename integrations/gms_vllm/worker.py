@@ -12,8 +12,9 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from gms_core.errors import EngineUnsupported
-from gms_vllm import accounting, holdings
-from gms_vllm.config import LOAD_FORMAT
+from gms_core.weights import holdings
+from gms_core.weights.options import LOAD_FORMAT
+from gms_vllm import accounting
 from gms_vllm.shadow_worker import GmsShadowMixin
 
 log = logging.getLogger("vllm.gms")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -16,17 +13,17 @@ from vllm.distributed.device_communicators.base_device_communicator import All2A
 from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from gms_core.checkpoint import content_digest
 from gms_core.client import WriteLease
 from gms_core.errors import LeaseConflict
 from gms_core.layout import Identity
 from gms_core.pytorch import capture, publish
 from gms_core.vmm.driver import Access
+from gms_core.weights.holdings import Due, Holding, commit
+from gms_core.weights.identity import final_identity
+from gms_core.weights.leases import Granted
 from gms_vllm.cpu import shared_kernels
-from gms_vllm.holdings import Due, Holding, commit
 from gms_vllm.place import LoadRequest
 from gms_vllm.processed import check_model
-from gms_vllm.roles import Granted
 
 COMMUNICATION = (GroupCoordinator, DeviceCommunicatorBase, All2AllManagerBase)
 """What layers and their kernels hold of vLLM's ranks: buffers and addresses that mean something to one process only."""
@@ -37,7 +34,7 @@ def load(
 ) -> torch.nn.Module:
     """Load with the inner loader and make the result ready to be published.
 
-    From here on the parameters are read-only. They are published now, or once the engine is ready (see `gms_vllm.holdings`).
+    From here on the parameters are read-only. They are published now, or once the engine is ready (see `gms_core.weights.holdings`).
 
     Args:
         request: What to load.
@@ -55,7 +52,7 @@ def load(
         raise LeaseConflict("loading into GMS needs a write lease")
     start = time.perf_counter()
     checkpoint_bytes = sum(path.stat().st_size for path in files) if files else -1
-    digest = _in_background(functools.partial(content_digest, files)) if files else None
+    final = final_identity(identity, files)
     _check_before_reading(inner)
     with shared_kernels(writer=True), capture(lease.arena, request.device):
         model = inner.load_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
@@ -65,7 +62,7 @@ def load(
     lease.trim()
     lease.arena.set_access(Access.READ)
     seconds = time.perf_counter() - start
-    commit(Due(holding, lease, manifest, functools.partial(_final_identity, identity, digest), seconds, granted.wait_seconds, checkpoint_bytes))
+    commit(Due(holding, lease, manifest, final, seconds, granted.wait_seconds, checkpoint_bytes))
     return model
 
 
@@ -78,20 +75,3 @@ def _check_before_reading(inner: BaseModelLoader) -> None:
         load_weights(model, model_config)
 
     inner.load_weights = checked  # an attribute of this one loader, which loads once
-
-
-def _in_background(work: Callable[[], str]) -> Future[str]:
-    result: Future[str] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - the root of a thread; raised where the result is asked for
-            result.set_exception(error)
-
-    Thread(target=run, name="gms-digest", daemon=True).start()
-    return result
-
-
-def _final_identity(promised: Identity, digest: Future[str] | None) -> Identity:
-    return promised if digest is None else Identity({**promised.fields, "content": digest.result()})

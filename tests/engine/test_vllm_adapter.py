@@ -31,9 +31,9 @@ with warnings.catch_warnings():
     from vllm.utils.mem_utils import MemorySnapshot
 
     import gms_vllm
+    from gms_core.weights.holdings import Figures, Holding
     from gms_vllm import accounting, files
     from gms_vllm.config import inner_load_config, loader_options, streaming_inner
-    from gms_vllm.holdings import Figures, Holding
     from gms_vllm.loader import GmsModelLoader
     from gms_vllm.processed import already_processed, check_model
     from gms_vllm.reader import check_sizes

@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn about things that are not ours
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
-    from gms_vllm.holdings import Holding
+    from gms_core.weights.holdings import Holding
     from gms_vllm.kv import RetainedKv
     from gms_vllm.private_kv import PrivateKv
     from gms_vllm.sleep import GmsSleepBackend, register_backend

@@ -81,7 +81,7 @@ def memory() -> dict[str, int]:
 def figures() -> dict[str, Any] | None:
     import msgspec
 
-    from gms_vllm import holdings
+    from gms_core.weights import holdings
 
     holding = holdings.current()
     return None if holding is None or holding.figures is None else msgspec.to_builtins(holding.figures)

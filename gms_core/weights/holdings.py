@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +12,7 @@ import msgspec
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.layout import Identity
-
-log = logging.getLogger("vllm.gms")
-"""Below vLLM's own logger, whose handlers and level it shares."""
+from gms_core.weights.log import log
 
 GIB, MIB = 2**30, 2**20
 
@@ -154,9 +151,9 @@ def report(holding: Holding, figures: Figures) -> None:
     """Remember the figures of a load and say them in one line."""
     holding.figures = figures
     if figures.event == "published":
-        log.info("published generation %d: %s in %.2f s [%s]", figures.generation, amount(figures.bytes), figures.seconds, figures.line())
+        log().info("published generation %d: %s in %.2f s [%s]", figures.generation, amount(figures.bytes), figures.seconds, figures.line())
     else:
-        log.info(
+        log().info(
             "attached to generation %d: %s in %.1f ms, %d bytes read from the checkpoint [%s]",
             figures.generation,
             amount(figures.bytes),
