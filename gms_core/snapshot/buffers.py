@@ -94,9 +94,12 @@ class MappedFile:
 
     def is_resident(self, position: int, size: int) -> bool:
         """Whether the kernel has a part in memory: all of a file that lies in memory, or what is in the page cache of another one."""
-        pages = -(-size // mmap.PAGESIZE)
-        found = (ctypes.c_ubyte * pages)()
-        return not _libc.mincore(self._address + position, size, found) and 0 not in bytes(found)
+        return self.resident_pages(position, size) == -(-size // mmap.PAGESIZE)
+
+    def resident_pages(self, position: int, size: int) -> int:
+        """How many pages of a part the kernel has in memory; the part begins at a page."""
+        found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        return 0 if _libc.mincore(self._address + position, size, found) else sum(bytes(found))
 
     def populate(self, position: int, size: int) -> bool:
         """Bind a part's pages to its addresses, so that nobody meets a fault there. Returns whether the kernel could."""

@@ -23,7 +23,7 @@ class DirectWorker(Worker):
         orders, lane = self._orders, self._orders.lane
         lane.arrive()
         orders.pin()
-        self._lap("wait")
+        self._lap("arrive")
         idle, begun = deque(orders.buffers), deque[tuple[Chunk, Buffer]]()
         parts = self._parts()
         upcoming = next(parts, None)

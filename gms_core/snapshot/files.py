@@ -1,4 +1,4 @@
-"""A job's files, open past the page cache where their filesystem lets them be, and the errors that name them."""
+"""A job's files, open past the page cache unless they are in it or their filesystem forbids that, and the errors that name them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gms_core.snapshot.worker import OpenFile
 from gms_core.vmm.undo import UndoStack
 
 _MOSTLY = 0.5
-"""From this part on, a file that is in memory is read there: what is missing costs a little more than a direct read, and the rest next to nothing."""
+"""From this part on, a file that is in memory is read there: a disk is read once, if at all, and memory many times as fast."""
 
 
 class ShardFile:
@@ -127,7 +127,8 @@ class ShardFile:
         """A block has another checksum than it had."""
         return SnapshotDamaged(
             f"{self.path} is damaged: the {size} bytes at position {position} have the checksum {found:016x}, they were saved with {saved:016x}",
-            hint="Restore another version of the snapshot, or save it anew; look at the kernel's log for what the disk says.",
+            hint="Restore another version of the snapshot, or save it anew; look at the kernel's log for what the disk says."
+            + (" It was read from the page cache: --option direct=always asks the disk." if self.is_in_memory else ""),
             details={"file": str(self.path), "position": str(position)},
         )
 

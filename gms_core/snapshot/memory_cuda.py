@@ -54,6 +54,7 @@ class CudaMemory:
         self._context: Any = None
         self._hash: DeviceHash | None = None
         self._preparing: threading.Thread | None = None
+        self._cannot_hash = False
         self._closed = False
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
@@ -78,7 +79,11 @@ class CudaMemory:
             )
             return
         preparing = threading.Thread(target=self._prepare_hash, name="gms-snapshot-hash", daemon=True)
-        preparing.start()
+        try:
+            preparing.start()
+        except RuntimeError as error:
+            log.warning("checksums are found by the host, since no thread can be started: %s", error)
+            return
         self._preparing = preparing
 
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
@@ -128,14 +133,22 @@ class CudaMemory:
         try:
             with _current(self._retained()):
                 self._hash = DeviceHash()
-        except GmsError as error:
-            log.warning("checksums are found by the host, since the GPU cannot: %s", error)
+        except GmsError as error:  # a device that is full now may not be once the memory is there: who asks tries again
+            log.debug("the GPU cannot find checksums yet: %s", error)
 
     def _hashing(self) -> DeviceHash | None:
-        """What finds checksums; None if the device cannot."""
-        if self._preparing is not None:
-            self._preparing.join()
-        return self._hash
+        """What finds checksums; None if the device cannot. Called with the context current."""
+        if self._preparing is None:
+            return None
+        self._preparing.join()
+        with self._lock:
+            if self._hash is None and not self._cannot_hash:
+                try:
+                    self._hash = DeviceHash()
+                except GmsError as error:
+                    self._cannot_hash = True
+                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
+            return self._hash
 
     def _retained(self) -> Any:
         with self._lock:
@@ -203,6 +216,7 @@ class _CudaLane:
 
     def hash(self) -> LaneHash | None:
         """See `CopyLane.hash`."""
+        self._open()
         hashing = self._hashing()
         return None if hashing is None else _CudaHash(self, hashing)
 
@@ -213,8 +227,14 @@ class _CudaLane:
         if self._copied is None:
             self._copied = checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         checked("cuEventRecord", self._copied, self._stream)
-        slot, stream = hashing.begin(self._copied, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
-        return self._mark(stream), slot
+        with UndoStack() as undo:
+            event = self._event()
+            undo.push(self._idle.append, event)
+            slot, stream = hashing.begin(self._copied, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
+            undo.push(checked, "cuStreamSynchronize", stream)  # without an event, `close` would not know of it
+            ticket = self._mark(stream, event)
+            undo.commit()
+        return ticket, slot
 
     def close(self) -> None:
         """See `CopyLane.close`. If the device does not answer any more, what it was given is left to it."""
@@ -241,13 +261,16 @@ class _CudaLane:
             undo.push(checked, "cuCtxPopCurrent")
             self._stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
-    def _mark(self, stream: Any) -> int:
+    def _event(self) -> Any:
         # A thread that waits for its copy sleeps: others need the core to read, and the interpreter's lock is not held either way.
         flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
-        event = self._idle.pop() if self._idle else checked("cuEventCreate", int(flags))
+        return self._idle.pop() if self._idle else checked("cuEventCreate", int(flags))
+
+    def _mark(self, stream: Any, event: Any = None) -> int:
+        event = self._event() if event is None else event
         ticket = next(self._tickets)
-        self._pending[ticket] = event
         checked("cuEventRecord", event, stream)
+        self._pending[ticket] = event
         return ticket
 
 

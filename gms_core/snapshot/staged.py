@@ -135,7 +135,7 @@ class StagedBackend:
         if chunk % PAGE_BYTES:
             raise InvalidArgument(f"the option chunk_bytes={chunk} is not a multiple of {PAGE_BYTES}")
         depth = number_of(job, "depth", pace.depth, 1, 256)
-        buffers = number_of(job, "buffers", depth + (max(2, depth // 2) if self.is_deep else 1), depth, 1024)
+        buffers = number_of(job, "buffers", depth + (min(max(2, depth // 2), 16) if self.is_deep else 1), depth, 1024)
         direct, hashes = choice(job, "direct", DIRECT), choice(job, "hash", HASH)
         if direct == "auto" and (job.from_disk or self.worker is not Worker):  # what goes straight into a device's memory comes straight from a disk
             direct = "always"
@@ -144,7 +144,7 @@ class StagedBackend:
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
         roots = len({file.root for file in job.files})
-        workers = job.workers or max(1 if in_memory else 2 * roots, min(pace.threads, max(4, cores())))
+        workers = job.workers or max(0 if in_memory else 2 * roots, min(pace.threads, max(4, cores())))
         largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
         on_device = hashes and self.worker is Worker
         return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), direct, hash_on_device=on_device)

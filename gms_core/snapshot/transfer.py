@@ -143,7 +143,7 @@ class CopyLane(Protocol):
         """What finds checksums on the device; None where the host has to. It is asked for once the lane has arrived; see `Memory.prepare_hash`."""
 
     def close(self) -> None:
-        """Wait for all copies, and give up what the lane has. Idempotent."""
+        """Wait for all copies, and all that is hashed, and give up what the lane has. Idempotent."""
 
 
 class Memory(Protocol):

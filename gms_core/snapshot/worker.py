@@ -216,6 +216,7 @@ class Worker:
             if is_first:
                 is_first = False
                 on_device = lane.hash() if orders.hash_on_device else None
+                self._lap("hash")
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
             if on_device is None:
                 self._verify(chunk, bytes_at.view)

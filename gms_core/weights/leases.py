@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class Granted:
     wait_seconds: float
 
 
-def acquire(session: Session, pool: str, identity: Identity, options: GmsConfig, ranks: Ranks | None) -> Granted:
+def acquire(session: Session, pool: str, identity: Identity, options: GmsConfig, ranks: Callable[[], Ranks | None]) -> Granted:
     """Get this rank's lease.
 
     With several ranks and mode ``auto`` the first rank asks, and the others ask for what it was given: a writer publishes only once all its ranks are
@@ -42,23 +43,24 @@ def acquire(session: Session, pool: str, identity: Identity, options: GmsConfig,
         pool: Of this rank's weights.
         identity: Of the weights that it needs.
         options: The user's.
-        ranks: All that compute together; None if there is one.
+        ranks: Finds all that compute together; None if there is one. It is asked where they have to agree.
 
     Raises:
         GmsError: The lease was not granted; see `gms_core.client.Session.acquire`.
     """
     start = time.perf_counter()
-    if ranks is None or options.mode != "auto":
+    group = ranks() if options.mode == "auto" else None
+    if group is None:
         lease = _ask(session, pool, identity, options, options.mode)
-    elif ranks.rank_in_group == 0:
+    elif group.rank_in_group == 0:
         try:
             lease = _ask(session, pool, identity, options, options.mode)
         except BaseException:
-            ranks.broadcast_object(None, src=0)
+            group.broadcast_object(None, src=0)
             raise
-        ranks.broadcast_object("rw" if isinstance(lease, WriteLease) else "ro", src=0)
+        group.broadcast_object("rw" if isinstance(lease, WriteLease) else "ro", src=0)
     else:
-        decided = ranks.broadcast_object(None, src=0)
+        decided = group.broadcast_object(None, src=0)
         if decided is None:
             raise ConnectionLost("the first rank of this engine was not granted a lease; its log says why")
         lease = _ask(session, pool, identity, options, decided)

@@ -79,7 +79,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         session = connect(options, rank=vllm_config.parallel_config.rank)
         try:
             before = free_memory()
-            granted = acquire(session, pool_name(vllm_config, options), identity, options, all_ranks())
+            granted = acquire(session, pool_name(vllm_config, options), identity, options, all_ranks)
             holding = Holding(session, granted.lease, neighbours=before - free_memory())
             if isinstance(granted.lease, WriteLease):
                 check_checkpoint(model_config, inner)

@@ -310,11 +310,13 @@ class Answers:
         self.closed = True
 
 
-@pytest.mark.parametrize("results", [(8192, 8192), (5000, 4096), (-errno.EINVAL, -errno.EAGAIN), (OSError(errno.EAGAIN, ""), 8192), (1, 4097)])
+@pytest.mark.parametrize(
+    "results", [(8192, 8192), (5000, 4096), (-errno.EINVAL, -errno.EAGAIN), (-errno.ECANCELED, 8192), (OSError(errno.EAGAIN, ""), 8192), (1, 4097)]
+)
 def test_chunks_come_whole_and_in_order_when_the_kernel_answers_oddly(tmp_path, results):
     path = tmp_path / "shard"
     path.write_bytes(data := os.urandom(4 * PAGE_BYTES))
-    file, ring, queue = ShardFile(File(path, "root", 4 * PAGE_BYTES), "restore", direct=False), Ring(2, 2 * PAGE_BYTES), Answers(*results)
+    file, ring, queue = ShardFile(File(path, "root", 4 * PAGE_BYTES), "restore", direct="never"), Ring(2, 2 * PAGE_BYTES), Answers(*results)
     channel = DeepChannel("restore", queue)
     for number, position in enumerate((0, 2 * PAGE_BYTES)):
         piece = Piece(number, position, 2 * PAGE_BYTES, 0, position)
@@ -333,7 +335,7 @@ def test_chunks_come_whole_and_in_order_when_the_kernel_answers_oddly(tmp_path, 
 def test_file_is_named_when_the_kernel_answers_with_an_error(tmp_path, result):
     path = tmp_path / "shard"
     path.write_bytes(bytes(2 * PAGE_BYTES))
-    file, ring, queue = ShardFile(File(path, "root", 2 * PAGE_BYTES), "restore", direct=False), Ring(2, PAGE_BYTES), Answers(PAGE_BYTES, result)
+    file, ring, queue = ShardFile(File(path, "root", 2 * PAGE_BYTES), "restore", direct="never"), Ring(2, PAGE_BYTES), Answers(PAGE_BYTES, result)
     channel = DeepChannel("restore", queue)
     chunks = [Chunk(Piece(number, 0, PAGE_BYTES, 0, 0), 0, PAGE_BYTES, file, number * PAGE_BYTES) for number in range(2)]
     channel.begin(chunks[0], ring.buffers[0])

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import pytest
 import xxhash
-from snapshot_transfers import HashingMemory, LateMemory, Scene
+from snapshot_transfers import HashingMemory, LateMemory, Scene, usable_backends
 
 from gms_core.errors import InvalidArgument, SnapshotDamaged, TransferFailed
 from gms_core.snapshot import kernels, registry
@@ -33,10 +33,14 @@ def restored(scene, memory, **options):
     return target, moved, kept[0]
 
 
+DEEP = [name for name in ("aio", "uring") if name in usable_backends()]
+
+
+@pytest.mark.parametrize(("name", "depth"), [("staged", {}), *((name, {"depth": depth}) for name in DEEP for depth in ("1", "3", "12"))])
 @pytest.mark.parametrize("chunk_pages", [1, 3, 4])
-def test_host_hashes_nothing_when_the_device_can(scene, chunk_pages, monkeypatch):
+def test_host_hashes_nothing_when_the_device_can(scene, name, depth, chunk_pages, monkeypatch):
     monkeypatch.setattr("gms_core.snapshot.worker.Worker._digest", lambda *_: pytest.fail("the host has hashed"))
-    target, moved, memory = restored(scene, HashingMemory, chunk_bytes=str(chunk_pages * 4096))
+    target, moved, memory = restored(scene, HashingMemory, name=name, workers=1, chunk_bytes=str(chunk_pages * 4096), **depth)
     assert scene.holds(target)
     assert [moved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
     assert sum(lane.hashed for lane in memory.lanes) == len(scene.pieces)
@@ -50,12 +54,13 @@ def test_host_hashes_when_the_device_cannot_or_shall_not(scene, memory):
     assert not any(lane.hashed for lane in used.lanes)
 
 
+@pytest.mark.parametrize("name", ["staged", *DEEP])
 @pytest.mark.parametrize("number", [0, 5, -1])
-def test_file_is_named_when_the_device_finds_that_a_block_has_changed(scene, number):
+def test_file_is_named_when_the_device_finds_that_a_block_has_changed(scene, name, number):
     piece = scene.pieces[number]
     scene.flip(piece)
     with pytest.raises(SnapshotDamaged) as caught:
-        restored(scene, HashingMemory)
+        restored(scene, HashingMemory, name=name, workers=1)
     assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
 
 

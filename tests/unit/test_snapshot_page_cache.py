@@ -1,17 +1,17 @@
 """Files that are in memory already are read there, and others past the page cache. The page cache is the kernel's."""
 
-import errno
 import fcntl
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
-from snapshot_transfers import PAGE_BYTES, Scene, usable_backends
+from snapshot_transfers import PAGE_BYTES, Memory, Scene, usable_backends
 
 from gms_core.errors import InvalidArgument
-from gms_core.snapshot import page_cache, registry
+from gms_core.snapshot import registry
 from gms_core.snapshot.files import JobFiles
+from gms_core.snapshot.memories import memory_for
 from gms_core.snapshot.page_cache import share_in_memory
 
 MIB = 2**20
@@ -41,17 +41,6 @@ def share(path):
         os.close(descriptor)
 
 
-@pytest.fixture(params=["cachestat", "mincore"])
-def kernel(request, monkeypatch):
-    """With the call of recent kernels, where there is one, and with that of older ones."""
-    if request.param == "mincore":
-        monkeypatch.setattr(page_cache, "_cached", refused)
-
-
-def refused(*_):
-    raise OSError(errno.ENOSYS, "no such call")
-
-
 @pytest.fixture
 def scene(tmp_path):
     made = Scene(tmp_path)
@@ -61,7 +50,6 @@ def scene(tmp_path):
     return made
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("size", [PAGE_BYTES, 5 * MIB + PAGE_BYTES, 200 * MIB])
 def test_share_is_that_of_the_kernel_when_a_file_is_evicted_and_read(tmp_path, size):
     path = tmp_path / "file"
@@ -74,15 +62,15 @@ def test_share_is_that_of_the_kernel_when_a_file_is_evicted_and_read(tmp_path, s
     assert share(path) == 1
 
 
-def test_share_is_a_part_when_only_the_begin_is_in_memory(tmp_path):
+@pytest.mark.parametrize("size", [8, 127, 200])
+def test_share_is_a_part_when_only_the_begin_is_in_memory(tmp_path, size):
     path = tmp_path / "file"
-    path.write_bytes(bytes(200 * MIB))
+    path.write_bytes(bytes(size * MIB))
     evict(path)
-    load(path, 50 * MIB)
-    assert 0.2 < share(path) < 0.35
+    load(path, size * MIB // 4)
+    assert 0.2 < share(path) < 0.3
 
 
-@pytest.mark.usefixtures("kernel")
 def test_share_is_whole_when_a_file_lies_in_a_tmpfs():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         path = Path(place) / "file"
@@ -90,18 +78,18 @@ def test_share_is_whole_when_a_file_lies_in_a_tmpfs():
         assert share(path) == 1
 
 
-@pytest.mark.usefixtures("kernel")
 def test_share_is_nothing_when_a_file_is_empty(tmp_path):
     (tmp_path / "file").touch()
     assert share(tmp_path / "file") == 0
 
 
-def test_nothing_is_believed_when_an_old_kernel_is_asked_for_the_file_of_somebody_else(tmp_path, monkeypatch):
+def test_kernel_is_not_asked_for_the_file_of_somebody_else(tmp_path, monkeypatch):
     """It would say that all of it is in memory, whether that is so or not."""
     path = tmp_path / "file"
     path.write_bytes(bytes(MIB))
-    monkeypatch.setattr(page_cache, "_cached", refused)
+    assert share(path) == 1
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert share(path) == 1  # it may be written to
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     assert share(path) == 0
 
@@ -148,6 +136,24 @@ def test_disk_is_asked_when_a_snapshot_is_verified(scene):
     assert backend.tuning(scene.without(options={})).direct == "auto"
     assert backend.tuning(scene.without(options={}, from_disk=True)).direct == "always"
     assert backend.tuning(scene.without(options={"direct": "never"}, from_disk=True)).direct == "never"
+
+
+def test_disk_is_asked_for_files_in_memory_too_when_they_are_pinned_to_be_verified(scene):
+    for file in scene.files:
+        load(file.path, file.size)
+    backend = registry.find("local-ssd-pinned")
+    with memory_for("host", scene.allocations) as memory:
+        target = Memory(scene.extent)
+        memory.ready(target.base)
+        bytes_before = read_from_disk()
+        moved = backend.open(scene.without(options={}, from_disk=True), memory).finish()
+    assert read_from_disk() - bytes_before >= scene.size
+    assert moved.notes == ()
+
+
+def read_from_disk():
+    """Bytes that this process has had a disk read."""
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
 
 
 def test_option_is_refused_when_it_is_no_such_word(scene):

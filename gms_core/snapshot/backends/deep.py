@@ -14,8 +14,8 @@ from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.transfer import Direction
 from gms_core.snapshot.worker import Chunk
 
-_DONE_PLAINLY = frozenset({errno.EINVAL, errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP})
-"""Answers to which the plain call is the remedy: it knows how to leave direct I/O, and tells what is really wrong."""
+_DONE_PLAINLY = frozenset({errno.EINVAL, errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP, errno.ECANCELED})
+"""Answers to which the plain call is the remedy: it can leave direct I/O, needs no thread of the kernel's, and tells what is really wrong."""
 
 
 class KernelQueue(Protocol):

@@ -25,8 +25,9 @@ from gms_core.vmm.undo import UndoStack
 class PinnedRoute:
     """See `Route`. It maps each file once for all threads."""
 
-    def __init__(self, job: Job, files: JobFiles, memory: Memory) -> None:  # noqa: ARG002 - as every backend's
+    def __init__(self, job: Job, files: JobFiles, memory: Memory) -> None:
         self._memory = memory
+        self._from_disk = job.from_disk
         self._lock = threading.Lock()
         self._refused = ""
         self._in_place = self._through_buffers = 0
@@ -47,7 +48,7 @@ class PinnedRoute:
     def notes(self) -> list[str]:
         """See `Route.notes`."""
         notes = [f"files cannot be pinned where they lie: {self._refused}"] if self._refused else []
-        if self._through_buffers:
+        if self._through_buffers and not self._from_disk:
             notes.append(f"{self._through_buffers} of {self._in_place + self._through_buffers} bytes were read into buffers: they were not in memory")
         return notes
 
@@ -57,7 +58,9 @@ class PinnedRoute:
             self._mapped.popitem()[1].close()
 
     def in_place(self, chunk: Chunk) -> Buffer | None:
-        """Where a chunk lies in memory; None if it does not."""
+        """Where a chunk lies in memory; None if it does not, or it is the disk that is asked."""
+        if self._from_disk:
+            return None
         mapped = self._mapped[shard_file(chunk.file)]
         if self._refused or not mapped.is_resident(chunk.position, chunk.size) or not mapped.populate(chunk.position, chunk.size):
             return None
