@@ -52,7 +52,16 @@ def _find(module: str, path: Sequence[str], read: Read, hops: int) -> Found | No
         return _find(origin[0], [origin[1], *path[1:]], read, hops - 1) if origin else None
     if len(path) == 1:
         return _describe(module, node, text) if node is not None else None
-    return _member(module, node, path[1:], text, read, hops) if isinstance(node, ast.ClassDef) else None
+    owner = _remade(tree.body, path[0], node) if isinstance(node, ast.Assign) else node
+    return _member(module, owner, path[1:], text, read, hops) if isinstance(owner, ast.ClassDef) else None
+
+
+def _remade(body: Sequence[ast.stmt], name: str, node: ast.Assign) -> ast.stmt | None:
+    """The class that an assignment makes another of the same name from, as in ``Record = make(vars(Record))``: its members are that one's."""
+    if not any(isinstance(part, ast.Name) and part.id == name for part in ast.walk(node.value)):
+        return None
+    classes = [statement for statement in _statements(body) if isinstance(statement, ast.ClassDef) and statement.name == name]
+    return classes[-1] if classes else None
 
 
 def _member(module: str, owner: ast.ClassDef, path: Sequence[str], text: str, read: Read, hops: int) -> Found | None:

@@ -50,6 +50,18 @@ ENGINE = {
                 return a
 
         CONSTANT = 3
+
+        class Record:
+            def checked(self, strict=False):
+                return strict
+
+        Record = helper("Record", vars(Record))
+
+        class Replaced:
+            def gone(self):
+                return 1
+
+        Replaced = helper(1)
     """,
     "fakeengine/parts.py": """
         class Base:
@@ -127,6 +139,7 @@ def doubled(original: Callable[..., Any]) -> Callable[..., Any]:
         ("fakeengine.core:Worker.made", None),
         ("fakeengine.core:Worker.other", None),
         ("fakeengine.core:CONSTANT", None),
+        ("fakeengine.core:Record.checked", "self, strict="),
     ],
 )
 def test_parameters_are_found_when_a_symbol_is_there(engine: Source, name: str, expected: str | None) -> None:
@@ -135,7 +148,17 @@ def test_parameters_are_found_when_a_symbol_is_there(engine: Source, name: str, 
     assert found.parameters == expected
 
 
-@pytest.mark.parametrize("name", ["fakeengine.core:gone", "fakeengine.core:Worker.gone", "fakeengine.gone:helper", "fakeengine.core:helper.inner"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fakeengine.core:gone",
+        "fakeengine.core:Worker.gone",
+        "fakeengine.core:Record.gone",
+        "fakeengine.core:Replaced.gone",
+        "fakeengine.gone:helper",
+        "fakeengine.core:helper.inner",
+    ],
+)
 def test_nothing_is_found_when_a_symbol_is_gone(engine: Source, name: str) -> None:
     assert find(name, engine.text) is None
 
