@@ -32,6 +32,11 @@ class Symbol:
     versions: str = ""
 
 
+def group(feature: str, module: str, names: dict[str, tuple[str, ...]], versions: str = "") -> tuple[Symbol, ...]:
+    """Symbols of one module that are needed for the same thing: their names, each with the parameter lists that are accepted."""
+    return tuple(Symbol(f"{module}:{name}", feature, signatures, versions) for name, signatures in names.items())
+
+
 @dataclass(frozen=True, slots=True)
 class Patch:
     """A change of one function of an engine. What takes the function's place is given when the patch is applied.

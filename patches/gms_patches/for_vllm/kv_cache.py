@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gms_patches.patch import Symbol
+from gms_patches.patch import Symbol, group
 
 _BUDGET = "a plan of the KV memory in place of a measurement"
 _BUFFERS = "KV caches on scratch memory"
@@ -13,21 +13,15 @@ _EACH = "<0.30"
 """Up to here each tensor of a configuration is a buffer of its own."""
 _ONE = ">=0.30"
 """From here on one buffer holds the whole KV cache."""
-
-
-def _group(feature: str, module: str, names: dict[str, tuple[str, ...]], versions: str = "") -> tuple[Symbol, ...]:
-    return tuple(Symbol(f"{module}:{name}", feature, signatures, versions) for name, signatures in names.items())
-
-
 _BRIDGE = "beginning with the first blocks of the KV cache"
 
 KV_CACHE: tuple[Symbol, ...] = (
-    *_group(
+    *group(
         _BUDGET,
         "vllm.v1.worker.gpu_worker",
         {"Worker.determine_available_memory": ("self",), "Worker.available_kv_cache_memory_bytes": ()},
     ),
-    *_group(
+    *group(
         _BUDGET,
         "vllm.v1.worker.cpu_worker",
         {
@@ -36,12 +30,12 @@ KV_CACHE: tuple[Symbol, ...] = (
         },
     ),
     Symbol("vllm.utils.mem_utils:MemorySnapshot.measure", _BUDGET, ("self",)),
-    *_group(
+    *group(
         _BUFFERS,
         "vllm.v1.kv_cache_interface",
         {"KVCacheConfig.num_blocks": (), "KVCacheConfig.kv_cache_groups": (), "KVCacheTensor.block_stride": ()},
     ),
-    *_group(_BUFFERS, "vllm.v1.kv_cache_interface", {"KVCacheGroupSpec.layer_names": (), "KVCacheGroupSpec.kv_cache_spec": ()}),
+    *group(_BUFFERS, "vllm.v1.kv_cache_interface", {"KVCacheGroupSpec.layer_names": (), "KVCacheGroupSpec.kv_cache_spec": ()}),
     Symbol("vllm.v1.kv_cache_interface:KVCacheTensor.shared_by", _BUFFERS, (), _EACH),
     Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner._allocate_kv_cache_tensors", _BUFFERS, ("self, kv_cache_config",), _EACH),
     Symbol("vllm.v1.worker.gpu.attn_utils:_allocate_kv_cache", _BUFFERS, ("kv_cache_config, shared_layers, device",), _EACH),
@@ -52,7 +46,7 @@ KV_CACHE: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.v1.worker.gpu_worker:Worker.sample_tokens", _GUARD, ("self, grammar_output",)),
     Symbol("vllm.distributed.parallel_state:GroupCoordinator.cpu_group", _RANKS),
-    *_group(
+    *group(
         _IDENTITY,
         "vllm.config.cache",
         {
@@ -69,9 +63,9 @@ KV_CACHE: tuple[Symbol, ...] = (
     Symbol("vllm.config.scheduler:SchedulerConfig.disable_hybrid_kv_cache_manager", _IDENTITY),
     Symbol("vllm.config.vllm:VllmConfig.scheduler_config", _IDENTITY),
     Symbol("vllm.config.vllm:VllmConfig.use_v2_model_runner", _IDENTITY),
-    *_group(_IDENTITY, "vllm.config.speculative", {"SpeculativeConfig.method": (), "SpeculativeConfig.num_speculative_tokens": ()}),
+    *group(_IDENTITY, "vllm.config.speculative", {"SpeculativeConfig.method": (), "SpeculativeConfig.num_speculative_tokens": ()}),
     Symbol("vllm.envs:VLLM_KV_CACHE_LAYOUT", _IDENTITY),
-    *_group(
+    *group(
         _BRIDGE,
         "vllm.v1.core.kv_cache_utils",
         {
@@ -82,10 +76,10 @@ KV_CACHE: tuple[Symbol, ...] = (
             "KVCacheBlock.block_hash": ("self",),
         },
     ),
-    *_group(_BRIDGE, "vllm.v1.core.block_pool", {"BlockPool.free_block_queue": (), "BlockPool.num_gpu_blocks": ()}),
-    *_group(_BRIDGE, "vllm.v1.core.kv_cache_manager", {"KVCacheManager.block_pool": (), "KVCacheManager.coordinator": ()}),
-    *_group(_BRIDGE, "vllm.v1.core.sched.scheduler", {"Scheduler.kv_cache_manager": ()}),
-    *_group(_BRIDGE, "vllm.v1.engine.core", {"EngineCore.collective_rpc": ("self, method, timeout=, args=, kwargs=",)}),
+    *group(_BRIDGE, "vllm.v1.core.block_pool", {"BlockPool.free_block_queue": (), "BlockPool.num_gpu_blocks": ()}),
+    *group(_BRIDGE, "vllm.v1.core.kv_cache_manager", {"KVCacheManager.block_pool": (), "KVCacheManager.coordinator": ()}),
+    *group(_BRIDGE, "vllm.v1.core.sched.scheduler", {"Scheduler.kv_cache_manager": ()}),
+    *group(_BRIDGE, "vllm.v1.engine.core", {"EngineCore.collective_rpc": ("self, method, timeout=, args=, kwargs=",)}),
     *(
         Symbol(f"{runner}.kv_caches", _BRIDGE)
         for runner in ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", "vllm.v1.worker.gpu.model_runner:GPUModelRunner")

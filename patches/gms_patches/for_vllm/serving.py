@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gms_patches.patch import Symbol
+from gms_patches.patch import Symbol, group
 
 _CALLS = "calls from the front end to all ranks"
 _ENDS = "leaving in order"
@@ -10,12 +10,8 @@ _COUNT = "several API servers"
 _REFUSED = "refusals of failover"
 
 
-def _group(feature: str, module: str, names: dict[str, tuple[str, ...]]) -> tuple[Symbol, ...]:
-    return tuple(Symbol(f"{module}:{name}", feature, signatures) for name, signatures in names.items())
-
-
 SERVING: tuple[Symbol, ...] = (
-    *_group(
+    *group(
         _CALLS,
         "vllm.v1.engine.async_llm",
         {
@@ -26,30 +22,28 @@ SERVING: tuple[Symbol, ...] = (
             "AsyncLLM.errored": ("self",),
         },
     ),
-    *_group(
+    *group(
         _CALLS,
         "vllm.v1.engine.core_client",
         {"AsyncMPClient.call_utility_async": ("self, method, *args",), "MPClient.ensure_alive": ("self",)},
     ),
-    *_group(
-        _CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": (), "EngineCoreProc": (), "EngineCoreProc.run_engine_core": ()}
-    ),
-    *_group(_CALLS, "vllm.v1.core.sched.output", {"SchedulerOutput.total_num_scheduled_tokens": ()}),
-    *_group(_ENDS, "vllm.v1.engine.async_llm", {"AsyncLLM.shutdown": ("self, timeout=",)}),
-    *_group(_ENDS, "vllm.config.vllm", {"VllmConfig.shutdown_timeout": ()}),
-    *_group(_ENDS, "vllm.v1.core.sched.interface", {"SchedulerInterface.get_num_unfinished_requests": ("self",)}),
+    *group(_CALLS, "vllm.v1.engine.core", {"EngineCore": (), "EngineCore.scheduler": (), "EngineCoreProc": (), "EngineCoreProc.run_engine_core": ()}),
+    *group(_CALLS, "vllm.v1.core.sched.output", {"SchedulerOutput.total_num_scheduled_tokens": ()}),
+    *group(_ENDS, "vllm.v1.engine.async_llm", {"AsyncLLM.shutdown": ("self, timeout=",)}),
+    *group(_ENDS, "vllm.config.vllm", {"VllmConfig.shutdown_timeout": ()}),
+    *group(_ENDS, "vllm.v1.core.sched.interface", {"SchedulerInterface.get_num_unfinished_requests": ("self",)}),
     Symbol("vllm.entrypoints.launchers.launcher:NoSignalServer._accept_tasks", _ENDS, (), ">=0.33"),
-    *_group(_COUNT, "vllm.engine.arg_utils", {"EngineArgs._api_process_rank": (), "EngineArgs._api_process_count": ()}),
-    *_group(_COUNT, "vllm.config.parallel", {"ParallelConfig._api_process_rank": (), "ParallelConfig._api_process_count": ()}),
-    *_group(
+    *group(_COUNT, "vllm.engine.arg_utils", {"EngineArgs._api_process_rank": (), "EngineArgs._api_process_count": ()}),
+    *group(_COUNT, "vllm.config.parallel", {"ParallelConfig._api_process_rank": (), "ParallelConfig._api_process_count": ()}),
+    *group(
         _REFUSED,
         "vllm.config.parallel",
         {"ParallelConfig.nnodes": (), "ParallelConfig.distributed_executor_backend": ()},
     ),
-    *_group(_REFUSED, "vllm.config.vllm", {"VllmConfig.kv_transfer_config": ()}),
-    *_group(_REFUSED, "vllm.envs", {"VLLM_USE_RUST_FRONTEND": ()}),
-    *_group(_CALLS, "vllm.envs", {"VLLM_API_KEY": ()}),
-    *_group(
+    *group(_REFUSED, "vllm.config.vllm", {"VllmConfig.kv_transfer_config": ()}),
+    *group(_REFUSED, "vllm.envs", {"VLLM_USE_RUST_FRONTEND": ()}),
+    *group(_CALLS, "vllm.envs", {"VLLM_API_KEY": ()}),
+    *group(
         _REFUSED,
         "vllm.usage.usage_lib",
         {"UsageContext.OPENAI_API_SERVER": (), "UsageContext.LLM_CLASS": (), "UsageContext.ENGINE_CONTEXT": (), "UsageContext.UNKNOWN_CONTEXT": ()},

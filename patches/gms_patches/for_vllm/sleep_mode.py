@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gms_patches.patch import Symbol
+from gms_patches.patch import Symbol, group
 
 _MECHANISM = "the mechanism of sleep mode"
 _CHOICE = "choosing the mechanism of sleep mode"
@@ -11,12 +11,8 @@ _KV = "KV memory that can be taken away"
 _COMMUNICATORS = "communicators that sleep too"
 
 
-def _group(feature: str, module: str, names: dict[str, tuple[str, ...]], versions: str = "") -> tuple[Symbol, ...]:
-    return tuple(Symbol(f"{module}:{name}", feature, signatures, versions) for name, signatures in names.items())
-
-
 SLEEP_MODE: tuple[Symbol, ...] = (
-    *_group(
+    *group(
         _MECHANISM,
         "vllm.device_allocator.sleep_mode_backend",
         {
@@ -31,10 +27,10 @@ SLEEP_MODE: tuple[Symbol, ...] = (
         },
     ),
     Symbol("vllm.device_allocator.sleep_mode_backend:SleepModeBackend.discard", _MECHANISM, ("self, tags",), ">=0.32"),
-    *_group(_CHOICE, "vllm.config.model", {"ModelConfig.sleep_mode_backend": (), "ModelConfig.enable_cumem_allocator": ()}),
-    *_group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.enable_sleep_mode": ()}),
-    *_group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.sleep_mode_backend": ()}, ">=0.33"),
-    *_group(
+    *group(_CHOICE, "vllm.config.model", {"ModelConfig.sleep_mode_backend": (), "ModelConfig.enable_cumem_allocator": ()}),
+    *group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.enable_sleep_mode": ()}),
+    *group(_CHOICE, "vllm.engine.arg_utils", {"EngineArgs.sleep_mode_backend": ()}, ">=0.33"),
+    *group(
         _CALLS,
         "vllm.v1.worker.gpu_worker",
         {
@@ -44,19 +40,19 @@ SLEEP_MODE: tuple[Symbol, ...] = (
             "Worker.execute_dummy_batch": ("self",),
         },
     ),
-    *_group(_CALLS, "vllm.v1.worker.gpu_worker", {"Worker.discard": ("self, tags",)}, ">=0.32"),
-    *_group(_CALLS, "vllm.v1.worker.cpu_worker", {"CPUWorker.sleep": ("self, level=",), "CPUWorker.wake_up": ("self, tags=",)}),
-    *_group(
+    *group(_CALLS, "vllm.v1.worker.gpu_worker", {"Worker.discard": ("self, tags",)}, ">=0.32"),
+    *group(_CALLS, "vllm.v1.worker.cpu_worker", {"CPUWorker.sleep": ("self, level=",), "CPUWorker.wake_up": ("self, tags=",)}),
+    *group(
         _KV,
         "vllm.v1.worker.gpu_worker",
         {"Worker.initialize_from_config": ("self, kv_cache_config",), "Worker._maybe_get_memory_pool_context": ("self, tag",)},
     ),
-    *_group(_KV, "vllm.v1.kv_cache_interface", {"KVCacheConfig.kv_cache_tensors": (), "KVCacheTensor.size": ()}),
-    *_group(
+    *group(_KV, "vllm.v1.kv_cache_interface", {"KVCacheConfig.kv_cache_tensors": (), "KVCacheTensor.size": ()}),
+    *group(
         _COMMUNICATORS,
         "vllm.distributed.parallel_state",
         {"suspend_device_comms": ("",), "resume_device_comms": ("",)},
         ">=0.30",
     ),
-    *_group(_COMMUNICATORS, "vllm.config.model", {"ModelConfig.enable_nccl_comm_suspend": ()}, ">=0.30"),
+    *group(_COMMUNICATORS, "vllm.config.model", {"ModelConfig.enable_nccl_comm_suspend": ()}, ">=0.30"),
 )

@@ -5,24 +5,20 @@ from __future__ import annotations
 from gms_patches.for_vllm.kv_cache import KV_CACHE
 from gms_patches.for_vllm.serving import SERVING
 from gms_patches.for_vllm.sleep_mode import SLEEP_MODE
-from gms_patches.patch import Symbol
+from gms_patches.patch import Symbol, group
 
 _PROCESSED = ">=0.30"
 """From this version on vLLM can take weights that are post-processed already."""
 _LEGACY = "<0.30"
 
 
-def _group(feature: str, module: str, names: dict[str, tuple[str, ...]], versions: str = "") -> tuple[Symbol, ...]:
-    return tuple(Symbol(f"{module}:{name}", feature, signatures, versions) for name, signatures in names.items())
-
-
 _LOAD = (
-    *_group(
+    *group(
         "the load format",
         "vllm.model_executor.model_loader",
         {"register_model_loader": ("load_format",), "get_model_loader": ("load_config",)},
     ),
-    *_group(
+    *group(
         "the load format",
         "vllm.model_executor.model_loader.base_loader",
         {
@@ -39,7 +35,7 @@ _LOAD = (
         ("self, vllm_config",),
         ">=0.32",
     ),
-    *_group(
+    *group(
         "options of the loader",
         "vllm.config.load",
         {
@@ -50,7 +46,7 @@ _LOAD = (
             "LoadConfig.download_dir": (),
         },
     ),
-    *_group(
+    *group(
         "choosing the worker",
         "vllm.engine.arg_utils",
         {
@@ -62,23 +58,23 @@ _LOAD = (
             "EngineArgs.model_loader_extra_config": (),
         },
     ),
-    *_group(
+    *group(
         "draft models, which stay private",
         "vllm.config.speculative",
         {"SpeculativeConfig.draft_model_config": ()},
     ),
     Symbol("vllm.platforms:current_platform", "telling CUDA from CPU"),
-    *_group(
+    *group(
         "telling CUDA from CPU",
         "vllm.platforms.interface",
         {"Platform.is_cuda": ("self",), "Platform.is_cpu": ("self",), "Platform.device_type": (), "Platform.device_name": ()},
     ),
-    *_group(
+    *group(
         "leaving communicators out of what is published",
         "vllm.distributed.device_communicators.base_device_communicator",
         {"DeviceCommunicatorBase": (), "All2AllManagerBase": ()},
     ),
-    *_group(
+    *group(
         "one decision for all ranks",
         "vllm.distributed.parallel_state",
         {
@@ -94,7 +90,7 @@ _LOAD = (
 )
 
 _ATTACH = (
-    *_group(
+    *group(
         "building a model without memory",
         "vllm.model_executor.model_loader.utils",
         {
@@ -103,7 +99,7 @@ _ATTACH = (
         },
     ),
     Symbol("vllm.utils.torch_utils:set_default_torch_dtype", "building a model without memory", ("dtype",)),
-    *_group("taking over weights", "vllm.model_executor.layers.quantization.base_config", {"QuantizeMethodBase": ()}),
+    *group("taking over weights", "vllm.model_executor.layers.quantization.base_config", {"QuantizeMethodBase": ()}),
     Symbol(
         "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.supports_pre_processed_weights", "taking over weights", (), _PROCESSED
     ),
@@ -114,12 +110,12 @@ _ATTACH = (
     ),
     Symbol("vllm.model_executor.layers.linear:UnquantizedLinearMethod", "taking over weights"),
     Symbol("vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod", "taking over weights"),
-    *_group(
+    *group(
         "taking over weights",
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
         {"UnquantizedFusedMoEMethod": (), "UnquantizedFusedMoEMethod.experts_cls": ()},
     ),
-    *_group(
+    *group(
         "taking over weights before 0.30",
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
         {
@@ -152,7 +148,7 @@ _ATTACH = (
 )
 
 _IDENTITY = (
-    *_group(
+    *group(
         "the identity of the weights",
         "vllm.config.model",
         {
@@ -167,7 +163,7 @@ _IDENTITY = (
             "ModelConfig.enable_sleep_mode": (),
         },
     ),
-    *_group(
+    *group(
         "the identity of the weights",
         "vllm.config.parallel",
         {
@@ -183,11 +179,11 @@ _IDENTITY = (
             "ParallelConfig.worker_cls": (),
         },
     ),
-    *_group("the identity of the weights", "vllm.config.cache", {"CacheConfig.cache_dtype": (), "CacheConfig.kv_cache_dtype_skip_layers": ()}),
-    *_group("the identity of the weights", "vllm.config.kernel", {"KernelConfig.moe_backend": (), "KernelConfig.linear_backend": ()}),
+    *group("the identity of the weights", "vllm.config.cache", {"CacheConfig.cache_dtype": (), "CacheConfig.kv_cache_dtype_skip_layers": ()}),
+    *group("the identity of the weights", "vllm.config.kernel", {"KernelConfig.moe_backend": (), "KernelConfig.linear_backend": ()}),
     Symbol("vllm.config.attention:AttentionConfig.backend", "the identity of the weights"),
-    *_group("the identity of the weights", "vllm.envs", {"environment_variables": (), "is_set": ("name",)}),
-    *_group(
+    *group("the identity of the weights", "vllm.envs", {"environment_variables": (), "is_set": ("name",)}),
+    *group(
         "refusals",
         "vllm.config.vllm",
         {
@@ -201,11 +197,11 @@ _IDENTITY = (
             "VllmConfig.device_config": (),
         },
     ),
-    *_group("refusals", "vllm.config.offload", {"UVAOffloadConfig.cpu_offload_gb": (), "PrefetchOffloadConfig.offload_group_size": ()}),
+    *group("refusals", "vllm.config.offload", {"UVAOffloadConfig.cpu_offload_gb": (), "PrefetchOffloadConfig.offload_group_size": ()}),
 )
 
 _WORKER = (
-    *_group(
+    *group(
         "memory accounting and the moment of publication",
         "vllm.v1.worker.gpu_worker",
         {
@@ -218,13 +214,13 @@ _WORKER = (
             "request_memory": ("init_snapshot, cache_config", "init_snapshot, cache_config, external_weight_memory="),
         },
     ),
-    *_group(
+    *group(
         "refusing new weights",
         "vllm.v1.worker.gpu_worker",
         {"Worker.reload_weights": ("self, *args, **kwargs",), "Worker.update_weights": ("self, update_info",)},
     ),
     Symbol("vllm.v1.worker.gpu_worker:Worker.reset_weights", "refusing new weights", ("self",), ">=0.32"),
-    *_group(
+    *group(
         "memory accounting",
         "vllm.utils.mem_utils",
         {
@@ -234,11 +230,11 @@ _WORKER = (
             "MemorySnapshot.non_torch_memory": (),
         },
     ),
-    *_group("memory accounting", "vllm.config.cache", {"CacheConfig.gpu_memory_utilization": (), "CacheConfig.kv_cache_memory_bytes": ()}),
+    *group("memory accounting", "vllm.config.cache", {"CacheConfig.gpu_memory_utilization": (), "CacheConfig.kv_cache_memory_bytes": ()}),
 )
 
 _CPU = (
-    *_group(
+    *group(
         "the CPU engine",
         "vllm.v1.worker.cpu_worker",
         {
