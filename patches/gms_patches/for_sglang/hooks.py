@@ -1,0 +1,190 @@
+"""The functions of SGLang that the adapter hooks. SGLang's own `HookRegistry` puts each hook in place, so `gms_patches.apply` has no part in it.
+
+The registry logs a hook that it could not apply and goes on without it, and a plugin that raises is passed over. So each function is described here
+as a patch is: `gms patches check` finds out beforehand, and the adapter can verify at run time that all of them are in force.
+"""
+
+from __future__ import annotations
+
+from gms_patches.patch import Kind, Patch
+
+TESTED = ">=0.5.16,<0.5.24"
+"""Versions of SGLang that the adapter and its hooks were tested with."""
+
+DISTRIBUTIONS = ("sglang",)
+
+_RAW = "0.5.19"
+"""From this version on the arguments stay as the user gave them until `resolve_once`, and loaders say how much memory they found in place."""
+_CLASS_FIRST = "0.5.18"
+"""From this version on a load format that is a class goes before the loaders of quantised models."""
+
+VERIFY_LOAD_FORMAT = Patch(
+    name="sglang-verify-load-format",
+    target="sglang.srt.configs.load_config:LoadConfig._verify_load_format",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason="`--load-format gms` has to become the adapter's loader class; SGLang takes a class, but knows no name for one.",
+    upstream="The choices of --load-format can be extended, the enumeration behind them cannot (sglang/srt/configs/load_config.py, LoadFormat).",
+)
+
+_RESOLVE_REASON = "With `--load-format gms` options are checked, and what the engine's other processes need is prepared, before one of them starts."
+_RESOLVE_UPSTREAM = "Plugins are loaded before the arguments are parsed, and there is no call once they are."
+
+RESOLVE_ARGUMENTS = Patch(
+    name="sglang-resolve-arguments",
+    target="sglang.srt.server_args:ServerArgs.resolve_once",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason=_RESOLVE_REASON,
+    upstream=_RESOLVE_UPSTREAM,
+    necessary_from=_RAW,
+)
+
+RESOLVE_ARGUMENTS_BEFORE = Patch(
+    name=f"sglang-resolve-arguments-before-{_RAW}",
+    target="sglang.srt.server_args:ServerArgs.__post_init__",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=f">=0.5.16,<{_RAW}",
+    signatures=("self",),
+    reason=_RESOLVE_REASON,
+    upstream=_RESOLVE_UPSTREAM,
+    unnecessary_from=_RAW,
+)
+
+CREATE_MEMORY_SAVER = Patch(
+    name="sglang-create-memory-saver",
+    target="sglang.srt.utils.torch_memory_saver_adapter:TorchMemorySaverAdapter.create",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("enable",),
+    reason="KV memory is allocated, given up and taken back through this adapter: with GMS, in the memory of the server.",
+    upstream="There are two adapters, one for torch_memory_saver and one that does nothing, and no way to name a third.",
+)
+
+RUN_HTTP_SERVER = Patch(
+    name="sglang-run-http-server",
+    target="sglang.srt.entrypoints.http_server:_setup_and_run_http_server",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=(
+        "server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, subprocess_watchdog, execute_warmup_func=, launch_callback=",
+    ),
+    reason="A shadow that is ready must not listen before it is the primary.",
+    upstream="--gated-launch-port waits before the weights are loaded, and --warmups is for one tokenizer process alone.",
+)
+
+CHECK_PROCESSES = Patch(
+    name="sglang-check-processes",
+    target="sglang.srt.utils.watchdog:SubprocessWatchdog._check_processes",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason="An engine that has lost a scheduler must let go of its port and its lock at once, not after its crash dumps.",
+    upstream="The watchdog's only answer is SIGQUIT, whose handler writes dumps before it ends anything (TokenizerManager, SignalHandler).",
+)
+
+PROFILE_AVAILABLE_BYTES = Patch(
+    name="sglang-profile-available-bytes",
+    target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator._profile_available_bytes",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, pre_model_load_memory",),
+    reason="A shadow's KV cache has the size that the primary's has, not that of the memory which is free beside it.",
+    upstream="The budget is what is free; --max-total-tokens only lowers it.",
+)
+
+ALLOC_MEMORY_POOL_BEFORE = Patch(
+    name=f"sglang-alloc-memory-pool-before-{_RAW}",
+    target="sglang.srt.model_executor.model_runner:ModelRunner.alloc_memory_pool",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=f">=0.5.16,<{_RAW}",
+    signatures=("self, memory_pool_config=",),
+    reason="Weights that were on the device before the engine began must count as weights, or the KV cache is too large.",
+    upstream="Later versions ask the loader (BaseModelLoader.preloaded_weights_bytes).",
+    unnecessary_from=_RAW,
+)
+
+EXPORT_STATIC_STATE = Patch(
+    name="sglang-export-static-state",
+    target="sglang.srt.managers.scheduler_components.weight_updater:_export_static_state",
+    kind=Kind.REPLACE,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("model",),
+    fingerprints=("862b825c46e1fd5f",),
+    reason="Buffers that are published need no copy while the engine sleeps: the server has them.",
+    upstream="Buffers are copied whatever the memory saver keeps (weight_updater.py, release_memory_occupation).",
+)
+
+IMPORT_STATIC_STATE = Patch(
+    name="sglang-import-static-state",
+    target="sglang.srt.managers.scheduler_components.weight_updater:_import_static_state",
+    kind=Kind.REPLACE,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("model, static_params",),
+    fingerprints=("f09bd33ba4c14e53",),
+    reason="It writes the copies back in place, and published buffers are read-only.",
+    upstream="Buffers are copied whatever the memory saver keeps (weight_updater.py, resume_memory_occupation).",
+)
+
+CREATE_REQ_TO_TOKEN = Patch(
+    name="sglang-create-req-to-token",
+    target="sglang.srt.mem_cache.memory_pool:ReqToTokenPool.__init__",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, size, max_context_len, device, enable_memory_saver",),
+    reason="The table of slots is allocated as KV memory is, but it holds indices: it must never lie on memory that other pages share.",
+    upstream="The table and the KV cache have the same tag (sglang/srt/mem_cache/memory_pool.py).",
+)
+
+INIT_WEIGHT_UPDATER = Patch(
+    name="sglang-init-weight-updater",
+    target="sglang.srt.managers.scheduler:Scheduler.init_weight_updater",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason="Here a scheduler has its memory and its groups: it gets the calls of a promotion, and its updates of weights are refused.",
+    upstream="A remote call names a method of the scheduler, and there is no seam to add one.",
+)
+
+GET_MODEL_LOADER_BEFORE = Patch(
+    name=f"sglang-get-model-loader-before-{_CLASS_FIRST}",
+    target="sglang.srt.model_loader.loader:get_model_loader",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=f">=0.5.16,<{_CLASS_FIRST}",
+    signatures=("load_config, model_config=",),
+    reason="Some quantised models get a loader of their own before a load format that is a class is looked at, and would not be shared.",
+    upstream="Later versions look at the class first.",
+    unnecessary_from=_CLASS_FIRST,
+)
+
+RESOLVE_PATCHES = (RESOLVE_ARGUMENTS, RESOLVE_ARGUMENTS_BEFORE)
+STATIC_STATE_PATCHES = (EXPORT_STATIC_STATE, IMPORT_STATIC_STATE)
+
+PATCHES = (
+    VERIFY_LOAD_FORMAT,
+    *RESOLVE_PATCHES,
+    CREATE_MEMORY_SAVER,
+    RUN_HTTP_SERVER,
+    CHECK_PROCESSES,
+    PROFILE_AVAILABLE_BYTES,
+    ALLOC_MEMORY_POOL_BEFORE,
+    *STATIC_STATE_PATCHES,
+    CREATE_REQ_TO_TOKEN,
+    INIT_WEIGHT_UPDATER,
+    GET_MODEL_LOADER_BEFORE,
+)

@@ -1,0 +1,52 @@
+"""What failover relies on in SGLang: calls from the main process to all ranks, the moment before the port is bound, and the ways in which it dies."""
+
+from __future__ import annotations
+
+from gms_patches.patch import Symbol, group
+
+_CALLS = "calls from the main process to all ranks"
+_DEATH = "the death of an engine"
+_CRASH = "a crash that is noticed at once"
+_REFUSED = "refusals"
+_BALANCE = "ranks beside neighbours of different size"
+
+SERVING: tuple[Symbol, ...] = (
+    *group(
+        _CALLS,
+        "sglang.srt.managers.io_struct",
+        {
+            "RpcReqInput": (),
+            "RpcReqInput.method": (),
+            "RpcReqInput.parameters": (),
+            "RpcReqOutput": (),
+            "RpcReqOutput.success": (),
+            "RpcReqOutput.message": (),
+            "sock_send": ("socket, obj, flags=",),
+            "sock_recv": ("socket, flags=",),
+        },
+    ),
+    Symbol("sglang.srt.utils.network:get_zmq_socket", _CALLS, ("context, socket_type, endpoint=, bind=",)),
+    Symbol("sglang.srt.server_args:PortArgs.rpc_ipc_name", _CALLS),
+    Symbol("sglang.srt.managers.scheduler:Scheduler.handle_rpc_request", _CALLS, ("self, recv_req",)),
+    # An engine in a program of the user has no HTTP server to hold: the program makes the same call.
+    Symbol("sglang.srt.entrypoints.engine:Engine", _CALLS),
+    Symbol("sglang.srt.entrypoints.engine:Engine.collective_rpc", _CALLS, ("self, method, **kwargs",)),
+    Symbol("sglang.srt.entrypoints.http_server:app", "a server that answers 503 until it is the primary"),
+    Symbol("sglang.srt.utils.common:kill_itself_when_parent_died", _DEATH, ("",)),
+    Symbol("sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler", _DEATH, ("self, signum=, frame=",)),
+    *group(
+        _CRASH,
+        "sglang.srt.environ",
+        {"Envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH": (), "Envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH": ()},
+    ),
+    Symbol("sglang.srt.utils.watchdog:SubprocessWatchdog._processes", _CRASH),
+    Symbol("sglang.srt.environ:Envs.SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", _BALANCE),
+    Symbol("sglang.srt.environ:envs", _REFUSED),
+    *group(
+        _REFUSED,
+        "sglang.srt.environ",
+        {"Envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": (), "Envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL": ()},
+    ),
+    # A front end in another language, which never comes to the function that the gate hooks.
+    Symbol("sglang.srt.environ:Envs.SGLANG_RUST_SERVER", _REFUSED, (), ">=0.5.17"),
+)
