@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 WHEELS := build/wheels
 SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
-VLLM_VERSIONS := 0.26.0 0.30.0 0.33.0
+ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
 PYTEST_ARGS ?=
 SEED ?=
 KILLS ?= 100
@@ -67,7 +67,7 @@ kernels: ## Make the GPUs' code (PTX) from its sources, with a pinned compiler.
 	$(PYTHON) -m pip install --no-deps --target $(NVRTC) nvidia-cuda-nvrtc-cu12==12.0.76
 	$(PYTHON) tools/kernels.py $(NVRTC)/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 
-wheels: $(WHEELS)/.stamp ## Download the vLLM wheels that the contract tests read.
+wheels: $(WHEELS)/.stamp ## Download the wheels of vLLM and SGLang that the contract tests read.
 
 environment: $(VENV)/.stamp ## Make .venv: a real CPU vLLM, gms, and the tools.
 
@@ -76,7 +76,7 @@ $(VENV)/.stamp: tools/cpu_vllm.sh pyproject.toml
 	@touch $@
 
 $(WHEELS)/.stamp: tools/engine_wheels.sh Makefile
-	tools/engine_wheels.sh $(WHEELS) "$(PYTHON)" $(VLLM_VERSIONS)
+	tools/engine_wheels.sh $(WHEELS) "$(PYTHON)" $(ENGINES)
 	@touch $@
 
 clean: ## Remove what these targets made.
