@@ -1,0 +1,49 @@
+"""The engines whose wheels the contract tests read, and what GMS knows of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_core.plugins.engines import EngineAdapter, WheelSource, open_wheel
+from gms_patches import for_sglang, for_vllm
+from gms_patches.check import requirements
+from gms_patches.patch import Patch, Symbol
+from gms_vllm.plugin import gms_engines
+
+ROOT = Path(__file__).parents[2]
+WHEELS = ROOT / "build" / "wheels"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, the versions whose wheels are read, and the folder of its adapter."""
+
+    adapter: EngineAdapter
+    versions: tuple[str, ...]
+    symbols: tuple[Symbol, ...]
+    patches: tuple[Patch, ...]
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.adapter.name
+
+    @contextmanager
+    def wheel(self, version: str) -> Iterator[WheelSource]:
+        (path,) = WHEELS.glob(f"{self}-{version}-*.whl")
+        with open_wheel(self.adapter, path) as source:
+            assert source.version == version
+            yield source
+
+
+VLLM = Engine(gms_engines()[0], ("0.26.0", "0.30.0", "0.33.0"), for_vllm.SYMBOLS, for_vllm.PATCHES, ROOT / "integrations" / "gms_vllm")
+SGLANG = Engine(
+    EngineAdapter("sglang", "sglang", for_sglang.DISTRIBUTIONS, for_sglang.TESTED, requirements(for_sglang.SYMBOLS, for_sglang.PATCHES)),
+    ("0.5.16", "0.5.20", "0.5.23"),
+    for_sglang.SYMBOLS,
+    for_sglang.PATCHES,
+    ROOT / "integrations" / "gms_sglang",
+)
+ENGINES = (VLLM, SGLANG)

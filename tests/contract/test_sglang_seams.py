@@ -1,0 +1,170 @@
+"""What the adapter for SGLang takes for granted in SGLang's code beyond names and parameters: parts of the wheels' sources, run by themselves."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from engine_wheels import SGLANG
+
+from gms_core.plugins.engines import EngineSource
+
+pytestmark = pytest.mark.wheels
+
+ORIGIN = """
+def answer(number, *, more=0):
+    return number + more
+
+
+class Saver:
+    @staticmethod
+    def create(enable):
+        return enable
+"""
+
+
+@pytest.fixture(params=SGLANG.versions)
+def source(request: pytest.FixtureRequest) -> Iterator[EngineSource]:
+    with SGLANG.wheel(request.param) as wheel:
+        yield wheel
+
+
+def tree(source: EngineSource, module: str) -> ast.Module:
+    text = source.text(module)
+    assert text is not None
+    return ast.parse(text)
+
+
+def defined(body: ast.Module | ast.ClassDef, name: str) -> Any:
+    (node,) = (node for node in body.body if getattr(node, "name", "") == name)
+    return node
+
+
+def run_alone(function: ast.FunctionDef, **names: object) -> Any:
+    """A function of the engine without its module; `names` are the globals that it finds."""
+    code = ast.Module([function], [])
+    # Annotations stay text, as in this module, so nothing has to be there for them.
+    exec(compile(code, function.name, "exec"), names)
+    return names[function.name]
+
+
+def calls(node: ast.AST) -> list[str]:
+    """Names of the functions that are called, in the order of the text."""
+    found = sorted((call for call in ast.walk(node) if isinstance(call, ast.Call)), key=lambda call: (call.lineno, call.col_offset))
+    return [call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "") for call in found]
+
+
+def known(prefix: str) -> set[str]:
+    return {entry.target.removeprefix(prefix) for entry in (*SGLANG.symbols, *SGLANG.patches) if entry.target.startswith(prefix)}
+
+
+@pytest.fixture
+def registry(source: EngineSource, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's registry of hooks, and two modules for it to hook: one defines, the other has imported from it."""
+    module = types.ModuleType("hook_registry")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    text = source.text("sglang.srt.plugins.hook_registry")
+    assert text is not None
+    exec(text, vars(module))
+    origin, importer = types.ModuleType("hooked_origin"), types.ModuleType("hooked_importer")
+    exec(ORIGIN, vars(origin))
+    importer.answer = origin.answer
+    for hooked in (origin, importer):
+        monkeypatch.setitem(sys.modules, hooked.__name__, hooked)
+    return SimpleNamespace(hooks=module.HookRegistry, kind=module.HookType, origin=origin, importer=importer)
+
+
+def test_hooks_take_effect_in_every_module_when_they_are_applied(registry: Any) -> None:
+    registry.hooks.register("hooked_origin.answer", lambda number, *, more=0: ((number * 10,), {"more": more}), registry.kind.BEFORE)
+    registry.hooks.apply_hooks()
+    assert registry.origin.answer(1, more=2) == 12
+    assert registry.importer.answer(1, more=2) == 12
+
+
+def test_a_hook_applies_to_a_static_method_when_it_is_registered_later(registry: Any) -> None:
+    registry.hooks.apply_hooks()
+    registry.hooks.register("hooked_origin.Saver.create", lambda original, enable: ("ours", original(enable)), registry.kind.AROUND)
+    registry.hooks.apply_hooks()
+    assert registry.origin.Saver.create(enable=True) == ("ours", True)
+    assert registry.origin.Saver().create(False) == ("ours", False)
+
+
+def test_a_replacement_stands_in_for_a_function_when_it_is_applied(registry: Any) -> None:
+    registry.hooks.register("hooked_origin.answer", lambda number, *, more=0: "replaced", registry.kind.REPLACE)
+    registry.hooks.apply_hooks()
+    assert registry.importer.answer(1) == "replaced"
+
+
+def test_only_the_list_of_patched_targets_tells_when_a_hook_cannot_be_applied(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
+    registry.hooks.register("hooked_origin.gone", lambda: None, registry.kind.AFTER)
+    registry.hooks.register("hooked_origin.answer", lambda result, *_, **__: None, registry.kind.AFTER)
+    with caplog.at_level(logging.CRITICAL):
+        registry.hooks.apply_hooks()
+    assert registry.hooks._patched == {"hooked_origin.answer"}
+
+
+def test_an_error_of_a_hook_reaches_the_caller_when_it_refuses(registry: Any) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("refused")
+
+    registry.hooks.register("hooked_origin.answer", refuse, registry.kind.BEFORE)
+    registry.hooks.apply_hooks()
+    with pytest.raises(ValueError, match="refused"):
+        registry.origin.answer(1)
+
+
+def test_plugins_are_found_under_the_group_that_the_package_registers_them_in(source: EngineSource) -> None:
+    groups = {
+        node.targets[0].id: node.value.value
+        for node in tree(source, "sglang.srt.plugins").body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+    }
+    assert groups["GENERAL_PLUGINS_GROUP"] == "sglang.srt.plugins"
+
+
+def test_plugins_are_loaded_before_arguments_are_parsed_and_before_a_scheduler_is_made(source: EngineSource) -> None:
+    launched = calls(tree(source, "sglang.launch_server"))
+    assert launched.index("load_plugins") < launched.index("prepare_server_args")
+    scheduler = calls(defined(tree(source, "sglang.srt.managers.scheduler"), "run_scheduler_process"))
+    assert scheduler.index("load_plugins") < scheduler.index("Scheduler")
+
+
+def test_a_load_format_that_is_a_class_is_left_as_it_is_and_made_the_loader(source: EngineSource) -> None:
+    class Loader:
+        def __init__(self, load_config: object) -> None:
+            self.load_config = load_config
+
+    chosen = SimpleNamespace(load_format=Loader)
+    config = defined(tree(source, "sglang.srt.configs.load_config"), "LoadConfig")
+    run_alone(defined(config, "_verify_load_format"))(chosen)
+    assert chosen.load_format is Loader
+    get_model_loader = run_alone(
+        defined(tree(source, "sglang.srt.model_loader.loader"), "get_model_loader"), LoadFormat=MagicMock(), logger=MagicMock()
+    )
+    chosen.modelopt_config = None
+    loader = get_model_loader(chosen, None)
+    assert isinstance(loader, Loader)
+    assert loader.load_config is chosen
+
+
+def test_the_table_has_every_method_of_the_memory_saver_that_an_adapter_stands_in_for(source: EngineSource) -> None:
+    saver = defined(tree(source, "sglang.srt.utils.torch_memory_saver_adapter"), "TorchMemorySaverAdapter")
+    methods = {node.name for node in saver.body if isinstance(node, ast.FunctionDef)}
+    assert methods == known("sglang.srt.utils.torch_memory_saver_adapter:TorchMemorySaverAdapter.")
+
+
+def test_the_table_has_every_way_to_write_new_weights_that_is_to_be_refused(source: EngineSource) -> None:
+    module = "sglang.srt.managers.scheduler_components.weight_updater"
+    updater = defined(tree(source, module), "SchedulerWeightUpdaterManager")
+    methods = {node.name for node in updater.body if isinstance(node, ast.FunctionDef)}
+    writing = {name for name in methods if name.startswith("update_weights") or name in ("begin_weight_update", "end_weight_update")}
+    ordinary = {"init_weights_update_group", "destroy_weights_update_group", "flush_cache_after_weight_update"}
+    assert {name for name in methods if "weight" in name and "update" in name and "version" not in name} - ordinary == writing
+    assert writing <= known(f"{module}:SchedulerWeightUpdaterManager.")
