@@ -317,12 +317,14 @@ def test_nothing_is_lost_when_readers_move_while_generations_are_published_pinne
         pool = PoolGenerations(trainer, "weights")
         pool.pin(1)
         many = readers("one", "two", "three")
-        stop, kills = threading.Event(), [0]
+        stop, kills, since_turn = threading.Event(), [0], [0]
 
         def kill_now_and_then() -> None:
-            while not stop.wait(0.02):
+            # Less often the longer a turn takes: on a busy machine no request would ever come between two kills.
+            while not stop.wait(0.02 * 1.2 ** since_turn[0]):
                 server.kill()
                 kills[0] += 1
+                since_turn[0] += 1
 
         killer = threading.Thread(target=kill_now_and_then)
         killer.start()
@@ -330,6 +332,7 @@ def test_nothing_is_lost_when_readers_move_while_generations_are_published_pinne
             turn = 0
             while turn < 12 or kills[0] < 5:
                 turn += 1
+                since_turn[0] = 0
                 number = max(contents) + 1
                 if turn % 3 == 2:
                     assert pool.rollback(1, expected=max(contents)) == number
