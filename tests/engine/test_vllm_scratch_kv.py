@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from models import write_model
-from test_vllm_load import Engine, Site, site, stock, two_ranks  # noqa: F401 - fixtures
+from site_of_engines import Engine, Site, stock, two_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -20,7 +20,7 @@ UNMEASURED = {"kv_cache_memory_bytes": None}
 """An engine that would take nearly all of the machine's memory, if it made a plan of its own."""
 
 
-def shadow(site: Site, model: Path, **options: Any) -> Any:  # noqa: F811
+def shadow(site: Site, model: Path, **options: Any) -> Any:
     return site.engine(model, failover=FAILOVER, **options)
 
 
@@ -35,7 +35,7 @@ def end_at_once(engine: Engine) -> None:
     engine.process.wait(60)
 
 
-def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed(site: Site, tmp_path: Path) -> None:  # noqa: F811
+def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     with site.engine(**stock(model)) as unshared, shadow(site, model) as first:
         expected, planned = unshared.answer()["tokens"], first.answer()
@@ -66,7 +66,7 @@ def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed
             assert second.again()["tokens"] == expected
 
 
-def test_successor_is_right_when_layers_have_caches_of_different_kinds(site: Site, tmp_path: Path) -> None:  # noqa: F811
+def test_successor_is_right_when_layers_have_caches_of_different_kinds(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "gemma3")
     with site.engine(**stock(model)) as unshared, shadow(site, model) as first, shadow(site, model) as second:
         expected = unshared.answer()["tokens"]
@@ -79,7 +79,7 @@ def test_successor_is_right_when_layers_have_caches_of_different_kinds(site: Sit
         assert second.again()["tokens"] == expected
 
 
-def test_all_ranks_take_over_when_there_are_several(site: Site, tmp_path: Path) -> None:  # noqa: F811
+def test_all_ranks_take_over_when_there_are_several(site: Site, tmp_path: Path) -> None:
     model, options = write_model(tmp_path / "model", "llama"), two_ranks()
     with site.engine(**stock(model)) as unshared, shadow(site, model, **options) as first:
         expected, planned = unshared.answer()["tokens"], first.answer()
@@ -94,7 +94,7 @@ def test_all_ranks_take_over_when_there_are_several(site: Site, tmp_path: Path) 
             assert second.again()["tokens"] == expected
 
 
-def test_engine_is_refused_when_its_kv_cache_cannot_be_that_of_the_others(site: Site, tmp_path: Path) -> None:  # noqa: F811
+def test_engine_is_refused_when_its_kv_cache_cannot_be_that_of_the_others(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     with shadow(site, model) as first, shadow(site, model) as asked_too_early:
         first.answer()

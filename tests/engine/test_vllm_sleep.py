@@ -16,7 +16,7 @@ import pytest
 import torch
 from failover_story import Client, Running, Story, until
 from models import write_model
-from test_vllm_load import Site, site  # noqa: F401 - fixtures
+from site_of_engines import Site
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.client.arena import Received, Take
@@ -48,7 +48,7 @@ LOOK_S = 1.0
 KV_BYTES = 16 * 2**20
 
 
-def test_tokens_are_equal_when_engines_sleep_by_turns(site: Site, tmp_path: Path) -> None:  # noqa: F811
+def test_tokens_are_equal_when_engines_sleep_by_turns(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     with site.engine(model, arguments=SLEEP) as writer:
         published = writer.answer()

@@ -40,6 +40,11 @@ def say(answer: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def load() -> None:
+    """Import what every engine imports first."""
+    from vllm import LLM, SamplingParams  # noqa: F401
+
+
 def start(model: str, load_format: str, extra: dict[str, Any], arguments: dict[str, Any]) -> Any:
     from vllm import LLM
 
