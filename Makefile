@@ -6,6 +6,7 @@ WHEELS := build/wheels
 SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
 PYTEST_ARGS ?=
+WORKERS ?= logical
 SEED ?=
 KILLS ?= 100
 FAULTS ?= $(KILLS)
@@ -27,8 +28,9 @@ help: ## List the targets.
 demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serves; on the GPU where this Python has a CUDA vLLM, else on CPU.
 	@tools/demo.sh "$(PYTHON)"
 
-test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included.
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not gpu"
+test: export PYTHONDONTWRITEBYTECODE = # thousands of processes would compile everything anew
+test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included, in as many workers as there are processors: make test WORKERS=4
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu"
 
 lint: environment ## ruff, mypy, the import contracts and shellcheck.
 	$(VENV)/bin/ruff check .

@@ -161,6 +161,14 @@ def server(runtime_dir: Path) -> Iterator[RunningServer]:
         yield running
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with the tests that may take longest: else one would be left with such a test at the end, and the others with nothing."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        usual = float(config.getini("timeout"))
+        timeouts = {item: item.get_closest_marker("timeout") for item in items}
+        items.sort(key=lambda item: -float(mark.args[0] if (mark := timeouts[item]) else usual))
+
+
 MOST_LINES = 80
 """Of each stream that a failed test's report keeps: a server's log of many engines would bury what failed."""
 
