@@ -38,6 +38,7 @@ class Life:
         doomed: Why it is expected to end; empty if it is not.
         must_end: Whether it has to end then. If not, it has outlived its doom once it stands by.
         last: What it was when it was last seen.
+        yields: Whether its rank gives way to others.
         files: Names of shared memory that its processes had mapped.
         ended_at: When its first process was found ended, on the monotonic clock; 0 before.
     """
@@ -48,6 +49,7 @@ class Life:
     doomed: str = ""
     must_end: bool = True
     last: Role = "init"
+    yields: bool = False
     files: set[str] = field(default_factory=set)
     ended_at: float = 0.0
 
@@ -70,6 +72,8 @@ class Fleet:
         warden: Knows them too, in case this process is killed.
         at_once: How many engines may be starting at the same time.
         failover: Further keys of the failover block.
+        nice: How far a primary's rank gives way to others. VLLM's looks for its next step without a pause for a second after each, which on a machine
+            with few processors would be taken from the engines that start.
 
     Attributes:
         starts: Engines that were started so far.
@@ -79,7 +83,7 @@ class Fleet:
         left: What dead engines have left behind.
     """
 
-    def __init__(self, story: Story, port: int, warden: Warden, *, at_once: int, failover: dict[str, Any], temporary: str) -> None:
+    def __init__(self, story: Story, port: int, warden: Warden, *, at_once: int, failover: dict[str, Any], temporary: str, nice: int = 0) -> None:
         self.story = story
         self.starts = 0
         self.shadows = 0
@@ -87,7 +91,7 @@ class Fleet:
         self.unexpected: list[str] = []
         self.left: list[str] = []
         self._port, self._warden, self._at_once = port, warden, at_once
-        self._failover = failover
+        self._failover, self._nice = failover, nice
         self._environment = {"TMPDIR": temporary, "VLLM_RPC_BASE_PATH": temporary}
         self._session: Session | None = None
 
@@ -175,6 +179,8 @@ class Fleet:
         for life in list(self.lives):
             if life.name in found:
                 life.last = found[life.name].role
+                if self._nice and life.last == "primary" and not life.yields:
+                    self._give_way(life, found[life.name])
                 if not life.must_end and life.last in ("standby", "promoting", "primary"):
                     life.doomed, life.must_end = "", True
             if life.running.process.poll() is not None:
@@ -182,6 +188,13 @@ class Fleet:
         living = [life for life in self.lives if not life.dying]
         if len(living) <= self.shadows and len(self.starting()) < self._at_once:
             self.start()
+
+    def _give_way(self, life: Life, engine: Engine) -> None:
+        """Let a primary's rank use what others leave of the processors."""
+        if (pid := parts(engine).get("rank 0")) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, pid, self._nice)
+            life.yields = True
 
     def _ended(self, life: Life) -> None:
         """The first process of an engine has ended: nothing else may be left of it soon."""

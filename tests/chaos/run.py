@@ -108,12 +108,15 @@ class Run:
         tell: Called with a line about each step.
         shadows: How many there are to be.
         at_once: How many engines may be starting at the same time.
+        nice: Of a primary's rank, as `Fleet` has it.
     """
 
-    def __init__(self, server: Any, model: Path, folder: Path, seed: int, tell: Callable[[str], None], *, shadows: int = 2, at_once: int = 2) -> None:
+    def __init__(
+        self, server: Any, model: Path, folder: Path, seed: int, tell: Callable[[str], None], *, shadows: int = 2, at_once: int = 2, nice: int = 0
+    ) -> None:
         self.result = Result(seed)
         self._server, self._model, self._folder, self._tell = server, model, folder, tell
-        self._shadows, self._at_once = shadows, at_once
+        self._shadows, self._at_once, self._nice = shadows, at_once, nice
         self._first: Memory | None = None
 
     def go(self, kinds: Sequence[str], warden: Warden, stock: list[list[str]] | None = None) -> Result:
@@ -129,7 +132,7 @@ class Run:
         temporary = tempfile.mkdtemp(prefix="gms-")
         story = Story(self._server, self._model, self._folder)
         failover = {"deadline_s": DEADLINE_S, "bridge_bytes": BRIDGE_BYTES if self.result.seed % 2 else 0}
-        options: dict[str, Any] = {"at_once": self._at_once, "failover": failover, "temporary": temporary}
+        options: dict[str, Any] = {"at_once": self._at_once, "failover": failover, "temporary": temporary, "nice": self._nice}
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             fleet = stack.enter_context(Fleet(story, port, warden, **options))
