@@ -25,7 +25,9 @@ TOKENS = 24
 PATIENCE_S = 240.0
 """Seconds for whatever has to happen: an engine's start on a busy machine is the longest."""
 
+STARTUP = Path(__file__).with_name("startup")
 ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(STARTUP), os.environ.get("PYTHONPATH")))),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
