@@ -31,6 +31,9 @@ settings.load_profile("repeatable")
 # A shell that runs the tests in the background ignores SIGINT for them, and so for every program that they start and want to end by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup does so with SIGHUP. What is caught here, to no effect, is not ignored by what is started from here.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 SERVE = """
 import sys
