@@ -6,7 +6,7 @@ WHEELS := build/wheels
 SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
 PYTEST_ARGS ?=
-WORKERS ?= logical
+WORKERS ?= 0
 SEED ?=
 KILLS ?= 100
 FAULTS ?= $(KILLS)
@@ -29,7 +29,7 @@ demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serve
 	@tools/demo.sh "$(PYTHON)"
 
 test: export PYTHONDONTWRITEBYTECODE = # thousands of processes would compile everything anew
-test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included, in as many workers as there are processors: make test WORKERS=4
+test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included; WORKERS=logical runs as many at once as there are processors
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu"
 
 lint: environment ## ruff, mypy, the import contracts and shellcheck.

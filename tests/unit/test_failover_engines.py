@@ -347,7 +347,7 @@ def test_nobody_else_is_touched_when_a_shadow_is_stopped(server: RunningServer, 
 
 
 def test_orderly_end_is_no_hang_when_it_takes_longer_than_the_deadline(start: Start) -> None:
-    first = start("engine-1", deadline_s=0.5, linger_s=2.0)
+    first = start("engine-1", deadline_s=2.0, linger_s=4.0)
     first.until(serves=True)
     first.tell("hang")
     first.tell("stop")
