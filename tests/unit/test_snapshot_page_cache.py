@@ -12,7 +12,7 @@ from gms_core.errors import InvalidArgument
 from gms_core.snapshot import registry
 from gms_core.snapshot.files import JobFiles
 from gms_core.snapshot.memories import memory_for
-from gms_core.snapshot.page_cache import share_in_memory
+from gms_core.snapshot.page_cache import _lies_in_tmpfs, share_in_memory
 
 MIB = 2**20
 
@@ -20,6 +20,9 @@ MIB = 2**20
 def evict(path):
     """Have the kernel forget a file's pages."""
     descriptor = os.open(path, os.O_RDONLY)
+    if _lies_in_tmpfs(descriptor):
+        os.close(descriptor)
+        pytest.skip("needs temporary files on a disk: set TMPDIR to a directory that is no tmpfs")
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
