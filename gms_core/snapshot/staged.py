@@ -106,11 +106,13 @@ class StagedBackend:
             SnapshotDamaged: A file is too short.
             TransferFailed: A file cannot be opened, or the machine has no room for the buffers.
         """
-        self.check(job)
+        check_pieces(job)
+        tuning = self.tuning(job)
         with UndoStack() as undo:
-            files = JobFiles(job, direct=self.tuning(job).direct)
+            files = JobFiles(job, direct=tuning.direct)
             undo.push(files.close)
-            tuning = self.tuning(job, in_memory=files.are_in_memory)
+            if files.are_in_memory:
+                tuning = self.tuning(job, in_memory=True)
             route = self.route(job, files, memory)
             undo.push(route.close)
             transfer = StagedTransfer(job, memory, files, route, tuning, self.worker)

@@ -29,7 +29,7 @@ def check_weights(folder: Path, patterns: Sequence[str]) -> None:
     Raises:
         CheckpointNotFound: Names the folder and what was looked for.
     """
-    if find_weights(folder, tuple(patterns)):
+    if find_weights(folder, patterns):
         return
     raise CheckpointNotFound(
         f"{folder} has no weight files ({', '.join(patterns)}), and nothing that fits is published",

@@ -21,8 +21,7 @@ from gms_core.errors import ConnectionLost, GmsError, IdentityMismatch
 from gms_core.layout import Identity
 from gms_vllm.kv_identity import kv_identity
 from gms_vllm.kv_plan import KvPlan, check_explicit
-from gms_vllm.place import connect, rank_pool
-from gms_vllm.roles import all_ranks
+from gms_vllm.place import all_ranks, connect, rank_pool
 
 log = logging.getLogger("vllm.gms")
 

@@ -60,8 +60,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         from gms_vllm.accounting import free_memory
         from gms_vllm.files import check_checkpoint, weight_files
         from gms_vllm.identity import expected_identity
-        from gms_vllm.place import LoadRequest, connect, pool_name
-        from gms_vllm.roles import all_ranks
+        from gms_vllm.place import LoadRequest, all_ranks, connect, pool_name
         from gms_vllm.unsupported import check_config, check_engine, check_worker, is_draft
 
         check_engine()

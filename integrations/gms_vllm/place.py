@@ -1,4 +1,4 @@
-"""What a rank loads, and where its weights are: which device, which server, which pool."""
+"""What a rank loads, where its weights are (which device, which server, which pool), and who loads with it."""
 
 from __future__ import annotations
 
@@ -54,6 +54,14 @@ def rank_pool(config: Any, tag: str) -> str:
     parallel = config.parallel_config
     rank = parallel.data_parallel_rank * parallel.world_size + parallel.rank
     return f"{tag}.{rank}" if current_platform.is_cpu() and rank else tag
+
+
+def all_ranks() -> Any:
+    """The group of all ranks that compute together, if there are several; else None."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    world = get_world_group()
+    return world if world.world_size > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,15 +106,6 @@ def failed(kind, match, work):
     return raised.value
 
 
-def restored_well(scene, memory):
-    begin = 0
-    for place, size in scene.allocations:
-        if memory.bytes[place : place + size] != scene.data[begin : begin + size]:
-            return False
-        begin += size
-    return True
-
-
 @pytest.mark.parametrize("memory_of", [memory_for, LateMemory], ids=["memory", "late copies"])
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "depth": "1", "buffers": "1"}, {"workers": 3, "depth": "3", "buffers": "4"}])
 def test_bytes_come_back_when_they_were_saved(small, memory_of, options):
@@ -123,7 +114,7 @@ def test_bytes_come_back_when_they_were_saved(small, memory_of, options):
     assert [saved.checksums[number] for number in range(len(small.checksums))] == small.checksums
     assert small.files_hold_image()
     memory, moved = small.restore(memory_of=memory_of, chunk_bytes=str(PAGE_BYTES), **options)
-    assert (moved.bytes, restored_well(small, memory)) == (small.size, True)
+    assert (moved.bytes, small.holds(memory)) == (small.size, True)
 
 
 def test_objects_are_uploaded_in_parts_at_once_when_they_are_large(large, s3):
@@ -134,7 +125,7 @@ def test_objects_are_uploaded_in_parts_at_once_when_they_are_large(large, s3):
     parts = [request for request in s3.seen if request.method == "PUT" and re.search(r"0\.shard.*partNumber=", request.path)]
     assert len(parts) == 2
     memory, _ = large.restore()
-    assert restored_well(large, memory)
+    assert large.holds(memory)
     ranges = [request.headers["range"] for request in s3.seen if request.method == "GET" and "range" in request.headers]
     assert len(ranges) == 3, "a request for each 8 MiB of an object"
 
@@ -153,7 +144,7 @@ def test_transfer_goes_on_when_the_store_fails_for_a_while(large, s3):
     large.save()
     assert large.files_hold_image()
     memory, _ = large.restore()
-    assert restored_well(large, memory)
+    assert large.holds(memory)
     assert all(one.times == 0 for one in s3.harm), "all of it was done"
 
 
