@@ -11,10 +11,8 @@ from typing import Literal
 import msgspec
 
 from gms_core.client import ReadLease, Session, WriteLease
+from gms_core.engine_log import amount, log
 from gms_core.layout import Identity
-from gms_core.weights.log import log
-
-GIB, MIB = 2**30, 2**20
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -140,11 +138,6 @@ def commit_due() -> None:
                     due.checkpoint_bytes,
                 ),
             )
-
-
-def amount(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / MIB:.2f} MiB"
 
 
 def report(holding: Holding, figures: Figures) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Thread
 
 from gms_core.checkpoint import cached_digest, content_digest
+from gms_core.engine_log import log
 from gms_core.errors import IdentityMismatch
 from gms_core.layout import Identity
-from gms_core.weights.log import log
 
 DUMMY = "dummy"
 """The content of weights that are not read but made up."""

@@ -5,23 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.engine_config import GmsConfig
+from gms_core.engine_log import log
 from gms_core.errors import ConnectionLost, GmsError
 from gms_core.layout import Identity
 from gms_core.protocol.messages import Mode
-from gms_core.weights.log import log
-
-
-class Ranks(Protocol):
-    """The ranks of an engine that compute together, as engines have them."""
-
-    rank_in_group: int
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        """Give every rank the object of one."""
+from gms_core.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import logging
 from functools import partial
 
 from gms_core.config import settings
+from gms_core.engine_log import log_as
 from gms_core.errors import ConfigurationError
 from gms_core.failover.parent_death import end_with_parent
-from gms_core.weights.log import log_as
 from gms_patches.on_import import when_imported
 
 LOG = "vllm.gms"

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from gms_core.engine_config import GmsConfig
+from gms_core.engine_log import GIB
 from gms_core.errors import OutOfMemory
-from gms_core.weights.holdings import GIB, Holding
+from gms_core.weights.holdings import Holding
 from gms_patches.apply import applied
 from gms_patches.for_vllm import REQUEST_MEMORY
 from gms_vllm.place import connect, pool_name

@@ -7,9 +7,9 @@ from typing import Any
 import vllm.envs as envs
 
 from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.kv.plan import FORMAT
 from gms_core.layout import Identity
 from gms_vllm.identity import expected_identity, model_place
-from gms_vllm.kv_plan import FORMAT
 
 _CACHE = (
     "block_size",

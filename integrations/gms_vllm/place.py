@@ -56,12 +56,38 @@ def rank_pool(config: Any, tag: str) -> str:
     return f"{tag}.{rank}" if current_platform.is_cpu() and rank else tag
 
 
-def all_ranks() -> Any:
-    """The group of all ranks that compute together, if there are several; else None."""
+class AllRanks:
+    """A group of vLLM's as `gms_core.ranks.Ranks`.
+
+    Args:
+        group: A ``GroupCoordinator``.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    @property
+    def rank_in_group(self) -> int:
+        """Which of its ranks this process is."""
+        return int(self._group.rank_in_group)
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        """Give every rank the object of one."""
+        return self._group.broadcast_object(obj, src=src)
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Give every rank the objects of all; vLLM has no such call."""
+        found: list[Any] = [None] * self._group.world_size
+        torch.distributed.all_gather_object(found, obj, group=self._group.cpu_group)
+        return found
+
+
+def all_ranks() -> AllRanks | None:
+    """All ranks that compute together, if there are several."""
     from vllm.distributed.parallel_state import get_world_group
 
     world = get_world_group()
-    return world if world.world_size > 1 else None
+    return AllRanks(world) if world.world_size > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,28 +13,27 @@ from vllm.platforms import current_platform
 
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
+from gms_core.engine_log import amount
 from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, GmsError, NotPromoted
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
+from gms_core.kv.bridge import MOST_TIMES, ROOM_TIMES, blocks_of, most_bytes, wanted_bytes
+from gms_core.kv.front import Range, size_of
+from gms_core.kv.plan import KvPlan
+from gms_core.kv.planning import KvPlanning
+from gms_core.kv.proof import Proof, ProofState
+from gms_core.kv.retained import RetainedKv, TakenOver
+from gms_core.pytorch.kv import clearing, views_of
 from gms_core.vmm import open_driver
-from gms_core.weights.holdings import amount
 from gms_core.weights.options import LOAD_FORMAT
 from gms_vllm import cohort, kv_planning
 from gms_vllm.config import loader_options
-from gms_vllm.kv import RetainedKv, TakenOver, tensors_of
 from gms_vllm.kv_buffers import check_contents, raw_buffers
-from gms_vllm.kv_front import Range, blocks_of, size_of, wanted_bytes
-from gms_vllm.kv_plan import KvPlan
-from gms_vllm.kv_proof import Proof, ProofState
+from gms_vllm.kv_plan import layout_of
 from gms_vllm.place import device_id, server_socket
 from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_device
 
 log = logging.getLogger("vllm.gms")
-
-MOST_TIMES = 1.5
-"""A bridge may be so many times as large as was wanted, for the granules in which its blocks lie; else there is none."""
-ROOM_TIMES = 3
-"""So many times a bridge has to be free beside the KV cache, where nothing was measured: CUDA graphs are captured after that."""
 
 
 class GmsShadowMixin(GmsSleepMixin):
@@ -46,7 +45,7 @@ class GmsShadowMixin(GmsSleepMixin):
     """
 
     model_runner: Any
-    planning: kv_planning.KvPlanning | None = None
+    planning: KvPlanning | None = None
     kv: RetainedKv | None = None
     _measured = 0
     _parked = False
@@ -108,7 +107,7 @@ class GmsShadowMixin(GmsSleepMixin):
         measured = int(getattr(self, "available_kv_cache_memory_bytes", available))
         failover = _failover(self.vllm_config)
         if not cache.kv_cache_memory_bytes and failover is not None:
-            bridge = int(MOST_TIMES * wanted_bytes(failover.bridge_bytes, available))  # the server may take as much as that beside it
+            bridge = most_bytes(failover.bridge_bytes, available)  # the server may take as much as that beside it
             available, measured = max(0, available - bridge), max(0, measured - bridge)
         self._measured = cache.kv_cache_memory_bytes or measured
         return available
@@ -130,7 +129,7 @@ class GmsShadowMixin(GmsSleepMixin):
             # Only here is it certain that no rank's measurement has failed: it would wait for that one.
             budgets = self.planning.budgets or self.planning.share(self._measured)
             blocks, front = self._find_bridge(kv_cache_config.num_blocks)
-            here = KvPlan.of(kv_cache_config, budgets, blocks)
+            here = KvPlan.new(budgets, kv_cache_config.num_blocks, self.kv.buffers, layout_of(kv_cache_config), blocks)
             cut = self.kv.allocations(front)
             self.planning.check_or_provide(here, cut.sizes, self._options().memory_timeout_s, cut.front)
             self.kv.adopt(self.planning.pool, front)
@@ -151,7 +150,7 @@ class GmsShadowMixin(GmsSleepMixin):
         blocks = blocks_of(wanted, self.kv.size, num_blocks) if adopted is None else adopted.bridge_blocks
         if not blocks:
             return 0, []
-        front = self.kv.first_blocks(tensors_of(self.model_runner.kv_caches), num_blocks, blocks)
+        front = self.kv.first_blocks(views_of(self.model_runner.kv_caches, self.kv.arena.base), num_blocks, blocks)
         size = size_of(front)
         # Nobody has counted on a bridge that nobody has asked for, where the size of the cache was not measured.
         uncounted = adopted is None and failover.bridge_bytes is None and bool(self.vllm_config.cache_config.kv_cache_memory_bytes)
@@ -190,7 +189,7 @@ class GmsShadowMixin(GmsSleepMixin):
         failover = _failover(self.vllm_config)
         if failover is None:
             return super()._kv_placing(kv_cache_config)
-        self.kv = RetainedKv(open_driver(device_id()), torch_device(), raw_buffers(kv_cache_config), failover.alias_bytes)
+        self.kv = RetainedKv(open_driver(device_id()), clearing(torch_device()), raw_buffers(kv_cache_config), failover.alias_bytes)
         self.kv_memory = self.kv
         return self.kv.place
 
@@ -253,8 +252,6 @@ class GmsShadowMixin(GmsSleepMixin):
                     hint="Start it again, and promote it before it is asked.",
                 )
             self._rehearses = False
-            if current_platform.is_cuda():
-                torch.cuda.synchronize()  # whatever was computed on scratch memory has to be over before that goes
             self._taken_over = self.kv.take_over(
                 pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason), bridge=bridge
             )
@@ -293,8 +290,6 @@ class GmsShadowMixin(GmsSleepMixin):
         assert self.planning.plan is not None
         assert self.kv is not None
         start = time.perf_counter()
-        if current_platform.is_cuda():
-            torch.cuda.synchronize()
         self.kv.map_rest(self.planning.plan.mark.encode())
         self._proof = None
         log.info("all of the KV memory is mapped, in %.1f ms", (time.perf_counter() - start) * 1e3)

@@ -13,16 +13,18 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 from vllm.platforms import current_platform
 
 from gms_core.engine_config import GmsConfig
+from gms_core.engine_log import amount
 from gms_core.errors import EngineAsleep
 from gms_core.failover.config import failover_config
+from gms_core.kv.private import PrivateKv
 from gms_core.pytorch import placed
+from gms_core.pytorch.kv import clearing
 from gms_core.vmm import open_driver
 from gms_core.weights import holdings
 from gms_core.weights.options import LOAD_FORMAT
 from gms_vllm.config import loader_options
 from gms_vllm.kv_buffers import RawBuffers, raw_buffers
 from gms_vllm.place import device_id
-from gms_vllm.private_kv import PrivateKv
 from gms_vllm.sleep import KV_CACHE, GmsSleepBackend, KvMemory, register_backend
 
 log = logging.getLogger("vllm.gms")
@@ -32,7 +34,7 @@ class GmsSleepMixin:
     """Sleep and wake-up, and KV memory that can be given back meanwhile. With another load format than ``gms`` it changes nothing.
 
     Attributes:
-        kv_memory: The KV memory, if GMS has placed it; of an engine that fails over a `gms_vllm.kv.RetainedKv`.
+        kv_memory: The KV memory, if GMS has placed it; of an engine that fails over a `gms_core.kv.retained.RetainedKv`.
     """
 
     vllm_config: Any
@@ -79,7 +81,7 @@ class GmsSleepMixin:
         """What gives the raw buffers of the KV cache their addresses; None for memory of PyTorch's own."""
         if not self._has_private_kv():
             return None
-        kv = self.kv_memory = PrivateKv(open_driver(device_id()), torch_device(), self._options().memory_timeout_s)
+        kv = self.kv_memory = PrivateKv(open_driver(device_id()), clearing(torch_device()), self._options().memory_timeout_s)
         return kv.place
 
     def _has_private_kv(self) -> bool:
@@ -163,7 +165,7 @@ class GmsSleepMixin:
         return bool(getattr(self.vllm_config.model_config, "enable_nccl_comm_suspend", False))
 
     def _say(self, state: str, start: float) -> None:
-        kv = f" ({holdings.amount(self.kv_memory.size)} of KV memory)" if isinstance(self.kv_memory, PrivateKv) else ""
+        kv = f" ({amount(self.kv_memory.size)} of KV memory)" if isinstance(self.kv_memory, PrivateKv) else ""
         log.info("%s, in %.1f ms%s", state, (time.perf_counter() - start) * 1000, kv)
 
     def _check_ready(self, *, scheduled: bool) -> None:  # noqa: ARG002 - for mixins that override it

@@ -21,8 +21,11 @@ from site_of_engines import Site
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.client.arena import Received, Take
 from gms_core.errors import EngineUnsupported, InvalidArgument, OutOfMemory
+from gms_core.kv.private import PrivateKv
+from gms_core.kv.retained import RetainedKv
 from gms_core.layout import Allocation, Identity
 from gms_core.protocol.framing import close_descriptors
+from gms_core.pytorch.kv import clearing
 from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
 from tests.conftest import RunningServer
@@ -33,13 +36,11 @@ with warnings.catch_warnings():
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
     from gms_core.weights.holdings import Holding
-    from gms_vllm.kv import RetainedKv
-    from gms_vllm.private_kv import PrivateKv
     from gms_vllm.sleep import GmsSleepBackend, register_backend
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-CPU = torch.device("cpu")
+CLEAR = clearing(torch.device("cpu"))
 MIB = 2**20
 
 SLEEP = {"enable_sleep_mode": True}
@@ -130,7 +131,7 @@ def published(server: RunningServer) -> tuple[Session, ReadLease]:
 
 
 def test_nothing_is_unmapped_when_the_weights_are_not_published_yet(server: RunningServer, driver: HostDriver) -> None:
-    backend, kv = GmsSleepBackend(), PrivateKv(driver, CPU, patience_s=0)
+    backend, kv = GmsSleepBackend(), PrivateKv(driver, CLEAR, patience_s=0)
     backend.kv, address = kv, Address(kv.place(MIB))
     with server.connect() as session:
         lease = session.acquire("weights", "rw", Identity({}), timeout_s=10)
@@ -145,7 +146,7 @@ def test_nothing_is_unmapped_when_the_weights_are_not_published_yet(server: Runn
 
 
 def test_backend_unmaps_what_is_named_when_there_are_tags(server: RunningServer, driver: HostDriver) -> None:
-    backend, kv = GmsSleepBackend(), PrivateKv(driver, CPU, patience_s=0)
+    backend, kv = GmsSleepBackend(), PrivateKv(driver, CLEAR, patience_s=0)
     backend.kv, _ = kv, kv.place(MIB)
     session, lease = published(server)
     with session:
@@ -166,7 +167,7 @@ def test_backend_unmaps_what_is_named_when_there_are_tags(server: RunningServer,
 
 
 def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDriver) -> None:
-    kv = RetainedKv(driver, CPU, [MIB - driver.granularity], MIB)  # and a granule for the mark
+    kv = RetainedKv(driver, CLEAR, [MIB - driver.granularity], MIB)  # and a granule for the mark
     backend, arena = GmsSleepBackend(), kv.arena
     backend.kv = kv
     handle = driver.create(MIB)
@@ -201,7 +202,7 @@ def driver() -> Iterator[HostDriver]:
 
 
 def test_kv_memory_is_zero_at_the_same_addresses_when_it_comes_back(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CPU, patience_s=0)
+    kv = PrivateKv(driver, CLEAR, patience_s=0)
     addresses = [kv.place(size) for size in (MIB, 3 * MIB)]
     assert (kv.size, driver.memory_info().free) == (4 * MIB, 20 * MIB)
     driver.write(Address(addresses[1]), b"\x07" * MIB)
@@ -216,7 +217,7 @@ def test_kv_memory_is_zero_at_the_same_addresses_when_it_comes_back(driver: Host
 
 
 def test_wake_up_waits_when_another_still_has_the_memory(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CPU, patience_s=60)
+    kv = PrivateKv(driver, CLEAR, patience_s=60)
     address = Address(kv.place(20 * MIB))
     kv.suspend()
     taken = driver.create(10 * MIB)
@@ -241,7 +242,7 @@ def test_wake_up_waits_when_another_still_has_the_memory(driver: HostDriver) -> 
 
 
 def test_wake_up_is_refused_and_can_be_repeated_when_no_memory_comes_free(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CPU, patience_s=0)
+    kv = PrivateKv(driver, CLEAR, patience_s=0)
     kv.place(8 * MIB)
     address = Address(kv.place(12 * MIB))
     kv.suspend()

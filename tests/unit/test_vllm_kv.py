@@ -1,32 +1,16 @@
-"""The KV memory of a rank that fails over: its buffers, its plan, and the way from scratch to the pool's memory, with real processes and a server."""
+"""What GMS takes from vLLM's configuration of a KV cache: its raw buffers, and what it says to the plan."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gms_core.client import RetainedPool
-from gms_core.errors import ConfigurationError, EngineUnsupported, IdentityMismatch, InvalidArgument, OutOfMemory, ProtocolError
-from gms_core.layout import Allocation
-from gms_core.protocol.messages import Planned
-from gms_core.vmm.driver import Address
-from gms_core.vmm.host import HostDriver
-from gms_vllm.kv import RetainedKv
+from gms_core.errors import ConfigurationError, EngineUnsupported
 from gms_vllm.kv_buffers import RawBuffers, check_contents, raw_buffers
-from gms_vllm.kv_plan import KvPlan, check_explicit
-from tests.conftest import RunningServer
-
-CPU = torch.device("cpu")
-MIB = 2**20
+from gms_vllm.kv_plan import check_explicit, layout_of
 
 
 def each(*sizes: int, stride: int = 0) -> list[SimpleNamespace]:
@@ -82,40 +66,15 @@ def test_cache_with_static_sinks_is_refused() -> None:
             check_contents(one_group)
 
 
-def test_plan_is_the_same_when_it_was_encoded_and_decoded() -> None:
-    plan = KvPlan.of(config(each(100, 200)), (12345, 12344))
-    assert KvPlan.decode(plan.encode()) == plan
-    assert json.loads(plan.encode())["budgets"] == [12345, 12344]
-
-
-@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"budgets": "many"}'])
-def test_plan_is_refused_when_it_is_none(data: bytes) -> None:
-    with pytest.raises(ProtocolError, match="plan"):
-        KvPlan.decode(data)
-
-
-@pytest.mark.parametrize(
-    ("other", "named"),
-    [
-        (config(each(100, 200), num_blocks=9), {"num_blocks"}),
-        (config(each(100, 100)), {"buffers"}),
-        (config(each(100, 200), block_size=32), {"layout"}),
-        (config(each(100, 200, stride=1)), {"buffers", "layout"}),
-        (config(one(300, "a", "b"), num_blocks=11), {"num_blocks", "buffers", "layout"}),
-    ],
-)
-def test_differences_are_named_when_an_engine_has_become_something_else(other: Any, named: set[str]) -> None:
-    plan = KvPlan.of(config(each(100, 200)), (1000,))
-    plan.check_adopted(KvPlan.of(config(each(100, 200)), (2000,)), "kv")
-    with pytest.raises(IdentityMismatch, match="pool 'kv'") as caught:
-        plan.check_adopted(KvPlan.of(other, (1000,)), "kv")
-    assert set(caught.value.details) == named
+@pytest.mark.parametrize("other", [config(each(100, 200), block_size=32), config(each(100, 200, stride=1)), config(one(300, "a", "b"))])
+def test_layouts_differ_when_blocks_lie_elsewhere(other: Any) -> None:
+    assert layout_of(other) != layout_of(config(each(100, 200)))
 
 
 def test_layout_does_not_depend_on_sizes_or_on_the_process_when_it_is_compared() -> None:
     larger = config(each(1000, 2000))
     larger.kv_cache_groups[0].kv_cache_spec.made_anew = object()
-    assert KvPlan.of(larger, (0,)).layout == KvPlan.of(config(each(100, 200)), (0,)).layout
+    assert layout_of(larger) == layout_of(config(each(100, 200), num_blocks=9))
 
 
 def test_size_of_the_user_is_refused_when_it_is_not_that_of_the_plan() -> None:
@@ -124,173 +83,3 @@ def test_size_of_the_user_is_refused_when_it_is_not_that_of_the_plan() -> None:
     check_explicit(100, 0, "kv")  # a model without KV cache
     with pytest.raises(ConfigurationError, match=r"200 .*'kv'.* 100"):
         check_explicit(200, 100, "kv")
-
-
-@pytest.fixture
-def driver() -> Iterator[HostDriver]:
-    opened = HostDriver(capacity=256 * MIB)
-    yield opened
-    opened.close()
-
-
-def test_buffers_lie_side_by_side_at_the_granularity_when_they_are_placed(driver: HostDriver) -> None:
-    page = driver.granularity
-    kv = RetainedKv(driver, CPU, [5 * page + 1, 3 * page], alias_bytes=2 * page)
-    assert [kv.place(5 * page + 1) - kv.arena.base, kv.place(3 * page) - kv.arena.base] == [0, 6 * page]
-    assert (kv.size, kv.arena.size, kv.arena.backing) == (9 * page, 10 * page, "scratch")
-    assert kv.scratch_bytes == 2 * page
-    with pytest.raises(InvalidArgument, match="too many"):
-        kv.place(1)
-    kv.arena.close()
-
-
-def test_one_granule_is_all_the_memory_when_there_is_no_kv_cache(driver: HostDriver) -> None:
-    kv = RetainedKv(driver, CPU, [], alias_bytes=MIB)
-    assert kv.allocations().sizes == [driver.granularity]
-    kv.arena.close()
-
-
-def test_no_addresses_are_left_when_there_is_no_room_for_scratch() -> None:
-    driver = HostDriver(capacity=MIB)
-    with pytest.raises(OutOfMemory):
-        RetainedKv(driver, CPU, [8 * MIB], alias_bytes=2 * MIB)
-    assert driver.memory_info().free == MIB
-    driver.close()
-
-
-def test_memory_is_refused_when_it_is_not_of_the_size_of_the_addresses(driver: HostDriver) -> None:
-    kv, pool = RetainedKv(driver, CPU, [MIB], alias_bytes=MIB), RetainedPool(SimpleNamespace(), "kv")  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="no plan"):
-        kv.adopt(pool)
-    pool.planned = Planned("kv", b"", (Allocation(1, 0, 2 * MIB),), 0)
-    with pytest.raises(InvalidArgument, match=r"size|bytes"):
-        kv.adopt(pool)
-    assert driver.read(Address(kv.arena.base), 1) == b"\0"
-    kv.arena.close()
-
-
-RANK = """
-import json, sys
-from pathlib import Path
-import torch
-from gms_core.client import Membership, RetainedPool, connect
-from gms_core.errors import GmsError
-from gms_core.layout import Identity
-from gms_core.pytorch import placed
-from gms_vllm.kv import RetainedKv
-from gms_vllm.kv_buffers import RawBuffers
-from gms_vllm.kv_plan import KvPlan
-
-SIZES, CPU = [3 * 2**20, 5 * 2**20 + 100], torch.device("cpu")
-session = connect(socket_path=Path(sys.argv[1]), client="a rank")
-membership = Membership.join(session, sys.argv[2], sys.argv[2], "rank 0")
-pool = RetainedPool(session, "kv")
-planned = pool.plan(Identity({}), 30.0)
-kv = RetainedKv(session.driver, CPU, SIZES, 2**20)
-buffers = RawBuffers(SIZES, kv.place)
-with placed(buffers.place, CPU):
-    first, second = (torch.zeros(size, dtype=torch.int8) for size in SIZES)
-buffers.check_complete()
-plan = here = KvPlan((8,), 1, tuple(SIZES), "", f"the mark of {sys.argv[2]}")
-if planned is None:
-    pool.provide(here.encode(), kv.allocations().sizes, 30.0)
-else:
-    plan = KvPlan.decode(planned.plan)
-    plan.check_adopted(here, "kv")
-kv.adopt(pool)
-
-def do(command, value):
-    if command == "fill":
-        first.fill_(value)
-    elif command == "sums":
-        return [int(first.sum(dtype=torch.int64)), int(second.sum(dtype=torch.int64))]
-    elif command == "take over":
-        taken = kv.take_over(pool, plan.mark.encode(), value)
-        return [taken.epoch, taken.bytes, kv.arena.backing]
-    elif command == "mark":
-        return session.driver.read(kv.arena.base + kv.size, 15).decode()
-    elif command == "write over the mark":
-        session.driver.write(kv.arena.base + kv.size, b"something else!")
-
-print(json.dumps(planned is None), flush=True)
-for line in sys.stdin:
-    try:
-        print(json.dumps(do(*json.loads(line))), flush=True)
-    except GmsError as error:
-        print(json.dumps({"code": error.code}), flush=True)
-"""
-FIRST, TOTAL = 3 * MIB, 3 * MIB + 5 * MIB + 4096
-
-
-class Rank:
-    """A process with KV memory of its own kind: two buffers, written and read as tensors."""
-
-    def __init__(self, server: RunningServer, cohort: str) -> None:
-        command = [sys.executable, "-c", RANK, str(server.socket), cohort]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.planned = self.answer()
-
-    def ask(self, command: str, value: float = 0) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([command, value]) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-@pytest.fixture
-def start(server: RunningServer) -> Iterator[Callable[[str], Rank]]:
-    ranks: list[Rank] = []
-
-    def begin(cohort: str) -> Rank:
-        ranks.append(Rank(server, cohort))
-        return ranks[-1]
-
-    yield begin
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.kill()
-
-
-def test_next_engine_has_the_memory_beneath_its_own_tensors_when_the_last_one_is_killed(start: Callable[[str], Rank]) -> None:
-    one_engine, another = start("one"), start("another")
-    assert (one_engine.planned, another.planned) == (True, False)
-    another.ask("fill", 9)  # on scratch, where addresses share memory
-    assert another.ask("sums")[1] > 0
-    assert one_engine.ask("take over", 30.0) == [1, TOTAL, "pool"]
-    assert one_engine.ask("sums") == [0, 0]
-    one_engine.ask("fill", 1)
-    assert one_engine.ask("sums") == [FIRST, 0]
-    assert another.ask("take over", 0.2) == {"code": "acquire_timeout"}
-    one_engine.kill()
-    assert another.ask("take over", 30.0) == [2, TOTAL, "pool"]
-    assert another.ask("sums") == [FIRST, 0]
-
-
-def test_next_engine_adopts_the_plan_when_all_others_are_gone(start: Callable[[str], Rank]) -> None:
-    first = start("one")
-    first.ask("take over", 30.0)
-    first.ask("fill", 2)
-    first.kill()
-    later = start("later")
-    assert later.planned is False
-    assert later.ask("take over", 30.0) == [2, TOTAL, "pool"]
-    assert later.ask("sums") == [2 * FIRST, 0]
-
-
-def test_mark_is_written_again_when_whoever_cleared_the_memory_did_not_finish(start: Callable[[str], Rank]) -> None:
-    first = start("one")
-    first.ask("take over", 30.0)
-    assert first.ask("mark") == "the mark of one"
-    first.ask("write over the mark")
-    first.kill()
-    second = start("another")
-    second.ask("take over", 30.0)
-    assert second.ask("mark") == "the mark of one"

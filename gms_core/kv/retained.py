@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from gms_core.client import RetainedArena, RetainedPool
 from gms_core.client.arena import round_up
 from gms_core.client.session import SLAB_BYTES
 from gms_core.errors import InvalidArgument
+from gms_core.kv.front import Cut, Range, View, borders, covers, cut, front_of, merged, size_of
+from gms_core.kv.private import Clear
 from gms_core.protocol.messages import Held
 from gms_core.vmm.driver import Address, Driver
-from gms_vllm.kv_front import Cut, Range, View, borders, covers, cut, front_of, merged, size_of
-from gms_vllm.private_kv import clear
-
-
-def tensors_of(caches: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """All tensors of a model runner's KV caches: layers with a state have several."""
-    for cache in caches:
-        if isinstance(cache, torch.Tensor):
-            yield cache
-        else:
-            yield from tensors_of(cache)
 
 
 class TakenOver(NamedTuple):
@@ -53,19 +42,21 @@ class RetainedKv:
 
     Args:
         driver: Of the device.
-        device: The same, for PyTorch.
+        clear: Makes fresh memory of it zero.
         buffers: Bytes of each buffer that is going to be placed. Without any, the granule of the mark is all: to hold it is to be the one engine.
         alias_bytes: Bytes of the scratch.
 
     Attributes:
+        buffers: Bytes of each buffer, as they were named.
         arena: The addresses.
         size: Bytes for the buffers.
         scratch_bytes: Memory that the scratch takes.
         front: What the rank can begin with before it may have the rest: all that the pool has twice; empty if it has to wait for all.
     """
 
-    def __init__(self, driver: Driver, device: torch.device, buffers: Sequence[int], alias_bytes: int) -> None:
-        self._driver, self._device = driver, device
+    def __init__(self, driver: Driver, clear: Clear, buffers: Sequence[int], alias_bytes: int) -> None:
+        self.buffers = tuple(buffers)
+        self._driver, self._make_zero = driver, clear
         self._placed = 0
         self._alias_bytes = alias_bytes
         self._held: Held | None = None
@@ -76,7 +67,7 @@ class RetainedKv:
         try:
             self.scratch_bytes = self.arena.map_scratch(alias_bytes)
             # Warm-up reads it before it writes it, and what a device has in fresh memory may be no number.
-            clear(self.arena, device)
+            self._clear([Range(0, self.arena.size)])
         except BaseException:
             self.arena.close()
             raise
@@ -102,23 +93,14 @@ class RetainedKv:
         """How the memory is cut into allocations, some of which are the front that a pool is to have twice."""
         return cut(self.arena.size, round_up(SLAB_BYTES[self._driver.name], self._driver.granularity), front)
 
-    def first_blocks(self, tensors: Iterable[torch.Tensor], num_blocks: int, blocks: int) -> list[Range]:
+    def first_blocks(self, views: Sequence[View], num_blocks: int, blocks: int) -> list[Range]:
         """Where the first blocks lie; empty if that is not certain.
 
         Args:
-            tensors: All of the KV cache.
+            views: All tensors of the KV cache.
             num_blocks: That each of them has.
             blocks: How many of these.
         """
-        views = [
-            View(
-                tensor.data_ptr() - self.arena.base,
-                tuple(tensor.shape),
-                tuple(stride * tensor.element_size() for stride in tensor.stride()),
-                tensor.element_size(),
-            )
-            for tensor in tensors
-        ]
         granularity = self._driver.granularity
         if front_of(views, num_blocks, num_blocks, granularity) != [Range(0, self.size)]:
             return []  # there is memory of the cache that is in none of them, or a tensor that is elsewhere
@@ -143,7 +125,7 @@ class RetainedKv:
         self._twice = merged(spares)
         if front and covers(self._twice, front):
             self.scratch_bytes = self.arena.map_scratch(self._alias_bytes, borders(spares))
-            clear(self.arena, self._device)
+            self._clear([Range(0, self.arena.size)])
             self.front = tuple(self._twice)
 
     def take_over(
@@ -151,8 +133,8 @@ class RetainedKv:
     ) -> TakenOver:
         """Wait until the pool is granted, and map its memory in the place of the scratch. Nothing may use the addresses meanwhile.
 
-        Memory that is new is made zero, as vLLM does with memory of its own. Otherwise it is left as the last holder left it: with finite numbers, as
-        a stock engine finds them in blocks that it gives out again.
+        Memory that is new is made zero, as engines do with memory of their own. Otherwise it is left as the last holder left it: with finite numbers,
+        as a stock engine finds them in blocks that it gives out again.
 
         Args:
             pool: Whose memory was adopted.
@@ -165,6 +147,7 @@ class RetainedKv:
             AcquireTimeout: The holder before has not ended in time. The call can be repeated, as after any other error.
             FenceFailed: It cannot be ended.
         """
+        self._driver.synchronize()  # whatever was computed on scratch memory has to be over before that goes
         start = time.perf_counter()
         bridge = bridge and bool(self.front)
         if not bridge:
@@ -188,7 +171,7 @@ class RetainedKv:
         """Map what `suspend` has unmapped: the pool's memory, its front, or a shadow's scratch. Idempotent."""
         self.arena.remap()
         if self.arena.backing == "scratch":
-            clear(self.arena, self._device)
+            self._clear([Range(0, self.arena.size)])
         elif self.arena.backing == "front":
             self._clear(self._besides(self.front))
 
@@ -203,6 +186,7 @@ class RetainedKv:
         """
         if self._held is None:
             raise InvalidArgument("this rank does not hold its pool")
+        self._driver.synchronize()
         self._map_all(mark, self.front)
 
     def _map_all(self, mark: bytes, used: Sequence[Range]) -> None:
@@ -223,4 +207,4 @@ class RetainedKv:
 
     def _clear(self, ranges: Sequence[Range]) -> None:
         for start, end in ranges:
-            clear(self.arena, self._device, start, end)
+            self._make_zero(Address(self.arena.base + start), end - start)

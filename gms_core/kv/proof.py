@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import Literal
 
 from gms_core.client import RetainedPool
+from gms_core.engine_log import log
 from gms_core.errors import AcquireTimeout
-
-log = logging.getLogger("vllm.gms")
 
 AGAIN_S = 60.0
 """Seconds between two lines of the log that tell who is still there."""
@@ -42,7 +40,7 @@ class Proof:
         except Exception as error:  # noqa: BLE001 - told to whoever asks
             self.failure = str(error)
             self.state = "failed"
-            log.error("pool %s: the rest of the memory will not be granted: %s", self._pool.name, error)
+            log().error("pool %s: the rest of the memory will not be granted: %s", self._pool.name, error)
         else:
             self.state = "proven"
 
@@ -50,6 +48,6 @@ class Proof:
         try:
             self._pool.await_whole(AGAIN_S)
         except AcquireTimeout as error:
-            log.warning("pool %s: this engine goes on with its first blocks: %s", self._pool.name, error)
+            log().warning("pool %s: this engine goes on with its first blocks: %s", self._pool.name, error)
             return False
         return True

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
-
-import torch
+from collections.abc import Callable
 
 from gms_core.client import RetainedArena
 from gms_core.errors import OutOfMemory
-from gms_core.pytorch.tensors import bytes_on, storage_at
 from gms_core.vmm.driver import Address, Driver
 
-log = logging.getLogger("vllm.gms")
+Clear = Callable[[Address, int], None]
+"""Makes so many bytes of fresh memory, from an address on, zero before it returns, where the device has not done so by itself."""
 
 _LOOK_S = 0.02
 """Seconds between two attempts to get memory that other processes are releasing."""
@@ -23,13 +21,13 @@ class PrivateKv:
 
     Args:
         driver: Of the device.
-        device: The same, for PyTorch.
+        clear: Makes fresh memory of it zero.
         patience_s: Seconds to wait for memory that others are releasing when the engine wakes up.
     """
 
-    def __init__(self, driver: Driver, device: torch.device, patience_s: float) -> None:
+    def __init__(self, driver: Driver, clear: Clear, patience_s: float) -> None:
         self._driver = driver
-        self._device = device
+        self._clear = clear
         self._patience_s = patience_s
         self._arenas: list[RetainedArena] = []
 
@@ -51,7 +49,7 @@ class PrivateKv:
         try:
             # Scratch that is as large as its range is plain memory, which no other address shares.
             arena.map_scratch(arena.size)
-            clear(arena, self._device)
+            self._clear(arena.base, arena.size)
         except BaseException:
             arena.close()
             raise
@@ -79,24 +77,9 @@ class PrivateKv:
                         raise
                     time.sleep(_LOOK_S)
                 else:
-                    clear(arena, self._device)
+                    self._clear(arena.base, arena.size)
 
     def close(self) -> None:
         """Give memory and addresses back. Tensors that lie here must not be used any more."""
         while self._arenas:
             self._arenas.pop().close()
-
-
-def clear(arena: RetainedArena, device: torch.device, start: int = 0, end: int | None = None) -> None:
-    """Make fresh memory zero, where the device does not; on ``host`` it is.
-
-    Args:
-        arena: Where it lies.
-        device: Of it.
-        start: Offset of the first byte, in granules.
-        end: Offset of the first byte behind, in granules; None for all.
-    """
-    if device.type == "cuda":
-        size = (arena.size if end is None else end) - start
-        bytes_on(storage_at(Address(arena.base + start), size, device)).view(torch.int64).zero_()
-        torch.cuda.synchronize(device)

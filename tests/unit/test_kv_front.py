@@ -11,18 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gms_vllm.kv_front import Range, View, blocks_of, borders, covers, cut, front_of, merged, wanted_bytes
+from gms_core.kv.bridge import blocks_of, most_bytes, wanted_bytes
+from gms_core.kv.front import Range, View, borders, covers, cut, front_of, merged
+from gms_core.pytorch.kv import views_of
 
 GRANULE = 64
 
 
-def view(tensor: torch.Tensor, base: int = 0) -> View:
-    return View(
-        base + tensor.storage_offset() * tensor.element_size(),
-        tuple(tensor.shape),
-        tuple(stride * tensor.element_size() for stride in tensor.stride()),
-        tensor.element_size(),
-    )
+def view(tensor: torch.Tensor) -> View:
+    return views_of([tensor], tensor.untyped_storage().data_ptr())[0]
 
 
 def touched(size: int, tensor: torch.Tensor, chosen: torch.Tensor) -> list[bool]:
@@ -140,6 +137,7 @@ def test_memory_is_cut_at_the_borders_of_the_front_and_nowhere_else_than_needed(
 )
 def test_bridge_is_as_large_as_the_user_says_or_a_part_of_a_small_memory(said: int | None, size: int, wanted: int) -> None:
     assert wanted_bytes(said, size) == wanted
+    assert most_bytes(said, size) == wanted * 3 // 2
 
 
 @pytest.mark.parametrize(

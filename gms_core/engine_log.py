@@ -1,8 +1,10 @@
-"""Lines about weights belong in the log of the engine whose process this is, with its handlers and its level."""
+"""Lines about an engine's memory belong in the log of the engine whose process this is, with its handlers and its level."""
 
 from __future__ import annotations
 
 import logging
+
+GIB, MIB = 2**30, 2**20
 
 _name = "gms"
 
@@ -16,3 +18,8 @@ def log_as(name: str) -> None:
 def log() -> logging.Logger:
     """The logger."""
     return logging.getLogger(_name)
+
+
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / MIB:.2f} MiB"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,14 +16,15 @@ import torch
 
 from gms_core.client.arena import Received, Take
 from gms_core.errors import AcquireTimeout, ConnectionLost, FenceFailed, GmsError
+from gms_core.kv.front import Range
+from gms_core.kv.proof import Proof
+from gms_core.kv.retained import RetainedKv
 from gms_core.layout import Allocation
 from gms_core.protocol.framing import close_descriptors
 from gms_core.protocol.messages import Held, Planned
+from gms_core.pytorch.kv import tensors_of, views_of
+from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
-from gms_vllm import kv as kv_module
-from gms_vllm.kv import RetainedKv, tensors_of
-from gms_vllm.kv_front import Range
-from gms_vllm.kv_proof import Proof
 from tests.conftest import RunningServer
 
 PAGE = 4096
@@ -39,22 +41,21 @@ membership = Membership.join(session, sys.argv[2], sys.argv[2], sys.argv[3], ser
 state = {{}}
 if not sys.argv[3].startswith("api"):
     import torch
+    from gms_core.kv.plan import KvPlan
+    from gms_core.kv.proof import Proof
+    from gms_core.kv.retained import RetainedKv
     from gms_core.layout import Identity
     from gms_core.pytorch import placed
-    from gms_vllm.kv import RetainedKv
-    from gms_vllm.kv_buffers import RawBuffers
-    from gms_vllm.kv_plan import KvPlan
-    from gms_vllm.kv_proof import Proof
+    from gms_core.pytorch.kv import clearing, views_of
 
     CPU = torch.device("cpu")
     pool = RetainedPool(session, "kv")
     planned = pool.plan(Identity({{}}), 30.0)
     sizes = [2 * BLOCKS * PAGE]
-    kv = RetainedKv(session.driver, CPU, sizes, 8 * PAGE)
-    buffers = RawBuffers(sizes, kv.place)
-    with placed(buffers.place, CPU):
+    kv = RetainedKv(session.driver, clearing(CPU), sizes, 8 * PAGE)
+    with placed(kv.place, CPU):
         cache = torch.zeros(sizes[0], dtype=torch.uint8).view(2, BLOCKS, PAGE)  # keys and values, each with all blocks
-    front = kv.first_blocks([cache], BLOCKS, BRIDGE)
+    front = kv.first_blocks(views_of([cache], kv.arena.base), BLOCKS, BRIDGE)
     if planned is None:
         plan = KvPlan((8,), BLOCKS, tuple(sizes), "", "the mark", BRIDGE)
         cut = kv.allocations(front)
@@ -228,23 +229,32 @@ class Pool:
         return Held("kv", 5, 1, self.whole or not bridge)
 
 
+@dataclass
+class Cleared:
+    """Remembers what was made zero."""
+
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    def __call__(self, address: Address, size: int) -> None:
+        self.ranges.append((address, address + size))
+
+    def pages(self, kv: RetainedKv) -> list[Range]:
+        """What it was since this was asked before, in pages."""
+        found = [Range(*((one - kv.arena.base) // PAGE for one in ends)) for ends in self.ranges]
+        self.ranges.clear()
+        return found
+
+
 @pytest.fixture
-def cleared(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
-    """What was made zero, in pages."""
-    found: list[Range] = []
-
-    def clear(arena: Any, _: torch.device, start: int = 0, end: int | None = None) -> None:
-        found.append(Range(start // PAGE, (arena.size if end is None else end) // PAGE))
-
-    monkeypatch.setattr(kv_module, "clear", clear)
-    return found
+def cleared() -> Cleared:
+    return Cleared()
 
 
 @pytest.fixture
-def bridged() -> Iterator[tuple[RetainedKv, Pool]]:
+def bridged(cleared: Cleared) -> Iterator[tuple[RetainedKv, Pool]]:
     """KV memory of 100 pages, of which two times ten are there twice, and its pool."""
     driver = HostDriver(capacity=2**26)
-    kv = RetainedKv(driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
+    kv = RetainedKv(driver, cleared, [100 * PAGE], 4 * PAGE)
     front = [Range(0, 10 * PAGE), Range(50 * PAGE, 60 * PAGE)]
     cut = kv.allocations(front)
     pool = Pool(driver, cut.sizes, cut.front)
@@ -256,9 +266,13 @@ def bridged() -> Iterator[tuple[RetainedKv, Pool]]:
     driver.close()
 
 
+def nothing(address: Address, size: int) -> None:
+    """What has to be done to make fresh memory of this device zero."""
+
+
 def take_over_once(pool: Pool) -> None:
     """Be an engine that takes the whole pool over, makes it zero and marks it, and ends."""
-    other = RetainedKv(pool.driver, torch.device("cpu"), [100 * PAGE], 4 * PAGE)
+    other = RetainedKv(pool.driver, nothing, [100 * PAGE], 4 * PAGE)
     pool.whole = True
     other.adopt(pool)  # type: ignore[arg-type]
     other.take_over(pool, b"mark", 1.0)  # type: ignore[arg-type]
@@ -267,52 +281,50 @@ def take_over_once(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_memory_is_made_zero_once_and_never_beneath_blocks_in_use(bridged: tuple[RetainedKv, Pool], cleared: list[Range], marked: bool) -> None:
+def test_memory_is_made_zero_once_and_never_beneath_blocks_in_use(bridged: tuple[RetainedKv, Pool], cleared: Cleared, marked: bool) -> None:
     kv, pool = bridged
     if marked:
         take_over_once(pool)
-    cleared.clear()
+    cleared.pages(kv)
     assert not kv.take_over(pool, b"mark", 1.0, bridge=True).whole  # type: ignore[arg-type]
-    assert cleared == [Range(0, 10), Range(50, 60)]
-    cleared.clear()
+    assert cleared.pages(kv) == [Range(0, 10), Range(50, 60)]
+    cleared.pages(kv)
     kv.map_rest(b"mark")
-    assert cleared == ([] if marked else [Range(10, 50), Range(60, 101)])
-    cleared.clear()
+    assert cleared.pages(kv) == ([] if marked else [Range(10, 50), Range(60, 101)])
+    cleared.pages(kv)
     kv.map_rest(b"mark")
-    assert cleared == []
+    assert cleared.pages(kv) == []
 
 
 @pytest.mark.parametrize("bridge", [False, True])
 def test_front_is_made_zero_when_the_engine_that_was_granted_it_may_have_died_before_it_did_so(
-    bridged: tuple[RetainedKv, Pool], cleared: list[Range], bridge: bool
+    bridged: tuple[RetainedKv, Pool], cleared: Cleared, bridge: bool
 ) -> None:
     kv, pool = bridged
     take_over_once(pool)
     pool.whole = True
-    cleared.clear()
+    cleared.pages(kv)
     assert kv.take_over(pool, b"mark", 1.0, bridge=bridge).whole  # type: ignore[arg-type]
-    assert cleared == [Range(0, 10), Range(50, 60)], "what is kept besides stays"
+    assert cleared.pages(kv) == [Range(0, 10), Range(50, 60)], "what is kept besides stays"
 
 
-def test_what_lies_beneath_the_rest_is_made_zero_when_an_engine_wakes_up_with_its_bridge(
-    bridged: tuple[RetainedKv, Pool], cleared: list[Range]
-) -> None:
+def test_what_lies_beneath_the_rest_is_made_zero_when_an_engine_wakes_up_with_its_bridge(bridged: tuple[RetainedKv, Pool], cleared: Cleared) -> None:
     kv, pool = bridged
     kv.suspend()
-    cleared.clear()
+    cleared.pages(kv)
     kv.resume()
-    assert (kv.arena.backing, cleared) == ("scratch", [Range(0, 101)])
+    assert (kv.arena.backing, cleared.pages(kv)) == ("scratch", [Range(0, 101)])
     taken = kv.take_over(pool, b"mark", 1.0, bridge=True)  # type: ignore[arg-type]
     assert (taken.whole, taken.bytes) == (False, 20 * PAGE)
     kv.suspend()
-    cleared.clear()
+    cleared.pages(kv)
     kv.resume()
-    assert (kv.arena.backing, cleared) == ("front", [Range(10, 50), Range(60, 101)])
+    assert (kv.arena.backing, cleared.pages(kv)) == ("front", [Range(10, 50), Range(60, 101)])
     kv.map_rest(b"mark")
     kv.suspend()
-    cleared.clear()
+    cleared.pages(kv)
     kv.resume()
-    assert (kv.arena.backing, cleared) == ("pool", [])
+    assert (kv.arena.backing, cleared.pages(kv)) == ("pool", [])
 
 
 class Slow:
@@ -343,9 +355,9 @@ def test_engine_goes_on_with_its_bridge_while_processes_are_slow_to_exit(last: G
 
 def test_there_is_no_front_when_a_part_of_the_cache_is_in_no_tensor() -> None:
     driver = HostDriver(capacity=2**26)
-    kv = RetainedKv(driver, torch.device("cpu"), [64 * PAGE], 4 * PAGE)
+    kv = RetainedKv(driver, nothing, [64 * PAGE], 4 * PAGE)
     elsewhere = torch.zeros(8, PAGE, dtype=torch.uint8)
-    assert kv.first_blocks([elsewhere], 8, 2) == []
+    assert kv.first_blocks(views_of([elsewhere], kv.arena.base), 8, 2) == []
     assert kv.first_blocks([], 8, 2) == []
     kv.arena.close()
     driver.close()

@@ -1,4 +1,4 @@
-"""Which part of the KV memory the first blocks lie in: what a promoted engine may begin with. Pure."""
+"""Which part of the KV memory the first blocks lie in, and how memory is cut so that this part is there twice. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from typing import NamedTuple
 
 MOST_RANGES = 8192
 """Of one tensor: one that is cut into more pieces by its blocks is not what a bridge is for."""
-USUAL_BYTES = 2**30
-"""Of a bridge that nobody has said anything about: room for some requests with thousands of tokens, whose blocks take a few MiB each."""
-USUAL_SHARE = 16
-"""Of the KV memory, of which such a bridge takes one part at most."""
 
 
 class View(NamedTuple):
@@ -102,28 +98,6 @@ def covers(ranges: Iterable[Range], parts: Iterable[Range]) -> bool:
     """Whether each of some parts lies in one of the ranges."""
     whole = list(ranges)
     return all(any(one.start <= part.start and part.end <= one.end for one in whole) for part in parts)
-
-
-def wanted_bytes(bridge_bytes: int | None, size: int) -> int:
-    """How large a bridge is to be.
-
-    Args:
-        bridge_bytes: What the user says; None for the usual size.
-        size: Bytes of the KV memory.
-    """
-    return min(USUAL_BYTES, size // USUAL_SHARE) if bridge_bytes is None else bridge_bytes
-
-
-def blocks_of(bridge_bytes: int, size: int, num_blocks: int) -> int:
-    """How many blocks a bridge of about so many bytes has; 0 if that is not worth while.
-
-    Args:
-        bridge_bytes: What is wanted.
-        size: Bytes of the KV memory.
-        num_blocks: That it has.
-    """
-    blocks = bridge_bytes * num_blocks // size if size else 0
-    return blocks if 2 <= blocks <= num_blocks // 2 else 0
 
 
 class Cut(NamedTuple):
