@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from vllm.platforms import current_platform
 
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
-from gms_core.engine_log import amount
-from gms_core.errors import EngineAsleep, EngineFailed, EngineUnsupported, GmsError, NotPromoted
+from gms_core.errors import EngineUnsupported, NotPromoted
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
-from gms_core.kv.bridge import MOST_TIMES, ROOM_TIMES, blocks_of, most_bytes, wanted_bytes
-from gms_core.kv.front import Range, size_of
-from gms_core.kv.plan import KvPlan
+from gms_core.kv.bridge import most_bytes
 from gms_core.kv.planning import KvPlanning
-from gms_core.kv.proof import Proof, ProofState
-from gms_core.kv.retained import RetainedKv, TakenOver
+from gms_core.kv.proof import ProofState
+from gms_core.kv.rank import RankKv
+from gms_core.kv.retained import RetainedKv
 from gms_core.pytorch.kv import clearing, views_of
+from gms_core.pytorch.progress import DeviceProgress
 from gms_core.vmm import open_driver
 from gms_core.weights.options import LOAD_FORMAT
 from gms_vllm import cohort, kv_planning
@@ -46,14 +43,9 @@ class GmsShadowMixin(GmsSleepMixin):
 
     model_runner: Any
     planning: KvPlanning | None = None
-    kv: RetainedKv | None = None
+    kv: RankKv | None = None
     _measured = 0
-    _parked = False
-    _rehearses = False
-    _refused = False
-    _taken_over: TakenOver | None = None
-    _proof: Proof | None = None
-    _mark: Any = None
+    _progress: DeviceProgress | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
@@ -126,43 +118,14 @@ class GmsShadowMixin(GmsSleepMixin):
             check_contents(kv_cache_config)
             base.initialize_from_config(kv_cache_config)
             assert self.kv is not None
-            # Only here is it certain that no rank's measurement has failed: it would wait for that one.
-            budgets = self.planning.budgets or self.planning.share(self._measured)
-            blocks, front = self._find_bridge(kv_cache_config.num_blocks)
-            here = KvPlan.new(budgets, kv_cache_config.num_blocks, self.kv.buffers, layout_of(kv_cache_config), blocks)
-            cut = self.kv.allocations(front)
-            self.planning.check_or_provide(here, cut.sizes, self._options().memory_timeout_s, cut.front)
-            self.kv.adopt(self.planning.pool, front)
-        self._parked = True
-        bridge = f"it begins with {self._bridge_blocks()} of them, in {amount(size_of(self.kv.front))}" if self._bridge_blocks() else "no bridge"
-        addresses, scratch = amount(self.kv.size), amount(self.kv.scratch_bytes)
-        log.info("KV cache: %d blocks in %s of addresses, on %s of scratch memory; %s", here.num_blocks, addresses, scratch, bridge)
-
-    def _find_bridge(self, num_blocks: int) -> tuple[int, list[Range]]:
-        """With how many blocks a promotion may begin, as is planned or as the user wants, and where they lie; none if they cannot be had alone."""
-        failover = _failover(self.vllm_config)
-        assert failover is not None
-        assert self.planning is not None
-        assert self.kv is not None
-        wanted, adopted = wanted_bytes(failover.bridge_bytes, self.kv.size), self.planning.plan
-        if not wanted:
-            return 0, []
-        blocks = blocks_of(wanted, self.kv.size, num_blocks) if adopted is None else adopted.bridge_blocks
-        if not blocks:
-            return 0, []
-        front = self.kv.first_blocks(views_of(self.model_runner.kv_caches, self.kv.arena.base), num_blocks, blocks)
-        size = size_of(front)
-        # Nobody has counted on a bridge that nobody has asked for, where the size of the cache was not measured.
-        uncounted = adopted is None and failover.bridge_bytes is None and bool(self.vllm_config.cache_config.kv_cache_memory_bytes)
-        if not front:
-            log.info("no bridge: it is not certain where the blocks of this KV cache lie")
-        elif size > MOST_TIMES * wanted:
-            log.info("no bridge: %d blocks of this KV cache lie in so many places that they take %s", blocks, amount(size))
-        elif uncounted and self.kv.free < self.kv.size + ROOM_TIMES * size:
-            log.info("no bridge: there is no room for %s beside a KV cache of this size", amount(size))
-        else:
-            return blocks, front
-        return 0, []
+            self.kv.initialise(
+                views_of(self.model_runner.kv_caches, self.kv.memory.arena.base),
+                kv_cache_config.num_blocks,
+                layout_of(kv_cache_config),
+                measured=self._measured,
+                explicit=bool(self.vllm_config.cache_config.kv_cache_memory_bytes),
+                memory_timeout_s=self._options().memory_timeout_s,
+            )
 
     def gms_stand_by(self) -> tuple[int, str]:
         """Make sure that this rank can be promoted. From here on the loss of its server is noticed by its engine's first API server.
@@ -173,42 +136,31 @@ class GmsShadowMixin(GmsSleepMixin):
             With how many blocks, from the first one on, it may begin before it has all of its memory, 0 if it waits for that; and why it can never
             be promoted, if so.
         """
-        if self.planning is None:
-            return 0, "it does not fail over"
-        try:
-            self.planning.place.beat()
-        except GmsError as error:
-            return 0, f"its part of the KV memory went with a server that was lost while the engine started: {error.message}"
-        return self._bridge_blocks(), ""
-
-    def _bridge_blocks(self) -> int:
-        planned = self.planning.plan if self.planning is not None else None
-        return planned.bridge_blocks if planned is not None and self.kv is not None and self.kv.front else 0
+        return (0, "it does not fail over") if self.kv is None else self.kv.stand_by()
 
     def _kv_placing(self, kv_cache_config: Any) -> Callable[[int], int] | None:
         failover = _failover(self.vllm_config)
         if failover is None:
             return super()._kv_placing(kv_cache_config)
-        self.kv = RetainedKv(open_driver(device_id()), clearing(torch_device()), raw_buffers(kv_cache_config), failover.alias_bytes)
-        self.kv_memory = self.kv
-        return self.kv.place
+        assert self.planning is not None
+        memory = RetainedKv(open_driver(device_id()), clearing(torch_device()), raw_buffers(kv_cache_config), failover.alias_bytes)
+        self.kv = RankKv(self.planning, memory, failover.bridge_bytes, asleep=lambda: bool(self.asleep))
+        self.kv_memory = memory
+        return memory.place
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, which computes on scratch memory."""
         base: Any = super()
-        self._rehearses = True
+        self.gms_rehearse(True)
         try:
             return base.compile_or_warm_up_model()
         finally:
-            self._rehearses = False
+            self.gms_rehearse(False)
 
     def gms_rehearse(self, wanted: bool) -> None:
-        """Let steps compute on scratch memory although nobody may see what comes of them, or end that.
-
-        Args:
-            wanted: Whether to. It says nothing to a rank that is promoted.
-        """
-        self._rehearses = wanted
+        """See `gms_core.kv.rank.RankKv.rehearse`."""
+        if self.kv is not None:
+            self.kv.rehearse(wanted)
 
     def gms_settle(self) -> None:
         """Put this rank's host memory into huge pages: the engine stands by next, and if it dies its successor waits for the end of this process."""
@@ -240,70 +192,23 @@ class GmsShadowMixin(GmsSleepMixin):
             AcquireTimeout: The holder before has not ended in time.
             FenceFailed: It cannot be ended.
         """
-        if self.planning is None or self.planning.plan is None or self.kv is None:
+        if self.kv is None:
             raise EngineUnsupported("this engine does not fail over", hint="Put failover into the block gms of --model-loader-extra-config.")
-        rank, pool, mark = self.vllm_config.parallel_config.rank, self.planning.pool, self.planning.plan.mark.encode()
-        if self._taken_over is None:
-            if self._backend is not None and self._backend.asleep:
-                raise EngineAsleep("this engine is asleep, and cannot be promoted", hint="Wake it up first.")
-            if self._refused:
-                raise EngineFailed(
-                    "this engine was asked to compute before its promotion, and its scheduler takes what was refused for computed",
-                    hint="Start it again, and promote it before it is asked.",
-                )
-            self._rehearses = False
-            self._taken_over = self.kv.take_over(
-                pool, mark, timeout_s, lambda reason: log.info("rank %d waits for pool %s: %s", rank, pool.name, reason), bridge=bridge
-            )
-            self._parked = False
-            taken = self._taken_over
-            self._proof = None if taken.whole else Proof(pool)
-            log.info(
-                "rank %d holds pool %s, epoch %d: %s, granted after %.1f ms, mapped in %.1f ms",
-                rank,
-                pool.name,
-                taken.epoch,
-                amount(taken.bytes) if taken.whole else f"the first {self._bridge_blocks()} blocks",
-                taken.hold_s * 1e3,
-                taken.map_s * 1e3,
-            )
-        return {"rank": rank, **self._taken_over._asdict()}
+        return {"rank": self.kv.planning.rank, **self.kv.promote(timeout_s, bridge=bridge)._asdict()}
 
     def gms_proven(self) -> tuple[ProofState, str]:
-        """Whether all of the memory may be mapped, since every process of the last holder has exited; with the reason if it never may be.
-
-        It raises nothing: vLLM would leave the answers of the other ranks unread.
-        """
-        return ("proven", "") if self._proof is None else (self._proof.state, self._proof.failure)
+        """See `gms_core.kv.rank.RankKv.proven`."""
+        return ("proven", "") if self.kv is None else self.kv.proven()
 
     def gms_map_rest(self) -> bool:
-        """Map all of the memory after a bridge; every rank has said `gms_proven`. Idempotent.
-
-        Returns:
-            Whether it is mapped: not while the engine sleeps.
-        """
-        if self._proof is None:
-            return True
-        if self._backend is not None and self._backend.asleep:
-            return False
-        assert self.planning is not None
-        assert self.planning.plan is not None
-        assert self.kv is not None
-        start = time.perf_counter()
-        self.kv.map_rest(self.planning.plan.mark.encode())
-        self._proof = None
-        log.info("all of the KV memory is mapped, in %.1f ms", (time.perf_counter() - start) * 1e3)
-        return True
+        """See `gms_core.kv.rank.RankKv.map_rest`."""
+        return self.kv is None or self.kv.map_rest()
 
     def gms_beat(self) -> bool:
         """Whether this rank makes progress: it answers, and its device has done what it was given before the last beat."""
-        if not current_platform.is_cuda():
-            return True
-        if self._mark is not None and not self._mark.query():
-            return False
-        self._mark = torch.cuda.Event()
-        self._mark.record()
-        return True
+        if self._progress is None:
+            self._progress = DeviceProgress(torch_device())
+        return self._progress.made()
 
     def _take_place(self) -> Any:
         options = self._options()
@@ -313,10 +218,9 @@ class GmsShadowMixin(GmsSleepMixin):
         return socket
 
     def _check_ready(self, *, scheduled: bool) -> None:
-        parked = self._parked and not self._rehearses
-        self._refused = self._refused or (parked and scheduled)
+        ready = self.kv is None or self.kv.may_compute(scheduled=scheduled)
         super()._check_ready(scheduled=scheduled)
-        if parked:
+        if not ready:
             raise NotPromoted(
                 "this engine is a shadow: its KV memory is scratch, and a request would be answered with nonsense",
                 hint='It computes once it is promoted: by its API server, or by collective_rpc("gms_promote", args=(timeout_s,)).',

@@ -14,18 +14,18 @@ from vllm.platforms import current_platform
 
 from gms_core.engine_config import GmsConfig
 from gms_core.engine_log import amount
-from gms_core.errors import EngineAsleep
 from gms_core.failover.config import failover_config
 from gms_core.kv.private import PrivateKv
 from gms_core.pytorch import placed
 from gms_core.pytorch.kv import clearing
+from gms_core.sleep import KV_CACHE, KvMemory
 from gms_core.vmm import open_driver
 from gms_core.weights import holdings
 from gms_core.weights.options import LOAD_FORMAT
 from gms_vllm.config import loader_options
 from gms_vllm.kv_buffers import RawBuffers, raw_buffers
 from gms_vllm.place import device_id
-from gms_vllm.sleep import KV_CACHE, GmsSleepBackend, KvMemory, register_backend
+from gms_vllm.sleep import GmsSleepBackend, register_backend
 
 log = logging.getLogger("vllm.gms")
 
@@ -46,12 +46,18 @@ class GmsSleepMixin:
     def _sleeps_by_gms(self) -> bool:
         return bool(self.vllm_config.load_config.load_format == LOAD_FORMAT)
 
+    @property
+    def asleep(self) -> frozenset[str]:
+        """What of this worker's memory is unmapped now."""
+        return frozenset() if self._backend is None else self._backend.sleeper.asleep
+
     def sleep_backend(self) -> GmsSleepBackend:
         """The mechanism of this worker."""
         if self._backend is None:
             register_backend()
             self._backend = SleepModeBackendFactory.get_backend_class("gms")()
-        self._backend.kv, self._backend.weights = self.kv_memory, self._weights
+        sleeper = self._backend.sleeper
+        sleeper.kv, sleeper.weights = self.kv_memory, self._weights
         return self._backend
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -124,13 +130,12 @@ class GmsSleepMixin:
             base.wake_up(tags)
             return
         start = time.perf_counter()
-        backend = self.sleep_backend()
-        backend.resume(tags)
+        self.sleep_backend().resume(tags)
         if self._suspends_communicators():
             from vllm.distributed.parallel_state import resume_device_comms
 
             resume_device_comms()
-        self._say(f"awake but for {', '.join(sorted(backend.asleep))}" if backend.asleep else "awake", start)
+        self._say(f"awake but for {', '.join(sorted(self.asleep))}" if self.asleep else "awake", start)
 
     def discard(self, tags: Collection[str]) -> None:
         """Unmap what is named, and forget what was cached."""
@@ -177,9 +182,8 @@ class GmsSleepMixin:
         Raises:
             EngineAsleep: The memory is not mapped.
         """
-        # The scheduler is paused while the engine sleeps. What reaches a worker all the same would be a fault that ends the process.
-        if self._backend is not None and self._backend.asleep:
-            raise EngineAsleep("this engine is asleep: its memory is not mapped", hint="Wake it up first.")
+        if self._backend is not None:  # the scheduler is paused while the engine sleeps, but some steps reach a worker all the same
+            self._backend.sleeper.check_awake()
 
 
 def torch_device() -> torch.device:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from failover_story import Client, Running, Story, until
 from models import write_model
 from site_of_engines import Site
 
-from gms_core.client import ReadLease, Session, WriteLease
-from gms_core.client.arena import Received, Take
-from gms_core.errors import EngineUnsupported, InvalidArgument, OutOfMemory
-from gms_core.kv.private import PrivateKv
-from gms_core.kv.retained import RetainedKv
-from gms_core.layout import Allocation, Identity
-from gms_core.protocol.framing import close_descriptors
-from gms_core.pytorch.kv import clearing
-from gms_core.vmm.driver import Address
-from gms_core.vmm.host import HostDriver
+from gms_core.errors import InvalidArgument
 from tests.conftest import RunningServer
 from tests.ports import free_port
 
@@ -35,13 +23,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn about things that are not ours
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
-    from gms_core.weights.holdings import Holding
     from gms_vllm.sleep import GmsSleepBackend, register_backend
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
-CLEAR = clearing(torch.device("cpu"))
-MIB = 2**20
 
 SLEEP = {"enable_sleep_mode": True}
 LOOK_S = 1.0
@@ -122,134 +107,22 @@ def give_up(client: Client) -> None:
     time.sleep(LOOK_S)
 
 
-def published(server: RunningServer) -> tuple[Session, ReadLease]:
-    session = server.connect()
-    writing = session.acquire("weights", "rw", Identity({}), timeout_s=10)
-    assert isinstance(writing, WriteLease)
-    writing.arena.allocate(MIB)
-    return session, writing.commit(b"", Identity({}))
-
-
-def test_nothing_is_unmapped_when_the_weights_are_not_published_yet(server: RunningServer, driver: HostDriver) -> None:
-    backend, kv = GmsSleepBackend(), PrivateKv(driver, CLEAR, patience_s=0)
-    backend.kv, address = kv, Address(kv.place(MIB))
-    with server.connect() as session:
-        lease = session.acquire("weights", "rw", Identity({}), timeout_s=10)
-        backend.weights = [Holding(session, lease)]
-        with pytest.raises(EngineUnsupported, match="not published"):
-            backend.suspend()
-        assert (backend.asleep, backend.state()) == (frozenset(), "RUNNING")
-        assert driver.read(address, 1) == b"\0"
-        with pytest.raises(InvalidArgument, match="level"):
-            backend.suspend(3)
-    kv.close()
-
-
-def test_backend_unmaps_what_is_named_when_there_are_tags(server: RunningServer, driver: HostDriver) -> None:
-    backend, kv = GmsSleepBackend(), PrivateKv(driver, CLEAR, patience_s=0)
-    backend.kv, _ = kv, kv.place(MIB)
-    session, lease = published(server)
-    with session:
-        assert lease.arena is not None
-        backend.weights = [Holding(session, lease)]
-        backend.discard(("kv_cache",))
-        assert (backend.asleep, backend.state(), lease.arena.mapped) == ({"kv_cache"}, "SUSPENDED", True)
-        backend.suspend(1)
-        assert (backend.asleep, lease.arena.mapped) == ({"kv_cache", "weights"}, False)
-        backend.resume(["runtime", "workspace"])
-        assert backend.asleep == {"kv_cache", "weights"}
-        backend.resume(["weights"])
-        assert (backend.asleep, backend.state(), lease.arena.mapped) == ({"kv_cache"}, "SUSPENDED", True)
-        backend.resume()
-        assert (backend.asleep, backend.state(), driver.memory_info().free) == (frozenset(), "RUNNING", 23 * MIB)
-        lease.release()
-    kv.close()
-
-
-def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDriver) -> None:
-    kv = RetainedKv(driver, CLEAR, [MIB - driver.granularity], MIB)  # and a granule for the mark
-    backend, arena = GmsSleepBackend(), kv.arena
-    backend.kv = kv
-    handle = driver.create(MIB)
-
-    def receive(take: Take) -> None:
-        descriptor = driver.export(handle)
-        take([Received(1, MIB, descriptor)])
-        close_descriptors([descriptor])
-
-    arena.adopt(receive, [Allocation(1, 0, MIB)])
-    arena.map_pool()
-    driver.write(arena.base, b"kept")
-    for level in (1, 2):
-        backend.suspend(level)
-        assert arena.backing == "none"
-        backend.resume(["kv_cache"])
-        assert driver.read(arena.base, 4) == b"kept"
-    arena.close()
+def test_backend_says_what_state_it_is_in_when_it_unmaps_and_maps() -> None:
+    backend = GmsSleepBackend()
+    with pytest.raises(InvalidArgument, match="level"):
+        backend.suspend(3)
+    assert (backend.sleeper.asleep, backend.state()) == (frozenset(), "RUNNING")
+    backend.discard(("kv_cache",))
+    assert (backend.sleeper.asleep, backend.state()) == ({"kv_cache"}, "SUSPENDED")
+    backend.suspend(2)
+    assert (backend.sleeper.asleep, backend.state()) == ({"kv_cache", "weights"}, "SUSPENDED")
+    backend.resume(["weights"])
+    assert (backend.sleeper.asleep, backend.state()) == ({"kv_cache"}, "SUSPENDED")
+    backend.resume()
+    assert (backend.sleeper.asleep, backend.state()) == (frozenset(), "RUNNING")
 
 
 def test_backend_is_registered_once_when_several_workers_ask() -> None:
     register_backend()
     register_backend()
     assert SleepModeBackendFactory.get_backend_class("gms") is GmsSleepBackend
-
-
-@pytest.fixture
-def driver() -> Iterator[HostDriver]:
-    opened = HostDriver(capacity=24 * MIB)
-    yield opened
-    opened.close()
-
-
-def test_kv_memory_is_zero_at_the_same_addresses_when_it_comes_back(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CLEAR, patience_s=0)
-    addresses = [kv.place(size) for size in (MIB, 3 * MIB)]
-    assert (kv.size, driver.memory_info().free) == (4 * MIB, 20 * MIB)
-    driver.write(Address(addresses[1]), b"\x07" * MIB)
-    kv.suspend()
-    kv.suspend()
-    assert driver.memory_info().free == 24 * MIB
-    kv.resume()
-    kv.resume()
-    assert driver.memory_info().free == 20 * MIB
-    assert driver.read(Address(addresses[1]), 3 * MIB) == bytes(3 * MIB)
-    kv.close()
-
-
-def test_wake_up_waits_when_another_still_has_the_memory(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CLEAR, patience_s=60)
-    address = Address(kv.place(20 * MIB))
-    kv.suspend()
-    taken = driver.create(10 * MIB)
-    failed = threading.Event()
-    create = driver.create
-
-    def noticed(size: int) -> object:
-        try:
-            return create(size)
-        except OutOfMemory:
-            failed.set()
-            raise
-
-    driver.create = noticed  # type: ignore[assignment, method-assign]
-    waking = threading.Thread(target=kv.resume)
-    waking.start()
-    assert failed.wait(60)
-    driver.release(taken)
-    waking.join()
-    assert driver.read(address, 1) == b"\0"
-    kv.close()
-
-
-def test_wake_up_is_refused_and_can_be_repeated_when_no_memory_comes_free(driver: HostDriver) -> None:
-    kv = PrivateKv(driver, CLEAR, patience_s=0)
-    kv.place(8 * MIB)
-    address = Address(kv.place(12 * MIB))
-    kv.suspend()
-    taken = driver.create(10 * MIB)
-    with pytest.raises(OutOfMemory):
-        kv.resume()
-    driver.release(taken)
-    kv.resume()
-    assert driver.read(address, 1) == b"\0"
-    kv.close()

@@ -92,6 +92,7 @@ def test_errors_are_raised_or_logged_when_they_are_caught_broadly(path: Path) ->
         "import gms_core.server.supervisor, gms_core.server.device_server",
         "import gms_core.failover.control, gms_core.failover.follower, gms_core.failover.http, gms_core.failover.notifications",
         "import gms_core.failover.locks, gms_core.failover.promotion",
+        "import gms_core.kv.private, gms_core.kv.rank, gms_core.sleep",
         "import gms_core.cli, gms_core.cli.serve, gms_core.devices, gms_core.runtime_dir",
     ],
 )

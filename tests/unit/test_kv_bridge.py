@@ -14,18 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from gms_core.client.arena import Received, Take
 from gms_core.errors import AcquireTimeout, ConnectionLost, FenceFailed, GmsError
 from gms_core.kv.front import Range
 from gms_core.kv.proof import Proof
 from gms_core.kv.retained import RetainedKv
-from gms_core.layout import Allocation
-from gms_core.protocol.framing import close_descriptors
-from gms_core.protocol.messages import Held, Planned
 from gms_core.pytorch.kv import tensors_of, views_of
 from gms_core.vmm.driver import Address
 from gms_core.vmm.host import HostDriver
 from tests.conftest import RunningServer
+from tests.unit.kv_pools import Pool, do_nothing
 
 PAGE = 4096
 BLOCKS, BRIDGE = 250, 16
@@ -206,29 +203,6 @@ def test_engine_waits_for_the_whole_memory_when_it_does_not_want_a_bridge(server
     assert following.ask("read", 0, BLOCKS) == [7]
 
 
-class Pool:
-    """A pool of this process, of which the front may be all that is held at first."""
-
-    name = "kv"
-
-    def __init__(self, driver: HostDriver, sizes: list[int], front: list[int]) -> None:
-        self.driver, self.whole = driver, False
-        offsets = [sum(sizes[:number]) for number in range(len(sizes))]
-        allocations = [Allocation(number + 1, offsets[number], size) for number, size in enumerate(sizes)]
-        spares = [Allocation(100 + index, offsets[index], sizes[index]) for index in front]
-        self.planned = Planned("kv", b"", tuple(allocations), 0, tuple(spares))
-        self.handles = {one.id: driver.create(one.size) for one in (*allocations, *spares)}
-
-    def receive(self, take: Take) -> None:
-        for one in (*self.planned.allocations, *self.planned.spares):
-            item = Received(one.id, one.size, self.driver.export(self.handles[one.id]))
-            take([item])
-            close_descriptors([item.descriptor])
-
-    def hold(self, timeout_s: float, on_wait: object = None, *, bridge: bool = False) -> Held:
-        return Held("kv", 5, 1, self.whole or not bridge)
-
-
 @dataclass
 class Cleared:
     """Remembers what was made zero."""
@@ -257,22 +231,18 @@ def bridged(cleared: Cleared) -> Iterator[tuple[RetainedKv, Pool]]:
     kv = RetainedKv(driver, cleared, [100 * PAGE], 4 * PAGE)
     front = [Range(0, 10 * PAGE), Range(50 * PAGE, 60 * PAGE)]
     cut = kv.allocations(front)
-    pool = Pool(driver, cut.sizes, cut.front)
+    pool = Pool(driver)
+    pool.provide(b"", cut.sizes, 1.0, front=cut.front)
     kv.adopt(pool, front)  # type: ignore[arg-type]
     yield kv, pool
     kv.arena.close()
-    for handle in pool.handles.values():
-        driver.release(handle)
+    pool.close()
     driver.close()
-
-
-def nothing(address: Address, size: int) -> None:
-    """What has to be done to make fresh memory of this device zero."""
 
 
 def take_over_once(pool: Pool) -> None:
     """Be an engine that takes the whole pool over, makes it zero and marks it, and ends."""
-    other = RetainedKv(pool.driver, nothing, [100 * PAGE], 4 * PAGE)
+    other = RetainedKv(pool.driver, do_nothing, [100 * PAGE], 4 * PAGE)
     pool.whole = True
     other.adopt(pool)  # type: ignore[arg-type]
     other.take_over(pool, b"mark", 1.0)  # type: ignore[arg-type]
@@ -355,7 +325,7 @@ def test_engine_goes_on_with_its_bridge_while_processes_are_slow_to_exit(last: G
 
 def test_there_is_no_front_when_a_part_of_the_cache_is_in_no_tensor() -> None:
     driver = HostDriver(capacity=2**26)
-    kv = RetainedKv(driver, nothing, [64 * PAGE], 4 * PAGE)
+    kv = RetainedKv(driver, do_nothing, [64 * PAGE], 4 * PAGE)
     elsewhere = torch.zeros(8, PAGE, dtype=torch.uint8)
     assert kv.first_blocks(views_of([elsewhere], kv.arena.base), 8, 2) == []
     assert kv.first_blocks([], 8, 2) == []
