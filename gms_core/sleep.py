@@ -32,12 +32,12 @@ class Sleeper:
     """What a rank unmaps when its engine sleeps, and what of it is unmapped now.
 
     Attributes:
-        kv: The rank's KV memory, if GMS has placed it.
+        kv: The rank's KV memory, as far as GMS has placed it.
         weights: What holds its weights.
     """
 
     def __init__(self) -> None:
-        self.kv: KvMemory | None = None
+        self.kv: Sequence[KvMemory] = ()
         self.weights: Sequence[Holding] = ()
         self._asleep: set[str] = set()
 
@@ -64,8 +64,8 @@ class Sleeper:
         leases = self._leases() if WEIGHTS in tags else []
         if KV_CACHE in tags:
             self._asleep.add(KV_CACHE)  # first: what is unmapped in part must not be used either
-            if self.kv is not None:
-                self.kv.suspend()
+            for memory in self.kv:
+                memory.suspend()
         if WEIGHTS in tags:
             self._asleep.add(WEIGHTS)
             for lease in leases:
@@ -82,8 +82,9 @@ class Sleeper:
                 if tag == WEIGHTS:
                     for lease in self._leases():
                         lease.remap()
-                elif self.kv is not None:
-                    self.kv.resume()
+                else:
+                    for memory in self.kv:
+                        memory.resume()
                 self._asleep.discard(tag)
 
     def _leases(self) -> list[ReadLease]:

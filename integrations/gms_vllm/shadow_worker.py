@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +28,6 @@ from gms_vllm.kv_buffers import check_contents, raw_buffers
 from gms_vllm.kv_plan import layout_of
 from gms_vllm.place import device_id, server_socket
 from gms_vllm.sleeping_worker import GmsSleepMixin, give_back_cached, torch_device
-
-log = logging.getLogger("vllm.gms")
 
 
 class GmsShadowMixin(GmsSleepMixin):

@@ -57,7 +57,7 @@ class GmsSleepMixin:
             register_backend()
             self._backend = SleepModeBackendFactory.get_backend_class("gms")()
         sleeper = self._backend.sleeper
-        sleeper.kv, sleeper.weights = self.kv_memory, self._weights
+        sleeper.kv, sleeper.weights = () if self.kv_memory is None else (self.kv_memory,), self._weights
         return self._backend
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

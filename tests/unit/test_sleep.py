@@ -9,7 +9,7 @@ import torch
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.client.arena import Received, Take
-from gms_core.errors import EngineAsleep, EngineUnsupported
+from gms_core.errors import EngineAsleep, EngineUnsupported, OutOfMemory
 from gms_core.kv.private import PrivateKv
 from gms_core.kv.retained import RetainedKv
 from gms_core.layout import Allocation, Identity
@@ -42,7 +42,7 @@ def published(server: RunningServer) -> tuple[Session, ReadLease]:
 
 def test_nothing_is_unmapped_when_the_weights_are_not_published_yet(server: RunningServer, driver: HostDriver) -> None:
     sleeper, kv = Sleeper(), PrivateKv(driver, CLEAR, patience_s=0)
-    sleeper.kv, address = kv, Address(kv.place(MIB))
+    sleeper.kv, address = (kv,), Address(kv.place(MIB))
     with server.connect() as session:
         lease = session.acquire("weights", "rw", Identity({}), timeout_s=10)
         sleeper.weights = [Holding(session, lease)]
@@ -56,7 +56,7 @@ def test_nothing_is_unmapped_when_the_weights_are_not_published_yet(server: Runn
 
 def test_engine_unmaps_what_is_named_when_there_are_tags(server: RunningServer, driver: HostDriver) -> None:
     sleeper, kv = Sleeper(), PrivateKv(driver, CLEAR, patience_s=0)
-    sleeper.kv, _ = kv, kv.place(MIB)
+    sleeper.kv, _ = (kv,), kv.place(MIB)
     session, lease = published(server)
     with session:
         assert lease.arena is not None
@@ -80,7 +80,7 @@ def test_engine_unmaps_what_is_named_when_there_are_tags(server: RunningServer, 
 def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDriver) -> None:
     kv = RetainedKv(driver, CLEAR, [MIB - driver.granularity], MIB)  # and a granule for the mark
     sleeper, arena = Sleeper(), kv.arena
-    sleeper.kv = kv
+    sleeper.kv = (kv,)
     handle = driver.create(MIB)
 
     def receive(take: Take) -> None:
@@ -97,3 +97,20 @@ def test_kv_memory_is_kept_when_an_engine_that_fails_over_sleeps(driver: HostDri
         sleeper.resume(["kv_cache"])
         assert driver.read(arena.base, 4) == b"kept"
     arena.close()
+
+
+def test_all_kv_memory_comes_back_when_the_call_is_repeated_because_there_was_no_room_for_a_part(driver: HostDriver) -> None:
+    sleeper, kept, tables = Sleeper(), PrivateKv(driver, CLEAR, patience_s=0), PrivateKv(driver, CLEAR, patience_s=0)
+    sleeper.kv, places = (kept, tables), [Address(kept.place(MIB)), Address(tables.place(20 * MIB))]
+    sleeper.suspend()
+    assert driver.memory_info().free == 24 * MIB
+    taken = driver.create(10 * MIB)
+    with pytest.raises(OutOfMemory):
+        sleeper.resume()
+    assert sleeper.asleep == {"kv_cache"}
+    driver.release(taken)
+    sleeper.resume()
+    assert sleeper.asleep == frozenset()
+    assert [driver.read(place, 1) for place in places] == [b"\0", b"\0"]
+    for kv in (kept, tables):
+        kv.close()
