@@ -1,4 +1,4 @@
-"""KV memory of an engine that does not fail over: this process's own, and given back to the device while the engine sleeps."""
+"""KV memory of this process's own, as all of it is where an engine does not fail over. It is given back to the device while the engine sleeps."""
 
 from __future__ import annotations
 
