@@ -1,4 +1,4 @@
-"""Lines about an engine's memory belong in the log of the engine whose process this is, with its handlers and its level."""
+"""The log of the engine whose process this is: lines that its operator should read go there, with its handlers and its level."""
 
 from __future__ import annotations
 

@@ -87,6 +87,21 @@ class HoldMiddleware:
             await _refuse(self._state, scope, send)
 
 
+def wrap_app(app: Any, wrap: Callable[[App], App]) -> App:
+    """Put something around an app of Starlette or FastAPI and all of its middleware, whose list may be closed already.
+
+    Args:
+        app: The app.
+        wrap: Makes what is around out of what is inside.
+
+    Returns:
+        What is inside.
+    """
+    inner: App = app.middleware_stack or app.build_middleware_stack()
+    app.middleware_stack = wrap(inner)
+    return inner
+
+
 def _path(scope: Scope) -> str:
     """The path below the prefix under which a proxy has put the app."""
     path, prefix = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")

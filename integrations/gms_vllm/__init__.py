@@ -60,7 +60,7 @@ def _patch_engine_args() -> None:
 
 
 def _extend_engine_core() -> None:
-    from gms_vllm.cohort import extend_engine_core
+    from gms_vllm.engine_core import extend_engine_core
 
     extend_engine_core()
 

@@ -8,7 +8,9 @@ from typing import Any
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig, GmsConfig
 from gms_core.errors import EngineUnsupported
-from gms_vllm.cohort import GRACE_S, ApiPlace, begin_cohort
+from gms_core.failover.cohort import GRACE_S, ApiPlace, begin_cohort
+from gms_patches.on_import import when_imported
+from gms_vllm.engine_core import extend_engine_core
 from gms_vllm.gate import is_set_up
 from gms_vllm.serving import can_hold
 from gms_vllm.unsupported import check_failover
@@ -16,6 +18,11 @@ from gms_vllm.unsupported import check_failover
 _API_SERVER = "OPENAI_API_SERVER"
 _IN_PROCESS = (None, "UNKNOWN_CONTEXT", "LLM_CLASS", "ENGINE_CONTEXT")
 """Who uses an engine in its own process has no server that could be held: its worker refuses to compute before it is promoted, and that is all."""
+
+
+def api_place(config: Any) -> ApiPlace:
+    """What ``EngineArgs`` or a ``ParallelConfig`` says of the process that made it; its rank is -1 if it only starts API servers."""
+    return ApiPlace(config._api_process_rank, config._api_process_count)  # noqa: SLF001 - there is no public name in any version
 
 
 def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: FailoverConfig, usage_context: Any, *, headless: bool) -> None:
@@ -35,7 +42,7 @@ def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: Failov
     """
     check_failover(config, headless=headless)
     context = getattr(usage_context, "value", usage_context)
-    api_server = ApiPlace.of(arguments)
+    api_server = api_place(arguments)
     further = api_server.main_pid != os.getpid() and bool(settings().cohort)
     serves = context not in _IN_PROCESS
     if serves and not (context == _API_SERVER and can_hold() and (further or is_set_up())):
@@ -44,12 +51,13 @@ def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: Failov
             hint="Start it with `vllm serve`, without --grpc; `gms patches check` shows whether this vLLM is known.",
         )
     if not further:
-        begin_cohort()
+        begin_cohort("vllm")
+        when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
     if serves and api_server.rank < 0:
-        from gms_vllm.main_process import take_part
+        from gms_core.failover.front_end.main_process import take_part
 
         take_part(gms.connect_timeout_s, GRACE_S + config.shutdown_timeout)
     elif serves and api_server.rank == 0:
-        from gms_vllm.front_end import open_early
+        from gms_core.failover.front_end.api_server import open_early
 
         open_early(failover)

@@ -68,12 +68,12 @@ def _wrap_serve_http(original: Callable[..., Awaitable[Any]]) -> Callable[..., A
             return await original(app, sock, *args, **kwargs)
         from gms_core.failover.config import failover_config
         from gms_vllm.config import loader_options
-        from gms_vllm.front_end import ApiServer
+        from gms_vllm.front_end import serve
 
         gms = loader_options(load.model_loader_extra_config or {}).gms
         failover = failover_config(gms)
         if failover is None:
             return await original(app, sock, *args, **kwargs)
-        return await ApiServer(app, client, sock, gms, failover).serve(lambda: original(app, sock, *args, **kwargs))
+        return await serve(app, client, sock, gms, failover, lambda: original(app, sock, *args, **kwargs))
 
     return serve_http

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported, NotPromoted
+from gms_core.failover import cohort
 from gms_core.failover.config import failover_config
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.kv.bridge import most_bytes
@@ -22,7 +23,7 @@ from gms_core.pytorch.kv import clearing, views_of
 from gms_core.pytorch.progress import DeviceProgress
 from gms_core.vmm import open_driver
 from gms_core.weights.options import LOAD_FORMAT
-from gms_vllm import cohort, kv_planning
+from gms_vllm import kv_planning
 from gms_vllm.config import loader_options
 from gms_vllm.kv_buffers import check_contents, raw_buffers
 from gms_vllm.kv_plan import layout_of

@@ -16,8 +16,9 @@ import uvicorn
 
 from gms_core.engine_config import FailoverConfig
 from gms_core.errors import ConfigurationError
+from gms_core.failover.front_end.gate import Gate, ListenLast
 from gms_core.failover.http import Receive, Scope, Send
-from gms_vllm.gate import Gate, ListenLast, is_set_up, set_up
+from gms_vllm.gate import is_set_up, set_up
 
 pytestmark = pytest.mark.engine
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from gms_core.client import Membership
 from gms_core.config import export_cohort, settings
+from gms_core.engine_log import log
 from gms_core.errors import GmsError
 from gms_core.failover import huge_pages
-from gms_core.failover.parent_death import end_with_parent
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.resource_tracker import start_apart
-from gms_patches.on_import import when_imported
-from gms_vllm import block_supply
-
-log = logging.getLogger("vllm.gms")
 
 GRACE_S = 20.0
-"""Seconds that an engine has to end in order, beside those that vLLM gives running requests; then the servers end what is left of it."""
+"""Seconds that an engine has to end in order, beside those that it gives running requests; then the servers end what is left of it."""
 
 
 class ApiPlace(NamedTuple):
@@ -35,17 +30,12 @@ class ApiPlace(NamedTuple):
         servers: How many there are.
     """
 
-    rank: int
-    servers: int
-
-    @classmethod
-    def of(cls, config: Any) -> Self:
-        """What ``EngineArgs`` or a ``ParallelConfig`` says of the process that made it."""
-        return cls(config._api_process_rank, config._api_process_count)  # noqa: SLF001 - there is no public name in any version
+    rank: int = 0
+    servers: int = 1
 
     @property
     def main_pid(self) -> int:
-        """The process that the user has started: it starts the others if there are several API servers."""
+        """The process that the user has started: it starts the others, through `multiprocessing`, if there are several API servers."""
         parent = multiprocessing.parent_process()
         return parent.pid if self.servers > 1 and self.rank >= 0 and parent is not None and parent.pid is not None else os.getpid()
 
@@ -54,13 +44,16 @@ _begun_in = 0
 """The process that has begun a cohort; a forked child has this variable too."""
 
 
-def begin_cohort() -> None:
-    """Name the cohort of the engine that this process begins. One that is in the environment already belongs to some outer engine."""
+def begin_cohort(engine: str) -> None:
+    """Name the cohort of the engine that this process begins. One that is in the environment already belongs to some outer engine.
+
+    Args:
+        engine: What the engine is called if nobody has given it a name: this, and the process's number.
+    """
     global _begun_in
     _begun_in = os.getpid()
-    export_cohort(secrets.token_hex(16), settings().engine or f"vllm-{os.getpid()}")
+    export_cohort(secrets.token_hex(16), settings().engine or f"{engine}-{os.getpid()}")
     start_apart()
-    when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
 
 
 def began_here() -> bool:
@@ -98,7 +91,7 @@ class Places:
             try:
                 membership.depart(grace_s)
             except GmsError as error:
-                log.debug("a server was not told of the end: %s", error)
+                log().debug("a server was not told of the end: %s", error)
 
     def _has(self, socket: Path) -> bool:
         membership = self._joined.get(socket)
@@ -113,8 +106,6 @@ class Places:
 
 
 _places = Places()
-_answering: dict[int, int] = {}
-"""In the engine core: requests that each API server is answering, of those that have said so."""
 
 
 def take_place(name: str, sockets: Iterable[Path], *, serves: bool, connect_timeout_s: float) -> None:
@@ -137,53 +128,7 @@ def depart(grace_s: float) -> None:
     _places.depart(grace_s)
 
 
-def extend_engine_core() -> None:
-    """Give vLLM's engine core the calls that the front end makes, which are reached by name as all of its own are, and let it end with its parent.
-
-    It loads plugins only once it has shaken hands with the process that has started it. If that is killed before, vLLM waits for it for minutes.
-    """
-    global _run_engine_core
-    from vllm.v1.engine.core import EngineCore, EngineCoreProc
-
-    EngineCore.gms_join = _join
-    EngineCore.gms_settle = _settle
-    EngineCore.gms_unfinished = _unfinished
-    EngineCore.gms_withhold = block_supply.withhold
-    EngineCore.gms_give_all = block_supply.give_all
-    if EngineCoreProc.run_engine_core is not run_engine_core:
-        _run_engine_core = EngineCoreProc.run_engine_core
-        EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
-
-
-_run_engine_core: Callable[..., None] | None = None
-"""VLLM's own, in a process in which it was replaced; a forked child is one too, a spawned one is not yet."""
-
-
-def run_engine_core(*args: Any, **kwargs: Any) -> None:
-    """Be an engine core's process, which ends with the one that has started it. Processes are started by the name of this function."""
-    end_with_parent()
-    from vllm.v1.engine.core import EngineCoreProc
-
-    (_run_engine_core or EngineCoreProc.run_engine_core)(*args, **kwargs)
-
-
-def _join(_: Any, sockets: list[str], connect_timeout_s: float) -> None:
-    """Join the engine core's process to the cohort."""
-    end_with_parent()
-    take_place("engine-core", map(Path, sockets), serves=False, connect_timeout_s=connect_timeout_s)
-
-
-def _settle(_: Any) -> None:
-    settle("engine core")
-
-
 def settle(process: str) -> None:
     """Put this process's host memory into huge pages, so that it ends soon if it is killed."""
     done = huge_pages.collapse()
-    log.info("%s: %.2f GiB of host memory are in huge pages, after %.1f s", process, done.bytes / 2**30, done.seconds)
-
-
-def _unfinished(engine_core: Any, rank: int, servers: int, answering: int) -> int:
-    """Requests that the engine, or one of its API servers, has not finished. Each API server says what it is about, until all of them are done."""
-    _answering[rank] = answering
-    return int(engine_core.scheduler.get_num_unfinished_requests()) + sum(_answering.get(server, 1) for server in range(servers))
+    log().info("%s: %.2f GiB of host memory are in huge pages, after %.1f s", process, done.bytes / 2**30, done.seconds)

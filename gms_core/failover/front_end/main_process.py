@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -19,10 +18,8 @@ from types import FrameType
 
 from gms_core.config import settings
 from gms_core.errors import ConnectionLost, GmsError, PermissionRefused
+from gms_core.failover.cohort import depart, take_place
 from gms_core.protocol.peer import peer_credentials
-from gms_vllm.cohort import depart, take_place
-
-log = logging.getLogger("vllm.gms")
 
 _MOST_BYTES = 2**20
 _PATIENCE_S = 30.0

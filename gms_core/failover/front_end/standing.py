@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from gms_core.engine_config import FailoverConfig
+from gms_core.engine_log import log
 from gms_core.errors import EngineFailed, GmsError, PromotionFailed
 from gms_core.failover.control import Control
 from gms_core.failover.follower import Follower
+from gms_core.failover.front_end.engine import EngineCalls, HttpServer
+from gms_core.failover.front_end.timeline import Clock
 from gms_core.failover.locks import FailoverLock
 from gms_core.failover.notifications import Notifier
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.promotion import Promotion
 from gms_core.failover.status import EngineState, Promoted, RoleChange
 from gms_core.failover.threads import from_thread
-from gms_vllm.gate import Gate
-from gms_vllm.status_page import StatusPage
-from gms_vllm.timeline import Clock
 
-log = logging.getLogger("vllm.gms")
+if TYPE_CHECKING:
+    from gms_core.engine_config import FailoverConfig
+    from gms_core.failover.front_end.status_page import StatusPage
 
 PROVEN_AGAIN_S = 0.01
 """Seconds between two questions to the ranks whether they may have the rest of their KV memory, at first. Each costs a step of the engine core."""
@@ -68,18 +68,13 @@ class Standing(Protocol):
         """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
 
 
-BEAT_AGAIN_S = 0.05
-"""Seconds between two questions to a rank whose device is busy with one long piece of work."""
-
-
-async def beat(client: Any) -> None:
+async def beat(engine: EngineCalls) -> None:
     """Come back once every rank has answered that it makes progress.
 
     Raises:
         GmsError: One of them does not.
     """
-    answers = await client.collective_rpc("gms_beat")
-    stalled = [rank for rank, moves in enumerate(answers) if not moves]
+    stalled = [rank for rank, moves in enumerate(await engine.beat()) if not moves]
     if stalled:
         raise GmsError(f"the device of rank {', '.join(map(str, stalled))} has not finished what it was given before the last look")
 
@@ -93,31 +88,31 @@ class Leader:
         state: EngineState,
         failover: FailoverConfig,
         lock: FailoverLock,
-        client: Any,
-        gate: Gate,
+        engine: EngineCalls,
+        http: HttpServer,
         *,
         rejoin: Callable[[], None],
     ) -> None:
-        """Prepare; `start` connects.
+        """Prepare, in the event loop; `start` connects.
 
         Args:
             process: This one.
             state: The engine's.
             failover: How it fails over.
             lock: What elects it.
-            client: vLLM's ``AsyncLLM``.
-            gate: Of the API server.
+            engine: Its ranks, and what schedules them.
+            http: Of this process.
             rejoin: Makes the engine's other processes join a server again that was lost; called in a thread.
         """
         self._state = state
         self._failover = failover
-        self._client = client
-        self._gate = gate
+        self._engine = engine
+        self._http = http
         self._clock = Clock()
         state.listen(self._changed)
         self._notifier = Notifier(state, on_promoted=failover.on_promoted, webhook=failover.webhook)
         loop = asyncio.get_running_loop()
-        check = from_thread(loop, lambda: beat(client)) if process.deadline_s else None
+        check = from_thread(loop, lambda: beat(engine)) if process.deadline_s else None
         self._control = Control(process, state, lock, check=check, on_found=lambda _: rejoin())
         self._promotion = Promotion(
             process,
@@ -128,7 +123,7 @@ class Leader:
             autonomous=failover.autonomous,
             timeout_s=failover.promotion_timeout_s,
         )
-        self._page = StatusPage(state, failover.status_address) if failover.status_address else None
+        self._page = _status_page(state, failover.status_address) if failover.status_address else None
         self._bridges = False
 
     def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
@@ -137,11 +132,11 @@ class Leader:
 
     async def become_primary(self) -> None:
         """As `Standing.become_primary`. With a bridge, the scheduler gives out its blocks alone from here on, until `become_whole`."""
-        answers = await self._client.collective_rpc("gms_stand_by")
-        if reasons := [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(answers) if reason]:
+        ranks = await self._engine.stand_by()
+        if reasons := [f"rank {rank}: {stood.refusal}" for rank, stood in enumerate(ranks) if stood.refusal]:
             raise EngineFailed(f"this engine cannot stand by for another: {'; '.join(reasons)}", hint="Start it again.")
-        if self._failover.bridge_bytes != 0 and (blocks := min(blocks for blocks, _ in answers)):
-            self._bridges = bool(await self._client.engine_core.call_utility_async("gms_withhold", blocks))
+        if self._failover.bridge_bytes != 0 and (blocks := min(stood.blocks for stood in ranks)):
+            self._bridges = await self._engine.withhold(blocks)
         self._state.ready()
         await self._promotion.run()
 
@@ -150,13 +145,13 @@ class Leader:
         told = self._state.snapshot()
         timeline = self._clock.listening(told.engine, told.term, told.epochs)
         self._notifier.gate_opened()
-        log.info("%s serves at %s, %.1f ms after its election [%s]", told.engine, told.address, timeline.listening_ms, timeline.line())
+        log().info("%s serves at %s, %.1f ms after its election [%s]", told.engine, told.address, timeline.listening_ms, timeline.line())
 
     async def become_whole(self) -> None:
         """As `Standing.become_whole`."""
         pause_s = PROVEN_AGAIN_S
         while self._bridges:
-            step, reason = await self._client.engine_core.call_utility_async("gms_give_all")
+            step, reason = await self._engine.give_all()
             if step == "failed":
                 raise PromotionFailed(f"this engine serves from the first blocks of its KV memory, and can never have the rest: {reason}")
             self._bridges = step != "whole"
@@ -176,31 +171,37 @@ class Leader:
     async def _promote(self) -> Promoted:
         asked = time.monotonic()
         # No rank may begin with its bridge if the scheduler gives out more than that.
-        answers = await self._client.collective_rpc("gms_promote", args=(self._failover.promotion_timeout_s, self._bridges))
+        ranks = await self._engine.promote(self._failover.promotion_timeout_s, self._bridges)
         if self._failover.gate == "port":
-            self._gate.check_alone()
-        return self._clock.promoted(asked, answers)
+            self._http.check_alone()
+        return self._clock.promoted(asked, ranks)
 
     def _changed(self, change: RoleChange) -> None:
         if change.role == "promoting":
             self._clock.elected()
 
 
+def _status_page(state: EngineState, address: str) -> StatusPage:
+    from gms_core.failover.front_end.status_page import StatusPage
+
+    return StatusPage(state, address)
+
+
 class Sibling:
     """A further API server of the engine."""
 
-    def __init__(self, process: EngineProcess, state: EngineState, client: Any) -> None:
-        """Prepare; `start` connects.
+    def __init__(self, process: EngineProcess, state: EngineState, engine: EngineCalls) -> None:
+        """Prepare, in the event loop; `start` connects.
 
         Args:
             process: This one.
             state: This process's own.
-            client: vLLM's ``AsyncLLM``.
+            engine: Its ranks, which are asked for their progress.
         """
         self._process = process
         self._state = state
         loop = asyncio.get_running_loop()
-        check = from_thread(loop, lambda: beat(client)) if process.deadline_s else None
+        check = from_thread(loop, lambda: beat(engine)) if process.deadline_s else None
         self._follower = Follower(process, state, check=check)
 
     def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
@@ -214,7 +215,7 @@ class Sibling:
 
     def gate_opened(self) -> None:
         """As `Standing.gate_opened`."""
-        log.info("%s of %s serves", self._process.name, self._process.engine)
+        log().info("%s of %s serves", self._process.name, self._process.engine)
 
     async def become_whole(self) -> None:
         """As `Standing.become_whole`: that is the first API server's business."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 
+from gms_core.failover.front_end.engine import RankMemory
 from gms_core.failover.status import Promoted
 
 
@@ -57,22 +57,22 @@ class Clock:
         """The engine has the lock."""
         self._elected_at, self._elected = time.time(), time.monotonic()
 
-    def promoted(self, asked: float, answers: Sequence[Mapping[str, Any]]) -> Promoted:
+    def promoted(self, asked: float, ranks: Sequence[RankMemory]) -> Promoted:
         """The ranks have their memory.
 
         Args:
             asked: When they were asked, on the monotonic clock.
-            answers: What ``gms_promote`` has returned in each of them.
+            ranks: What each of them has.
         """
         self._promoted = time.monotonic()
-        self._held_s = asked - self._elected + max(float(answer["hold_s"]) for answer in answers)
-        self._mapped_s = asked - self._elected + max(float(answer["hold_s"]) + float(answer["map_s"]) for answer in answers)
+        self._held_s = asked - self._elected + max(rank.hold_s for rank in ranks)
+        self._mapped_s = asked - self._elected + max(rank.hold_s + rank.map_s for rank in ranks)
         return Promoted(
-            {f"rank {answer['rank']}": int(answer["epoch"]) for answer in answers},
+            {f"rank {rank.rank}": rank.epoch for rank in ranks},
             {
-                "bytes": sum(int(answer["bytes"]) for answer in answers),
-                "hold_s": max(float(answer["hold_s"]) for answer in answers),
-                "map_s": max(float(answer["map_s"]) for answer in answers),
+                "bytes": sum(rank.bytes for rank in ranks),
+                "hold_s": max(rank.hold_s for rank in ranks),
+                "map_s": max(rank.map_s for rank in ranks),
             },
         )
 

@@ -1,4 +1,4 @@
-"""What an engine is asked before it stands by, without a vLLM: the app and the client are those of a test."""
+"""What an engine is asked before it stands by, without an engine: the app and the calls are those of a test."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from gms_core.errors import EngineFailed
-from gms_vllm import rehearsal
-from gms_vllm.rehearsal import rehearse
+from gms_core.failover.front_end import rehearsal
+from gms_core.failover.front_end.rehearsal import rehearse
 
 
 class Engine:
-    """An app and a client that note what they are asked."""
+    """An app and its engine, which note what they are asked."""
 
     root_path = "/engine"
 
@@ -32,7 +32,7 @@ class Engine:
         if self._fails:
             raise RuntimeError("somebody's middleware")
         answer = asyncio.ensure_future(self._answer(send))
-        gone = asyncio.ensure_future(receive())  # as vLLM does, to notice a client that has gone away
+        gone = asyncio.ensure_future(receive())  # as engines do, to notice a client that has gone away
         done, _ = await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
         assert done == {answer}
         gone.cancel()
@@ -43,10 +43,10 @@ class Engine:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> None:
-        self.said.append((method, *args))
+    async def rehearse(self, wanted: bool) -> None:
+        self.said.append(("rehearse", wanted))
 
-    async def reset_prefix_cache(self) -> bool:
+    async def forget(self) -> bool:
         self._busy -= 1
         self.said.append("forget")
         return self._busy < 0
@@ -59,7 +59,7 @@ PATHS = ["/v1/completions", "/v1/completions", "/v1/chat/completions"]
 def test_steps_are_allowed_for_the_requests_alone_and_nothing_of_them_stays(fails: bool) -> None:
     engine = Engine(busy=2, fails=fails)
     asyncio.run(rehearse(engine, engine, engine))
-    assert engine.said == [("gms_rehearse", True), *PATHS, "forget", "forget", "forget", ("gms_rehearse", False)]
+    assert engine.said == [("rehearse", True), *PATHS, "forget", "forget", "forget", ("rehearse", False)]
 
 
 def test_nobody_can_hit_the_blocks_of_a_rehearsal_in_the_prefix_cache() -> None:

@@ -1,7 +1,7 @@
 """A few requests through the whole engine before it stands by, so that nothing in it runs for the first time when somebody waits for the answer.
 
-VLLM's warm-up ends at the worker. What the first request passes besides, from HTTP over the tokenizer and the scheduler to the detokenizer, is code
-that has never run in this process, and takes several times as long as for the second one.
+An engine's warm-up ends at its ranks. What the first request passes besides, from HTTP over the tokenizer and the scheduler to the detokenizer, is
+code that has never run in this process, and takes several times as long as for the second one.
 
 The requests compute on scratch memory, so nothing of them may stay: they have a salt of their own, with which nobody finds their blocks in the prefix
 cache, and that cache is emptied before the engine stands by.
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from gms_core.engine_log import log
 from gms_core.errors import EngineFailed
+from gms_core.failover.front_end.engine import EngineCalls
 from gms_core.failover.http import App, Event
-
-log = logging.getLogger("vllm.gms")
 
 PATIENCE_S = 300.0
 """Seconds that all of it may take: on a busy CPU each request may have something to compile."""
@@ -36,13 +35,13 @@ _REQUESTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 """What clients ask for most. A model that has no such endpoint, or no chat template, refuses."""
 
 
-async def rehearse(app: Any, stack: App, client: Any, api_keys: Sequence[str] = ()) -> None:
+async def rehearse(app: Any, stack: App, engine: EngineCalls, api_keys: Sequence[str] = ()) -> None:
     """Ask the engine, and make it forget what it was asked. Nobody else may be able to ask it meanwhile.
 
     Args:
-        app: vLLM's ``FastAPI``.
+        app: The engine's ``FastAPI`` or ``Starlette``, which speaks the API of OpenAI.
         stack: Its middleware and all that is in it, without what holds requests back.
-        client: vLLM's ``AsyncLLM``.
+        engine: Lets its ranks compute meanwhile, and forgets.
         api_keys: That the app wants one of.
 
     Raises:
@@ -50,15 +49,15 @@ async def rehearse(app: Any, stack: App, client: Any, api_keys: Sequence[str] = 
     """
     try:
         async with asyncio.timeout(PATIENCE_S):
-            await client.collective_rpc("gms_rehearse", args=(True,))
+            await engine.rehearse(True)
             statuses = []
             for path, body in _REQUESTS:
                 statuses.append(await _ask(app, stack, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys))
             if HTTPStatus.OK not in statuses:
-                log.info("no rehearsed request was answered (%s): the first one after a promotion may be slow", ", ".join(map(str, statuses)))
-            while not await client.reset_prefix_cache():  # the last request's blocks are still being given back
+                log().info("no rehearsed request was answered (%s): the first one after a promotion may be slow", ", ".join(map(str, statuses)))
+            while not await engine.forget():  # the last request's blocks are still being given back
                 await asyncio.sleep(_AGAIN_S)
-            await client.collective_rpc("gms_rehearse", args=(False,))
+            await engine.rehearse(False)
     except TimeoutError:
         raise EngineFailed(f"this engine has not answered and forgotten {len(_REQUESTS)} short requests within {PATIENCE_S:g} s") from None
 
@@ -103,5 +102,5 @@ async def _ask(app: Any, stack: App, path: str, body: Mapping[str, Any], api_key
     try:
         await stack(scope, receive, send)
     except Exception as error:  # noqa: BLE001 - an app may have middleware of anybody's; an engine that has died says so by itself
-        log.warning("a rehearsed request to %s has failed: %r", path, error)
+        log().warning("a rehearsed request to %s has failed: %r", path, error)
     return status

@@ -1,4 +1,7 @@
-"""``/gms/status`` and ``/health`` at an address of their own, at all times: the engine's own port is silent while it is a shadow."""
+"""``/gms/status`` and ``/health`` at an address of their own, at all times: the engine's own port is silent while it is a shadow.
+
+It is served by uvicorn, which every engine brings along; nothing else of GMS imports it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from gms_core.failover.status import EngineState
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that leaves signals to vLLM."""
+    """An HTTP server that leaves signals to the engine's own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
