@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches", ROOT / "tools/bench"]
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 MOST_LINES = 400
-HEAVY = {"torch", "pydantic", "rich", "vllm", "cuda", "numpy", "packaging"}
+HEAVY = {"torch", "pydantic", "rich", "vllm", "cuda", "numpy", "packaging", "uvicorn"}
 
 
 def _name(path: Path) -> str:
@@ -93,6 +93,7 @@ def test_errors_are_raised_or_logged_when_they_are_caught_broadly(path: Path) ->
         "import gms_core.failover.control, gms_core.failover.follower, gms_core.failover.http, gms_core.failover.notifications",
         "import gms_core.failover.locks, gms_core.failover.promotion",
         "import gms_core.kv.private, gms_core.kv.rank, gms_core.sleep",
+        "import gms_core.failover.front_end.api_server, gms_core.failover.front_end.gate, gms_core.failover.front_end.rehearsal",
         "import gms_core.cli, gms_core.cli.serve, gms_core.devices, gms_core.runtime_dir",
     ],
 )
