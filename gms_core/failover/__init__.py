@@ -1,38 +1,31 @@
 """Failover: one engine serves, others wait ready, and the next one takes over when the first is gone. Neutral of engines and web frameworks.
 
 The role machine is pure (`roles`); `status` holds the engine's state for everybody who looks at it; `locks` elect, `promotion` is the way from the
-lock to the service, `control` and `follower` are the connections with the servers, `http` and `notifications` tell the world.
+lock to the service, `control` and `follower` are the connections with the servers, `http` and `notifications` tell the world. `front_end` puts all of
+that together for an API server, and `cohort` is what every process of the engine does.
 
-An adapter uses the parts in this order, in the engine's first API server:
+An adapter has to do this, in the processes of its engine:
 
-    options = failover_config(gms)                                     # configuration; None: the engine does not fail over
-    lock = open_lock(options.lock)                                     # locks; early, before the process uses a GPU
-    state = EngineState(engine, cohort, options.lock, address="127.0.0.1:8000")
-    notifier = Notifier(state, on_promoted=options.on_promoted, webhook=options.webhook)
-    gate = HoldMiddleware(app, state)                                  # http; form 503. Form port: do not listen yet
-    ...                                                                # the engine starts; its ranks join, and tell their servers' sockets
-    process = EngineProcess(cohort, engine, "api-server 0", sockets, deadline_s=options.deadline_s or 0)
-    control = Control(process, state, lock, check=from_thread(loop, ask_all_ranks), on_found=None)   # check: only needed with a deadline
-    promotion = Promotion(process, state, lock, promote, control.depart, autonomous=options.autonomous, timeout_s=options.promotion_timeout_s)
-    control.start(on_promote=promotion.go, on_demote=..., on_lost=...)
-    state.ready()                                                      # init becomes standby
-    await promotion.run()                                              # standby, promoting, primary; if it raises, end the process
-    ...                                                                # the gate opens: listen
-    notifier.gate_opened()                                             # tells plugins, the command and the webhook
-    ...                                                                # the engine serves, until it is stopped or demoted
-    state.end("stopped")                                               # fenced: no new requests; those that run are finished
-    control.depart(grace_s)                                            # the servers end what is left after that time
-    notifier.close(timeout_s)                                          # the process ends, and the lock with it
+    options = failover_config(gms)                       # config; None: the engine does not fail over
 
-``promote`` is a coroutine function that makes every rank hold and map its memory and returns a `Promoted`. ``on_demote`` and ``on_lost`` are called
-in threads. A further API server of the same engine has a `Follower` in place of lock, `Control` and `Promotion`, and a state of its own:
+    begin_cohort("vllm")                                 # cohort; in the first process, before it starts any other and before it uses a GPU
+    open_early(options)                                  # front_end.api_server; in the process that is to be the first API server
 
-    follower = Follower(process, state, check=...)
-    follower.start(on_demote=..., on_lost=...)
-    state.ready()
-    await follower.follow()                                            # primary when the engine is; if it raises, end the process
-    ...                                                                # the gate opens
-    follower.depart(grace_s)                                           # at the end, as above
+    end_with_parent()                                    # parent_death; in every further process, as its first step
+    take_place(name, sockets, serves=..., connect_timeout_s=...)   # cohort; in every process but API servers, as soon as the servers are known
+    settle(name)                                         # cohort; likewise, just before the engine stands by
 
-Nothing here exits the process: whoever is told that the engine is fenced ends it.
+    server = ApiServer(engine, http, place, options, connect_timeout_s=..., grace_s=...)   # front_end.api_server; in each API server, once it is up
+    await server.start()                                 # the others join by now
+    if await server.come_to_serve():                     # rehearsed, settled, standby, elected, promoted, open
+        ...                                              # the engine serves, until it is stopped, demoted or ended by server.failure
+    server.depart()                                      # the servers end what is left after that time; not if the engine has crashed
+    ...                                                  # the engine lets go of its memory
+    server.close()                                       # the process ends, and the lock with it
+
+``engine`` answers `front_end.engine.EngineCalls` over the engine's own calls to its schedulers and ranks, and ``http`` answers `HttpServer` over its
+HTTP server. Before its engine is the primary, an address that engines share must not be listened at (`front_end.gate`), and one that they do not share
+answers 503 (`http.HoldMiddleware`). Where several API servers are started by a process that is none, that one calls `front_end.main_process.take_part`.
+
+Nothing here exits the process, but by a signal that the engine takes for the order to end.
 """
