@@ -24,8 +24,8 @@ An adapter has to do this, in the processes of its engine:
     server.close()                                       # the process ends, and the lock with it
 
 ``engine`` answers `front_end.engine.EngineCalls` over the engine's own calls to its schedulers and ranks, and ``http`` answers `HttpServer` over its
-HTTP server. Before its engine is the primary, an address that engines share must not be listened at (`front_end.gate`), and one that they do not share
-answers 503 (`http.HoldMiddleware`). Where several API servers are started by a process that is none, that one calls `front_end.main_process.take_part`.
+HTTP server. Before its engine is the primary, an address that engines share must not be listened at (`front_end.gate`), and one that they do not
+share answers 503 (`http.HoldMiddleware`). A process that starts several API servers and is none itself calls `front_end.main_process.take_part`.
 
 Nothing here exits the process, but by a signal that the engine takes for the order to end.
 """

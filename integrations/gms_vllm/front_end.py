@@ -63,7 +63,7 @@ class VllmHttp:
         """As `HttpServer.check_alone`."""
         self._gate.check_alone()
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """As `HttpServer.open`."""
         self._gate.open()
 

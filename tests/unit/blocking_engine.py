@@ -97,7 +97,7 @@ class Http:
     def check_alone(self) -> None:
         say(http="check alone")
 
-    def open(self) -> None:
+    async def open(self) -> None:
         say(http="open")
 
     def shut(self) -> None:

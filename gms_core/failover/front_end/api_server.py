@@ -128,10 +128,10 @@ class ApiServer:
             if self._failover.huge_pages:
                 await self._settle()
             if self._failover.gate == "503":
-                self._http.open()
+                await self._http.open()
             await self._standing.become_primary()
             if self._failover.gate == "port":
-                self._http.open()
+                await self._http.open()
         if self.failure is not None or self._departed:
             return False
         self._standing.gate_opened()

@@ -121,8 +121,8 @@ class HttpServer(Protocol):
             ConfigurationError: Somebody does.
         """
 
-    def open(self) -> None:
-        """Listen: clients can connect from here on."""
+    async def open(self) -> None:
+        """Listen; comes back once clients can connect, or somebody else is about to make it so who has waited for this."""
 
     def shut(self) -> None:
         """Listen no more. What is connected stays."""

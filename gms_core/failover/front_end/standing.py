@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gms_core.failover.front_end.status_page import StatusPage
 
 PROVEN_AGAIN_S = 0.01
-"""Seconds between two questions to the ranks whether they may have the rest of their KV memory, at first. Each costs a step of the engine core."""
+"""Seconds between two questions to the ranks whether they may have the rest of their KV memory, at first. Each may cost a step of the scheduler."""
 PROVEN_SELDOM_S = 0.25
 """The same after a while, for a process that does not exit."""
 AWAKE_AGAIN_S = 0.5
