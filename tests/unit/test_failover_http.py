@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gms_core.failover.http import HoldMiddleware, StatusApp
+from gms_core.failover.http import HoldMiddleware, StatusApp, wrap_app
 from gms_core.failover.status import EngineState, Promoted
 
 App = Callable[..., Awaitable[None]]
@@ -138,3 +138,22 @@ def test_websocket_is_refused_when_the_engine_is_not_the_primary(page: Callable[
 def test_status_page_lives_as_long_as_its_server_when_that_starts_and_stops_it() -> None:
     events = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
     assert call(StatusApp(at("init")), {"type": "lifespan"}, *events) == [{"type": f"{event['type']}.complete"} for event in events]
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_app_is_held_with_all_of_its_middleware_whether_that_is_built_or_not(built: bool) -> None:
+    class Application:
+        """As Starlette's and FastAPI's: its middleware is put around it when it is first called."""
+
+        def __init__(self) -> None:
+            self.middleware_stack: App | None = inner if built else None
+
+        def build_middleware_stack(self) -> App:
+            assert not built
+            return inner
+
+    application, state = Application(), at("standby")
+    assert wrap_app(application, lambda app: HoldMiddleware(app, state)) is inner
+    assert application.middleware_stack is not None
+    assert request(application.middleware_stack, "/v1/completions")[0] == 503
+    assert request(application.middleware_stack, "/metrics")[2] == b"engine /metrics"
