@@ -1,0 +1,63 @@
+"""Where a rank's weights are: which device, which server, which pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gms_core.client import Session
+from gms_core.client import connect as open_session
+from gms_core.devices import HOST, DeviceId, cuda_uuid
+from gms_core.engine_config import GmsConfig
+from gms_patches.apply import installed_version
+from gms_sglang.versions import DISTRIBUTIONS
+
+DRAFT = "draft"
+
+
+def is_cpu() -> bool:
+    """Whether this engine computes on CPUs."""
+    from gms_sglang.arguments import argument
+
+    return str(argument("device")) == "cpu"
+
+
+def device_id() -> DeviceId:
+    """The device of this rank: ``host``, or the UUID of the GPU that is current."""
+    return HOST if is_cpu() else cuda_uuid(torch.cuda.current_device())
+
+
+def torch_device() -> torch.device:
+    """Where the weights go."""
+    return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def connect(options: GmsConfig) -> Session:
+    """Open a session with the server of this rank's device.
+
+    Raises:
+        GmsError: See `gms_core.client.connect`.
+    """
+    name = f"sglang {installed_version(DISTRIBUTIONS)} rank {world().rank_in_group}"
+    return open_session(device_id(), socket_path=options.socket_path, client=name, timeout_s=options.connect_timeout_s)
+
+
+def pool_name(options: GmsConfig, *, is_draft: bool) -> str:
+    """The pool of this rank's weights. A GPU has one rank of an engine, so the tag names it; on ``host`` all ranks share the device."""
+    tag = f"{options.tag}.{DRAFT}" if is_draft else options.tag
+    rank = world().rank_in_group
+    return f"{tag}.{rank}" if is_cpu() and rank else tag
+
+
+def world() -> Any:
+    """The group of all ranks of this engine that compute together."""
+    from sglang.srt.distributed.parallel_state import get_world_group
+
+    return get_world_group()
+
+
+def all_ranks() -> Any:
+    """The same, if there are several; else None."""
+    group = world()
+    return group if group.world_size > 1 else None

@@ -1,0 +1,3 @@
+"""Under which names SGLang is distributed."""
+
+DISTRIBUTIONS = ("sglang",)
