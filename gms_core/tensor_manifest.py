@@ -116,11 +116,84 @@ class StorageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: tuple[TensorRecord, ...]
 
 
-class TensorManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a module holds."""
+class Plain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="plain"):
+    """A number, a string, a truth value or None."""
+
+    value: bool | int | float | str | None
+
+
+class Word(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="word"):
+    """Something that has a name.
+
+    Attributes:
+        kind: ``dtype``, such as ``float16``; ``device``, which is each module's own; ``enum``, as ``module:Class:MEMBER``.
+        name: The name.
+    """
+
+    kind: Literal["dtype", "device", "enum"]
+    name: str
+
+
+class Items(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="items"):
+    """A container that is made anew.
+
+    Attributes:
+        kind: Its class.
+        items: What is in it; of a ``dict``, keys and values in turn.
+    """
+
+    kind: Literal["list", "tuple", "Size", "deque", "set", "frozenset", "dict"]
+    items: tuple[Value, ...]
+
+
+class Same(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="same"):
+    """An object that was somewhere in the module before it was loaded."""
+
+    steps: tuple[Step, ...]
+
+
+class Hole(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hole"):
+    """A tensor, which the storages tell of."""
+
+
+class Gone(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gone"):
+    """Nothing: what was there was removed."""
+
+
+Value = Plain | Word | Items | Same | Hole | Gone
+
+
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something besides tensors that loading has changed in a module.
+
+    Attributes:
+        holder: From the root module to what holds it: as the module was before, or, if that is a tensor, as it is afterwards.
+        step: From the holder; None if the holder is a container and all that is in it is given.
+        value: What it has become.
+        of_tensor: Whether the holder is a tensor.
+    """
+
+    holder: tuple[Step, ...]
+    step: Step | None
+    value: Value
+    of_tensor: bool = False
+
+    def __str__(self) -> str:
+        return path(self.holder if self.step is None else (*self.holder, self.step))
+
+
+class TensorManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """All that a module holds.
+
+    Attributes:
+        storages: Its tensors.
+        format: Always written.
+        changes: What loading has changed besides, where the publisher has kept track of that.
+    """
 
     storages: tuple[StorageRecord, ...]
-    format: str = FORMAT
+    format: str
+    changes: tuple[Change, ...] = ()
 
 
 # msgspec lets the second and the third of them through.
@@ -131,17 +204,30 @@ class _Header(msgspec.Struct):
     format: str
 
 
-def encode(storages: tuple[StorageRecord, ...]) -> bytes:
+def encode(storages: tuple[StorageRecord, ...], changes: tuple[Change, ...] = ()) -> bytes:
     """Write a manifest."""
-    return msgspec.msgpack.encode(TensorManifest(storages))
+    return msgspec.msgpack.encode(TensorManifest(storages, FORMAT, changes))
 
 
 def storages_of(data: bytes) -> tuple[StorageRecord, ...]:
-    """Read a manifest. Whether its tensors lie where they can is not looked at.
+    """The storages of a manifest. Whether its tensors lie where they can is not looked at.
 
     Raises:
         ManifestError: It is no manifest, or of another format.
     """
+    return _read(data).storages
+
+
+def changes_of(data: bytes) -> tuple[Change, ...]:
+    """What a manifest says of a module besides tensors.
+
+    Raises:
+        ManifestError: It is no manifest, or of another format.
+    """
+    return _read(data).changes
+
+
+def _read(data: bytes) -> TensorManifest:
     try:
         header = msgspec.msgpack.decode(data, type=_Header)
     except _UNREADABLE as error:
@@ -152,7 +238,7 @@ def storages_of(data: bytes) -> tuple[StorageRecord, ...]:
             hint="Writer and readers need versions of GMS that know the same format: publish again with this version, or upgrade the older side.",
         )
     try:
-        return msgspec.msgpack.decode(data, type=TensorManifest).storages
+        return msgspec.msgpack.decode(data, type=TensorManifest)
     except _UNREADABLE as error:
         raise ManifestError(f"the tensor manifest is damaged: {error}", hint="Publish again.") from error
 

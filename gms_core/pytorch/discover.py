@@ -24,9 +24,9 @@ from gms_core.tensor_manifest import Slot, Step
 
 Steps = tuple[Step, ...]
 
-_INTERNAL = frozenset(vars(torch.nn.Module()))
+INTERNAL = frozenset(vars(torch.nn.Module()))
 """What every module has in its ``__dict__``; registries are read for themselves, and hooks are functions."""
-_LEAVES = frozenset(
+LEAVES = frozenset(
     {type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, set, frozenset, torch.dtype, torch.device, torch.Size}
 )
 _OPAQUE = (
@@ -78,7 +78,7 @@ def discover(module: torch.nn.Module, *, opaque: tuple[type, ...] = (), ignore: 
 class _Walk:
     def __init__(self, opaque: tuple[type, ...], ignore: SlotFilter) -> None:
         self.found: dict[int, Found] = {}
-        self._opaque = (*_OPAQUE, *opaque)
+        self._opaque = opaque
         self._ignore = ignore
         self._modules: dict[int, tuple[Steps, torch.nn.Module]] = {}
         self._seen: set[int] = set()
@@ -112,10 +112,10 @@ class _Walk:
             searched.add(module)
             steps, holder = self._modules[module]
             inside = attributes(holder)
-            self._push(((*steps, Step("attribute", name)), value) for name, value in inside.items() if name not in _INTERNAL)
+            self._push(((*steps, Step("attribute", name)), value) for name, value in inside.items() if name not in INTERNAL)
 
     def _push(self, children: Iterator[tuple[Steps, Any]]) -> None:
-        self._waiting.extend(reversed([child for child in children if type(child[1]) not in _LEAVES]))
+        self._waiting.extend(reversed([child for child in children if type(child[1]) not in LEAVES]))
 
     def _drain(self) -> None:
         while self._waiting:
@@ -125,7 +125,7 @@ class _Walk:
             elif isinstance(value, torch.nn.Module):
                 if id(value) not in self._modules:
                     self.registered(steps, value)
-            elif type(value) not in _LEAVES:
+            elif type(value) not in LEAVES:
                 self._open(steps, value)
 
     def _open(self, steps: Steps, value: Any) -> None:
@@ -134,13 +134,13 @@ class _Walk:
             if id(value) in self._seen:
                 return
             self._seen.add(id(value))
-        if isinstance(value, self._opaque):
+        if is_closed(value, self._opaque):
             return
         if isinstance(value, dict):
             self._push(((*steps, key_step(key)), child) for key, child in value.items())
         elif isinstance(value, SEQUENCES):
             self._push(((*steps, Step("index", index)), child) for index, child in enumerate(value))
-        elif not _is_infrastructure(type(value)):
+        else:
             self._push(((*steps, Step("attribute", name)), child) for name, child in attributes(value).items())
 
     def _record(self, steps: Steps, tensor: torch.Tensor | None, *, persistent: bool = True) -> None:
@@ -156,6 +156,18 @@ class _Walk:
         if id(tensor) not in self._seen:
             self._seen.add(id(tensor))
             self._push(((*steps, Step("attribute", name)), value) for name, value in attributes(tensor).items())
+
+
+def is_closed(value: object, opaque: tuple[type, ...] = ()) -> bool:
+    """Whether an object that is neither a tensor nor a module is not searched.
+
+    Args:
+        value: The object.
+        opaque: Classes whose objects are not.
+    """
+    if type(value) in LEAVES or isinstance(value, (*_OPAQUE, *opaque)):
+        return True
+    return not isinstance(value, (dict, *SEQUENCES)) and _is_infrastructure(type(value))
 
 
 def _is_infrastructure(kind: type) -> bool:

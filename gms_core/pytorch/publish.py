@@ -15,6 +15,7 @@ from gms_core.pytorch.discover import Found, discover
 from gms_core.pytorch.memory import Report, TensorArena, keep, names, report_on
 from gms_core.pytorch.regions import Region, regions
 from gms_core.pytorch.slots import SlotFilter, never
+from gms_core.pytorch.state import Remembered
 from gms_core.pytorch.tensors import LACKS_BYTES, bytes_on, is_empty_meta, is_unpopulated, move_storage, storage_at, why_not_shared
 from gms_core.tensor_manifest import StorageRecord, TensorRecord, encode
 
@@ -37,7 +38,9 @@ def publish(
     *,
     device: torch.device,
     ignore: SlotFilter = never,
+    weights: SlotFilter = never,
     opaque: tuple[type, ...] = (),
+    before: Remembered | None = None,
     on_report: Callable[[Report], None] | None = None,
 ) -> bytes:
     """Bring every storage that a module holds into the arena, and describe all of them.
@@ -51,7 +54,9 @@ def publish(
         arena: Writable. What `capture` has put there already is not copied.
         device: Of the module, and of the arena.
         ignore: Slots to leave out. A reader keeps what it has there.
+        weights: Slots of tensors that are shared as parameters are, though they are none.
         opaque: Classes whose objects are not searched, such as an engine's communicators: their tensors are nobody else's business.
+        before: The module as it was built, so that what loading has changed besides tensors is published too; see `gms_core.pytorch.state`.
         on_report: Gets the sums.
 
     Returns:
@@ -59,14 +64,15 @@ def publish(
 
     Raises:
         UnpopulatedModule: It has no tensors, or some that are on ``meta``, lazy or freed.
-        ManifestError: A tensor is of a kind that cannot be shared, or on a third device.
+        ManifestError: A tensor is of a kind that cannot be shared, or on a third device; or something else was changed that cannot be described.
         OutOfMemory: The arena cannot grow. The module is as it was, whatever was raised.
     """
     device = with_index(device)
     found = discover(module, opaque=opaque, ignore=ignore)
     found = [item for item in found if not is_empty_meta(item.tensor)]
     _check(found, device)
-    parts = [_part(region, arena, device) for region in regions(found)]
+    changes = before.changes(module) if before is not None else ()
+    parts = [_part(region, arena, device, weights) for region in regions(found)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # memory that was freed meanwhile may still be in use by work that was given to the device before
     reclaim(arena)
@@ -82,7 +88,7 @@ def publish(
     log.debug("published %s", report)
     if on_report is not None:
         on_report(report)
-    return encode(storages)
+    return encode(storages, changes)
 
 
 def with_index(device: torch.device) -> torch.device:
@@ -104,10 +110,10 @@ def _check(found: list[Found], device: torch.device) -> None:
         raise ManifestError(f"tensors on a device that is neither {device} nor the CPU: {names(away)}", hint="Publish a module for each device.")
 
 
-def _part(region: Region, arena: TensorArena, device: torch.device) -> _Part:
+def _part(region: Region, arena: TensorArena, device: torch.device, weights: SlotFilter) -> _Part:
     at_home = region.device == device
     in_arena = at_home and region.size > 0 and arena.contains(region.address, region.size)
-    return _Part(region, region.records(), at_home and region.has_parameter, in_arena)
+    return _Part(region, region.records(), at_home and region.has_weight(weights), in_arena)
 
 
 def _store(part: _Part, offset: int, arena: TensorArena, device: torch.device) -> StorageRecord:

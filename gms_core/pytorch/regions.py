@@ -9,6 +9,7 @@ import torch
 
 from gms_core.errors import ManifestError
 from gms_core.pytorch.discover import Found
+from gms_core.pytorch.slots import SlotFilter
 from gms_core.tensor_manifest import TensorRecord
 
 
@@ -36,10 +37,10 @@ class Region:
     size: int
     blocks: list[Block]
 
-    @property
-    def has_parameter(self) -> bool:
-        """Whether a tensor in it is a parameter."""
-        return any(isinstance(tensor, torch.nn.Parameter) for block in self.blocks for tensor in block.tensors)
+    def has_weight(self, weights: SlotFilter) -> bool:
+        """Whether a tensor in it is a parameter, or in a slot that ``weights`` says yes to."""
+        found = [item for block in self.blocks for item in block.found]
+        return any(isinstance(item.tensor, torch.nn.Parameter) or any(map(weights, item.slots)) for item in found)
 
     def records(self) -> tuple[TensorRecord, ...]:
         """Its tensors, as the manifest describes them.

@@ -17,6 +17,7 @@ from gms_core.errors import CheckpointNotFound, ConfigurationError, EngineUnsupp
 from gms_core.layout import Identity
 from gms_core.pytorch.discover import discover
 from gms_core.pytorch.regions import regions
+from gms_core.pytorch.slots import never
 from gms_core.tensor_manifest import StorageRecord
 from gms_patches.apply import apply
 from gms_patches.for_vllm import CREATE_ENGINE_CONFIG
@@ -394,4 +395,4 @@ def test_buffers_of_communicators_are_not_published_when_a_kernel_holds_them() -
 def describe(model: torch.nn.Module) -> tuple[StorageRecord, ...]:
     """The storages of a model as a manifest lists them, published or not."""
     found = regions(discover(model))
-    return tuple(StorageRecord(offset=0, size=one.size, place="arena", shared=one.has_parameter, tensors=one.records()) for one in found)
+    return tuple(StorageRecord(offset=0, size=one.size, place="arena", shared=one.has_weight(never), tensors=one.records()) for one in found)
