@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,15 @@ def store_timeout(store: str) -> str:
         store: ``AWS``, ``GOOGLE`` or ``AZURE``.
     """
     return os.environ.get(f"{store}_TIMEOUT", "")
+
+
+def engine_variables(pattern: re.Pattern[str]) -> dict[str, str]:
+    """What the environment says to an engine, in order of the names.
+
+    Args:
+        pattern: Which variables, by the beginning of their names.
+    """
+    return {name: value for name, value in sorted(os.environ.items()) if pattern.match(name)}
 
 
 def export_cohort(cohort: str, engine: str) -> None:

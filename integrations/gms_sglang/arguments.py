@@ -1,23 +1,25 @@
-"""SGLang's options as its processes have resolved them. How that is asked differs from version to version."""
+"""SGLang's options as they have been resolved. How that is asked differs from version to version."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+Option = Callable[[str], Any]
+"""What an option has come to; None if this version has no such option."""
 
-def argument(name: str, otherwise: Any = None) -> Any:
-    """What an option has come to in this process; ``otherwise`` if this version has no such option."""
-    record = _record()
+
+def option_of(record: Any) -> Option:
+    """Ask a ``ServerArgs`` that has been resolved."""
     try:
         from sglang.srt.arg_groups.overrides import resolution_result
-    except ImportError:  # 0.5.16 resolves in place
-        return getattr(record, name, otherwise)
-    return resolution_result(record, name) if hasattr(record, name) else otherwise
+    except ImportError:  # before 0.5.19 SGLang resolves in place
+        return lambda name: getattr(record, name, None)
+    return lambda name: resolution_result(record, name) if hasattr(record, name) else None
 
 
-def _record() -> Any:
-    try:
-        from sglang.srt.runtime_context import get_server_args
-    except ImportError:
-        from sglang.srt.server_args import get_global_server_args as get_server_args
-    return get_server_args()
+def argument(name: str) -> Any:
+    """What an option has come to in this process; None if this version has no such option."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return option_of(get_server_args())(name)

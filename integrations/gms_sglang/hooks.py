@@ -1,4 +1,4 @@
-"""What GMS hangs into SGLang, by SGLang's own registry of hooks.
+"""What GMS hangs into SGLang, by SGLang's own registry of hooks. It imports SGLang only where a hook is put in place.
 
 The registry logs what goes wrong while it applies a hook, and goes on. So `engage`, which is called before a byte is shared, looks whether each of
 them is in place.
@@ -6,35 +6,44 @@ them is in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from gms_core.errors import EngineUnsupported
-
-_SOURCE = HookSource("gms", "gms")
+from gms_patches.apply import installed_version
+from gms_patches.check import is_needed
+from gms_patches.for_sglang import DISTRIBUTIONS
+from gms_patches.patch import Patch
 
 
 class Hook(NamedTuple):
     """A function of ours that SGLang calls with one of its own.
 
     Attributes:
-        target: Dotted path of SGLang's function.
-        kind: When ours is called, and with what.
+        patch: Which function of SGLang's, and in which versions.
+        kind: When ours is called, and with what; see SGLang's ``HookType``.
         function: Ours.
     """
 
-    target: str
-    kind: HookType
+    patch: Patch
+    kind: Literal["before", "after", "around"]
     function: Callable[..., Any]
+
+    @property
+    def target(self) -> str:
+        """SGLang's function as the registry names it."""
+        return self.patch.target.replace(":", ".")
 
 
 def register_hooks(hooks: Sequence[Hook]) -> None:
-    """Register hooks that are not registered yet. SGLang applies them once all plugins are loaded."""
-    for hook in hooks:
+    """Register hooks that this version needs and that are not registered yet. SGLang applies them once all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    for hook in _needed(hooks):
         if not any(function is hook.function for _, function, _ in HookRegistry._hooks[hook.target]):  # noqa: SLF001 - there is no other way to ask
-            HookRegistry.register(hook.target, hook.function, hook.kind, source=_SOURCE)
+            HookRegistry.register(hook.target, hook.function, HookType(hook.kind), source=HookSource("gms", "gms"))
 
 
 def engage(hooks: Sequence[Hook]) -> None:
@@ -43,11 +52,41 @@ def engage(hooks: Sequence[Hook]) -> None:
     Raises:
         EngineUnsupported: One is not; SGLang's log says why.
     """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
     register_hooks(hooks)
     HookRegistry.apply_hooks()
-    missing = [hook.target for hook in hooks if hook.target not in HookRegistry._patched]  # noqa: SLF001 - as above
+    missing = [hook.patch.target for hook in _needed(hooks) if not is_in_place(hook)]
     if missing:
         raise EngineUnsupported(
             f"SGLang has not taken GMS's hooks on {', '.join(missing)}",
-            hint="Look for 'Failed to apply hooks' in its log; `gms patches check` shows what differs in this version.",
+            hint="Look for 'Failed to apply hooks' in its log, and for other plugins; `gms patches check` shows what differs in this version.",
         )
+
+
+def is_in_place(hook: Hook) -> bool:
+    """Whether SGLang calls our function when its own is called."""
+    try:
+        found = pkgutil.resolve_name(hook.target)
+    except (AttributeError, ImportError):
+        return False
+    return any(layer is hook.function or hook.function in _enclosed(layer) for layer in _layers(found))
+
+
+def _needed(hooks: Sequence[Hook]) -> list[Hook]:
+    version = installed_version(DISTRIBUTIONS)
+    return [hook for hook in hooks if is_needed(hook.patch, version)]
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function, what it wraps, what that wraps, and so on."""
+    seen: list[Any] = []
+    while function is not None and function not in seen:
+        seen.append(function)
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _enclosed(function: Any) -> list[Any]:
+    """What a function has taken along from where it was made."""
+    return list(inspect.getclosurevars(function).nonlocals.values()) if inspect.isfunction(function) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -10,12 +9,13 @@ from typing import Any
 
 import torch
 
+from gms_core.config import engine_variables
 from gms_core.layout import Identity
 from gms_core.weights.identity import DUMMY, digest_of, plain, whereabouts
 from gms_patches.apply import installed_version
+from gms_patches.for_sglang import DISTRIBUTIONS
 from gms_sglang.arguments import argument
 from gms_sglang.place import is_cpu
-from gms_sglang.versions import DISTRIBUTIONS
 
 _NOT_OF_THE_LAYOUT = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "quantization_config"})
 """Keys of a model's configuration that say where it came from, or that have a field of their own."""
@@ -40,11 +40,12 @@ _KERNELS = (
 """Options that choose kernels, likewise."""
 
 
-def expected_identity(model_config: Any, *, content: str, extra: Mapping[str, str]) -> Identity:
+def expected_identity(model_config: Any, load_config: Any, *, content: str, extra: Mapping[str, str]) -> Identity:
     """The identity of the weights that this rank needs.
 
     Args:
         model_config: A ``ModelConfig`` of SGLang.
+        load_config: A ``LoadConfig``.
         content: Digest of the checkpoint's bytes; `DUMMY` if none are read, empty if unknown.
         extra: What the user added.
     """
@@ -64,7 +65,7 @@ def expected_identity(model_config: Any, *, content: str, extra: Mapping[str, st
         "architecture": ",".join(getattr(model_config.hf_config, "architectures", None) or ()),
         "model_config": digest_of(plain(model_config.hf_config, _NOT_OF_THE_LAYOUT)),
         "model_impl": str(getattr(model_config.model_impl, "value", model_config.model_impl)),
-        "draft": "yes" if model_config.is_draft_model else "",
+        "draft": str(load_config.draft_model_idx or 0) if model_config.is_draft_model else "",
         "max_model_len": str(model_config.context_len),  # sizes rotary caches, which are published with the weights
         **_parallel(),
         **_kernels(),
@@ -92,8 +93,8 @@ def _parallel() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    switches = sorted(name for name in os.environ if _KERNEL_SWITCH.search(name))
+    switches = engine_variables(_KERNEL_SWITCH)
     chosen = {name: argument(name) for name in _KERNELS}
     return {name: str(value) for name, value in chosen.items() if value} | {
-        "kernel_switches": ",".join(f"{name}={os.environ[name]}" for name in switches)
+        "kernel_switches": ",".join(f"{name}={value}" for name, value in switches.items())
     }

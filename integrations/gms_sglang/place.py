@@ -1,7 +1,8 @@
-"""Where a rank's weights are: which device, which server, which pool."""
+"""What a rank loads, and where its weights are: which device, which server, which pool."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +12,40 @@ from gms_core.client import connect as open_session
 from gms_core.devices import HOST, DeviceId, cuda_uuid
 from gms_core.engine_config import GmsConfig
 from gms_patches.apply import installed_version
-from gms_sglang.versions import DISTRIBUTIONS
+from gms_patches.for_sglang import DISTRIBUTIONS
+from gms_sglang.arguments import argument
 
 DRAFT = "draft"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What SGLang asks a loader for.
+
+    Attributes:
+        model_config: Of the model that is loaded.
+        device_config: Where to.
+        inner: Configuration of SGLang's own loader.
+    """
+
+    model_config: Any
+    device_config: Any
+    inner: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights go."""
+        return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
 def is_cpu() -> bool:
     """Whether this engine computes on CPUs."""
-    from gms_sglang.arguments import argument
-
     return str(argument("device")) == "cpu"
 
 
 def device_id() -> DeviceId:
     """The device of this rank: ``host``, or the UUID of the GPU that is current."""
     return HOST if is_cpu() else cuda_uuid(torch.cuda.current_device())
-
-
-def torch_device() -> torch.device:
-    """Where the weights go."""
-    return torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 def connect(options: GmsConfig) -> Session:
@@ -43,9 +58,11 @@ def connect(options: GmsConfig) -> Session:
     return open_session(device_id(), socket_path=options.socket_path, client=name, timeout_s=options.connect_timeout_s)
 
 
-def pool_name(options: GmsConfig, *, is_draft: bool) -> str:
+def pool_name(options: GmsConfig, model_config: Any, load_config: Any) -> str:
     """The pool of this rank's weights. A GPU has one rank of an engine, so the tag names it; on ``host`` all ranks share the device."""
-    tag = f"{options.tag}.{DRAFT}" if is_draft else options.tag
+    tag, number = options.tag, load_config.draft_model_idx
+    if model_config.is_draft_model:
+        tag = f"{tag}.{DRAFT}{number}" if number else f"{tag}.{DRAFT}"
     rank = world().rank_in_group
     return f"{tag}.{rank}" if is_cpu() and rank else tag
 

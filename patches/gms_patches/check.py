@@ -24,6 +24,12 @@ def in_range(version: str, versions: str) -> bool:
         return False
 
 
+def is_needed(patch: Patch, version: str) -> bool:
+    """Whether a patch has a part in this version of the engine."""
+    after = not patch.necessary_from or in_range(version, f">={patch.necessary_from}")
+    return after and not (patch.unnecessary_from and in_range(version, f">={patch.unnecessary_from}"))
+
+
 def check_symbol(symbol: Symbol, source: EngineSource) -> Verdict:
     """Whether a symbol is there, with one of the accepted parameter lists."""
     if symbol.versions and not in_range(source.version, symbol.versions):

@@ -14,7 +14,7 @@ from engine_wheels import ENGINES, ROOT, SGLANG, VLLM, Engine
 
 from gms_core.plugins.engines import EngineSource, find_installed
 from gms_core.plugins.findings import Status
-from gms_patches.check import check_patch, check_symbol, in_range
+from gms_patches.check import check_patch, check_symbol, in_range, is_needed
 from gms_patches.patch import Patch, Symbol
 from gms_patches.source import find
 
@@ -97,8 +97,7 @@ def wanted(needed: Symbol | Patch, version: str) -> bool:
     """Whether an adapter needs this with an engine of that version."""
     if isinstance(needed, Symbol):
         return not needed.versions or in_range(version, needed.versions)
-    after = not needed.necessary_from or in_range(version, f">={needed.necessary_from}")
-    return after and not (needed.unnecessary_from and in_range(version, f">={needed.unnecessary_from}"))
+    return is_needed(needed, version)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -54,11 +55,15 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt-oss": lambda: GptOssConfig(**_DENSE, num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
 }
 
+MORE_SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**_DENSE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+}
+
 
 def write_model(folder: Path, shape: str, seed: int = 0) -> Path:
     """Write weights, configuration and tokenizer. The weights are spread out, so that greedy tokens are well apart."""
     torch.manual_seed(seed)
-    config = SHAPES[shape]()
+    config = {**SHAPES, **MORE_SHAPES}[shape]()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -27,9 +27,10 @@ ARGUMENTS: tuple[Symbol, ...] = (
     # Whatever writes to published weights, or puts a second allocator under KV memory.
     *_options(_REFUSED, "exec_", "ExecFeatures", "enable_memory_saver", "enable_weights_cpu_backup", "enable_draft_weights_cpu_backup"),
     *_options(_REFUSED, "exec_", "ExecOffload", "cpu_offload_gb", "offload_group_size"),
-    *_options(_REFUSED, "exec_", "ExecMoe", "enable_eplb", "elastic_ep_backend"),
-    *_options(_REFUSED, "model", "Model", "modelopt_quant", "quantization", "rl_quant_profile", "custom_weight_loader"),
-    *_new_options(_REFUSED, "model", "Model", "weight_cache_mode"),
+    *_new_options(_REFUSED, "exec_", "ExecOffload", "ple_offload_embedding"),
+    *_options(_REFUSED, "exec_", "ExecMoe", "enable_eplb", "elastic_ep_backend", "kt_weight_path"),
+    *_options(_REFUSED, "model", "Model", "modelopt_quant", "quantization", "quantize_and_serve", "rl_quant_profile"),
+    *_new_options(_REFUSED, "model", "Model", "weight_cache_mode", "startup_weight_load_mode"),
     Symbol("sglang.srt.server_args:ServerArgs.torchao_config", _REFUSED, (), "<0.5.18"),
     *_options(_REFUSED, "memory", "Memory", "enable_hisparse"),
     # Ways to serve that never come to the function which the gate hooks.

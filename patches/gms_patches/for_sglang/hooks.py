@@ -17,6 +17,8 @@ _RAW = "0.5.19"
 """From this version on the arguments stay as the user gave them until `resolve_once`, and loaders say how much memory they found in place."""
 _CLASS_FIRST = "0.5.18"
 """From this version on a load format that is a class goes before the loaders of quantised models."""
+_SESSIONS = "0.5.21"
+"""From this version on an update of weights has a beginning and an end."""
 
 VERIFY_LOAD_FORMAT = Patch(
     name="sglang-verify-load-format",
@@ -172,6 +174,54 @@ GET_MODEL_LOADER_BEFORE = Patch(
     unnecessary_from=_CLASS_FIRST,
 )
 
+INITIALIZE_MODEL = Patch(
+    name="sglang-initialize-model",
+    target="sglang.srt.model_loader.loader:_initialize_model",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("model_config, load_config, quant_config=",),
+    reason="What loading changes in a model besides its tensors is told apart by looking at the model once it is built.",
+    upstream="A loader builds, fills and post-processes a model in one call.",
+)
+
+RUN_EVENT_LOOP = Patch(
+    name="sglang-run-event-loop",
+    target="sglang.srt.managers.scheduler:Scheduler.run_event_loop",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason="Weights are published once the engine has sized its KV cache: a reader that attached before would be in the measurement.",
+    upstream="There is no call to plugins when a scheduler is ready.",
+)
+
+
+def _updating(method: str, necessary_from: str = "") -> Patch:
+    return Patch(
+        name=f"sglang-{method.replace('_', '-')}",
+        target=f"sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{method}",
+        kind=Kind.WRAP,
+        distributions=DISTRIBUTIONS,
+        versions=TESTED,
+        signatures=("self, recv_req",),
+        reason="Shared weights are read-only: the request is answered with a refusal, where writing would end the engine.",
+        upstream="A loader cannot say that its weights must not be written to.",
+        necessary_from=necessary_from,
+    )
+
+
+UPDATE_PATCHES = (
+    _updating("update_weights_from_disk"),
+    _updating("update_weights_from_distributed"),
+    _updating("update_weights_from_tensor"),
+    _updating("update_weights_from_ipc"),
+    _updating("begin_weight_update", _SESSIONS),
+    _updating("end_weight_update", _SESSIONS),
+    _updating("check_weights"),
+)
+"""Every request that writes to weights; ``check_weights`` does for one of its actions."""
+
 RESOLVE_PATCHES = (RESOLVE_ARGUMENTS, RESOLVE_ARGUMENTS_BEFORE)
 STATIC_STATE_PATCHES = (EXPORT_STATIC_STATE, IMPORT_STATIC_STATE)
 
@@ -187,4 +237,7 @@ PATCHES = (
     CREATE_REQ_TO_TOKEN,
     INIT_WEIGHT_UPDATER,
     GET_MODEL_LOADER_BEFORE,
+    INITIALIZE_MODEL,
+    RUN_EVENT_LOOP,
+    *UPDATE_PATCHES,
 )

@@ -23,8 +23,8 @@ _LOAD = (
             "HookRegistry": (),
             "HookRegistry.register": ("cls, target, hook, hook_type=, *, source=",),
             "HookRegistry.apply_hooks": ("cls",),
-            # The only trace of a hook that could not be applied is that its target is missing here.
-            "HookRegistry._patched": (),
+            "HookRegistry._hooks": (),
+            "HookSource": (),
             "HookType": (),
             "HookType.BEFORE": (),
             "HookType.AFTER": (),
@@ -64,7 +64,6 @@ _LOAD = (
         "sglang.srt.model_loader.loader",
         {
             "_get_quantization_config": ("model_config, load_config",),
-            "_initialize_model": ("model_config, load_config, quant_config=",),
         },
     ),
     Symbol("sglang.srt.model_loader.utils:set_default_torch_dtype", _META, ("dtype",)),
@@ -108,21 +107,20 @@ _WHO = (
 _WEIGHTS = (
     *group(
         _UPDATES,
-        "sglang.srt.managers.scheduler_components.weight_updater",
+        "sglang.srt.managers.io_struct",
         {
-            "SchedulerWeightUpdaterManager.update_weights_from_disk": ("self, recv_req",),
-            "SchedulerWeightUpdaterManager.update_weights_from_distributed": ("self, recv_req",),
-            "SchedulerWeightUpdaterManager.update_weights_from_tensor": ("self, recv_req",),
-            "SchedulerWeightUpdaterManager.update_weights_from_ipc": ("self, recv_req",),
+            "UpdateWeightFromDiskReqOutput": (),
+            "UpdateWeightsFromDistributedReqOutput": (),
+            "UpdateWeightsFromTensorReqOutput": (),
+            "UpdateWeightsFromIPCReqOutput": (),
+            "CheckWeightsReqInput.action": (),
+            "CheckWeightsReqOutput": (),
         },
     ),
     *group(
         _UPDATES,
-        "sglang.srt.managers.scheduler_components.weight_updater",
-        {
-            "SchedulerWeightUpdaterManager.begin_weight_update": ("self, recv_req",),
-            "SchedulerWeightUpdaterManager.end_weight_update": ("self, recv_req",),
-        },
+        "sglang.srt.managers.io_struct",
+        {"BeginWeightUpdateReqOutput": (), "EndWeightUpdateReqOutput": ()},
         ">=0.5.21",
     ),
 )

@@ -1,3 +1,0 @@
-"""Under which names SGLang is distributed."""
-
-DISTRIBUTIONS = ("sglang",)

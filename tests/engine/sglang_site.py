@@ -1,0 +1,170 @@
+"""Real SGLang servers on CPU, as `python -m sglang.launch_server` starts them, in the environment of SGLang: vLLM cannot share one with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from failover_story import living, until, without_named_memory
+from ports import free_port
+
+PYTHON = Path(os.environ.get("GMS_TEST_SGLANG_PYTHON", Path(__file__).parents[2] / "build/sglang-cpu/bin/python"))
+"""Of an environment that `tools/cpu_sglang.sh` has made."""
+OPTIONS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32", "--context-length", "128"),
+    *("--mem-fraction-static", "0.2", "--max-total-tokens", "4096"),
+    *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),
+)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
+TOKENS = 24
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass
+class Server:
+    """One engine, in a session of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """The status and the answer."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def wait(self) -> None:
+        """Wait until it listens."""
+
+        def listens() -> bool:
+            assert self.process.poll() is None, self.tail()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/model_info", timeout=60):
+                return True
+            return False
+
+        until(listens, f"the engine listens:\n{self.tail()}")
+
+    def tokens(self) -> list[list[int]]:
+        """What it says to some prompts, greedily."""
+        sampling = {"temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True}
+        status, answers = self.post("/generate", {"input_ids": PROMPTS, "sampling_params": sampling})
+        assert status == 200, answers
+        return [answer["output_ids"] for answer in answers]
+
+    def refusal(self) -> str:
+        """Its log, once it has ended by itself."""
+        assert self.process.wait(240) != 0
+        return self.log.read_text()
+
+    def figures(self) -> dict[str, str]:
+        """What its log says of the load."""
+        (line,) = re.findall(r"\[gms (event=.*)\]", self.log.read_text())
+        return dict(pair.split("=", 1) for pair in line.split())
+
+    def shared_mappings(self) -> list[str]:
+        """Rights of what its processes have mapped of the server's memory."""
+        lines = [line for pid in living(self.process.pid) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        return [line.split()[1] for line in lines if "memfd:gms" in line]
+
+    def share(self) -> int:
+        """Bytes of its processes' shares in the server's memory."""
+        total, counted = 0, False
+        for pid in living(self.process.pid):
+            for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+                if "-" in line.split(" ", 1)[0]:
+                    counted = "memfd:gms" in line
+                elif counted and line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        return total
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-60:])
+
+
+@dataclass
+class Site:
+    """Where engines find a server and keep their caches.
+
+    Attributes:
+        runtime_dir: Of the server.
+        folder: Of one test.
+    """
+
+    runtime_dir: Path
+    folder: Path
+
+    def environment(self, changes: Mapping[str, str] = NOTHING) -> dict[str, str]:
+        assert PYTHON.exists(), f"{PYTHON} is missing: run `make sglang-environment`"
+        places = {"GMS_RUNTIME_DIR": str(self.runtime_dir), "GMS_CACHE_DIR": str(self.folder / "cache")}
+        return {**os.environ, **ENVIRONMENT, **places, **changes}
+
+    @contextlib.contextmanager
+    def serve(
+        self, model: Path, load_format: str = "gms", *options: str, environment: Mapping[str, str] = NOTHING, rest: Any = None, **gms: Any
+    ) -> Iterator[Server]:
+        """Start an engine; it ends with the context.
+
+        Args:
+            model: Its folder.
+            load_format: ``auto`` for stock SGLang.
+            options: Further options of the command line.
+            environment: Further variables.
+            rest: Options for the inner loader.
+            gms: The block for GMS.
+        """
+        port = free_port()
+        extra = {**(rest or {}), **({"gms": gms} if gms else {})}
+        more = ["--model-loader-extra-config", json.dumps(extra)] if extra else []
+        command = [str(PYTHON), "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), "--load-format", load_format]
+        log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [*command, *OPTIONS, *more, *options],
+                stdout=output,
+                stderr=output,
+                env=self.environment(environment),
+                start_new_session=True,
+            )
+        try:
+            yield Server(process, port, log)
+        finally:
+            with without_named_memory(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                deadline = time.monotonic() + 30
+                while living(process.pid):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+
+    def ask(self, script: Path, *arguments: str) -> Any:
+        """Run a script in SGLang's environment, and take the JSON that it prints last."""
+        found = subprocess.run(
+            [str(PYTHON), str(script), *arguments], env=self.environment(), stdout=subprocess.PIPE, text=True, check=True, timeout=240
+        )
+        return json.loads(found.stdout.splitlines()[-1])
+
+
+def ready(*servers: Server) -> Sequence[list[list[int]]]:
+    """Wait for engines that start together, and take what each says."""
+    for server in servers:
+        server.wait()
+    return [server.tokens() for server in servers]
