@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+SGLANG := build/sglang-cpu
+SGLANG_VERSIONS ?= 0.5.16 0.5.23
 WHEELS := build/wheels
 SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
@@ -20,7 +22,7 @@ BENCH_ARGS ?=
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment clean
+.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment sglang-environment sglang-versions clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -29,7 +31,7 @@ demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serve
 	@tools/demo.sh "$(PYTHON)"
 
 test: export PYTHONDONTWRITEBYTECODE = # thousands of processes would compile everything anew
-test: lint wheels ## Lint, types, and all tests that need no GPU, real engines on CPU included; WORKERS=logical runs as many at once as there are processors
+test: lint wheels sglang-environment ## Lint, types, and all tests that need no GPU, real engines on CPU included; WORKERS=logical runs as many at once as there are processors
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu"
 
 lint: environment ## ruff, mypy, the import contracts and shellcheck.
@@ -71,10 +73,22 @@ kernels: ## Make the GPUs' code (PTX) from its sources, with a pinned compiler.
 
 wheels: $(WHEELS)/.stamp ## Download the wheels of vLLM and SGLang that the contract tests read.
 
+sglang-versions: environment ## The tests with SGLang's engines, with other versions of SGLang than that of make test.
+	set -e; for version in $(SGLANG_VERSIONS); do \
+	  GMS_CPU_SGLANG=$$version tools/cpu_sglang.sh build/sglang-cpu-$$version "$(PYTHON)"; \
+	  GMS_TEST_SGLANG_PYTHON=$$PWD/build/sglang-cpu-$$version/bin/python $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/engine/test_sglang_load.py; \
+	done
+
+sglang-environment: $(SGLANG)/.stamp ## Make build/sglang-cpu: a real SGLang for CPU, and gms.
+
 environment: $(VENV)/.stamp ## Make .venv: a real CPU vLLM, gms, and the tools.
 
 $(VENV)/.stamp: tools/cpu_vllm.sh pyproject.toml
 	tools/cpu_vllm.sh $(VENV) "$(PYTHON)"
+	@touch $@
+
+$(SGLANG)/.stamp: tools/cpu_sglang.sh pyproject.toml $(wildcard tests/sglang_on_cpu/*.* tests/sglang_on_cpu/*/*.py)
+	tools/cpu_sglang.sh $(SGLANG) "$(PYTHON)"
 	@touch $@
 
 $(WHEELS)/.stamp: tools/engine_wheels.sh Makefile

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from gms_core.errors import ConfigurationError
+from gms_core.plugins.command_lines import with_load_format
 
-LOAD_FORMAT = "gms"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
-_HINT = (
-    "Leave --load-format out. What reads the checkpoint is the key inner of the block gms: "
-    '--model-loader-extra-config \'{"gms": {"inner": "safetensors"}}\'.'
-)
 
 
 def with_gms(command: Sequence[str]) -> list[str] | None:
@@ -26,13 +20,7 @@ def with_gms(command: Sequence[str]) -> list[str] | None:
         ConfigurationError: It names another load format.
     """
     options = _options(command)
-    if options is None:
-        return None
-    formats = list(_load_formats(options)) or list(_load_formats_of_file(options))
-    other = next((name for name in formats if name.lower() != LOAD_FORMAT), None)
-    if other is not None:
-        raise ConfigurationError(f"--load-format {other} does not share weights, which shadows need", hint=_HINT)
-    return [*command] if formats else [*command, "--load-format", LOAD_FORMAT]
+    return None if options is None else with_load_format(command, options, shortest="--loa")
 
 
 def _options(command: Sequence[str]) -> Sequence[str] | None:
@@ -43,27 +31,3 @@ def _options(command: Sequence[str]) -> Sequence[str] | None:
         if (word, following, *command[index + 2 : index + 3]) == ("-m", "vllm.entrypoints.cli.main", "serve"):
             return command[index + 3 :]
     return None
-
-
-def _load_formats(options: Sequence[str]) -> Iterator[str]:
-    yield from _values(options, "--load-format", shortest="--loa")
-
-
-def _load_formats_of_file(options: Sequence[str]) -> Iterator[str]:
-    """The load format in the file that ``--config`` names. One that cannot be read is for the engine to complain of."""
-    for path in _values(options, "--config", shortest="--config"):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        yield from re.findall(r"^load[-_]format\s*:\s*['\"]?([\w.-]+)", text, flags=re.MULTILINE)
-
-
-def _values(options: Sequence[str], name: str, *, shortest: str) -> Iterator[str]:
-    """Values of an option, which vLLM takes with underscores, abbreviated, and after ``=`` too."""
-    for index, word in enumerate(options):
-        given, equals, value = word.partition("=")
-        given = given.replace("_", "-")
-        if given.startswith(shortest) and name.startswith(given):
-            following = options[index + 1 : index + 2]
-            yield from [value] if equals else following

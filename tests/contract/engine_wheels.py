@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import gms_sglang.plugin
+import gms_vllm.plugin
 from gms_core.plugins.engines import EngineAdapter, WheelSource, open_wheel
 from gms_patches import for_sglang, for_vllm
-from gms_patches.check import requirements
 from gms_patches.patch import Patch, Symbol
-from gms_vllm.plugin import gms_engines
 
 ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / "build" / "wheels"
@@ -38,9 +38,11 @@ class Engine:
             yield source
 
 
-VLLM = Engine(gms_engines()[0], ("0.26.0", "0.30.0", "0.33.0"), for_vllm.SYMBOLS, for_vllm.PATCHES, ROOT / "integrations" / "gms_vllm")
+VLLM = Engine(
+    gms_vllm.plugin.gms_engines()[0], ("0.26.0", "0.30.0", "0.33.0"), for_vllm.SYMBOLS, for_vllm.PATCHES, ROOT / "integrations" / "gms_vllm"
+)
 SGLANG = Engine(
-    EngineAdapter("sglang", "sglang", for_sglang.DISTRIBUTIONS, for_sglang.TESTED, requirements(for_sglang.SYMBOLS, for_sglang.PATCHES)),
+    gms_sglang.plugin.gms_engines()[0],
     ("0.5.16", "0.5.20", "0.5.23"),
     for_sglang.SYMBOLS,
     for_sglang.PATCHES,

@@ -15,6 +15,8 @@ import pytest
 from engine_wheels import SGLANG
 
 from gms_core.plugins.engines import EngineSource
+from gms_patches.patch import Kind, Patch
+from gms_sglang.hooks import Hook, is_in_place
 
 pytestmark = pytest.mark.wheels
 
@@ -102,12 +104,28 @@ def test_a_replacement_stands_in_for_a_function_when_it_is_applied(registry: Any
     assert registry.importer.answer(1) == "replaced"
 
 
-def test_only_the_list_of_patched_targets_tells_when_a_hook_cannot_be_applied(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
-    registry.hooks.register("hooked_origin.gone", lambda: None, registry.kind.AFTER)
-    registry.hooks.register("hooked_origin.answer", lambda result, *_, **__: None, registry.kind.AFTER)
+def _hook(target: str) -> Hook:
+    patch = Patch("test", target, Kind.WRAP, ("sglang",), "", (), "")
+    return Hook(patch, "after", lambda result, *_, **__: None)
+
+
+def test_a_hook_is_seen_to_be_in_place_when_it_was_applied(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
+    hooks = [_hook("hooked_origin:gone"), _hook("hooked_origin:answer"), _hook("hooked_origin:Saver.create")]
+    for hook in hooks:
+        registry.hooks.register(hook.target, hook.function, registry.kind.AFTER)
+        registry.hooks.register(hook.target, lambda *_, **__: None, registry.kind.BEFORE)
+    assert not any(map(is_in_place, hooks))
     with caplog.at_level(logging.CRITICAL):
         registry.hooks.apply_hooks()
-    assert registry.hooks._patched == {"hooked_origin.answer"}
+    assert [is_in_place(hook) for hook in hooks] == [False, True, True]
+
+
+def test_a_hook_is_not_in_place_when_it_comes_after_those_that_were_applied(registry: Any) -> None:
+    early, late = _hook("hooked_origin:answer"), _hook("hooked_origin:answer")
+    for hook in (early, late):
+        registry.hooks.register(hook.target, hook.function, registry.kind.AFTER)
+        registry.hooks.apply_hooks()
+    assert [is_in_place(hook) for hook in (early, late)] == [True, False]
 
 
 def test_an_error_of_a_hook_reaches_the_caller_when_it_refuses(registry: Any) -> None:
@@ -167,4 +185,4 @@ def test_the_table_has_every_way_to_write_new_weights_that_is_to_be_refused(sour
     writing = {name for name in methods if name.startswith("update_weights") or name in ("begin_weight_update", "end_weight_update")}
     ordinary = {"init_weights_update_group", "destroy_weights_update_group", "flush_cache_after_weight_update"}
     assert {name for name in methods if "weight" in name and "update" in name and "version" not in name} - ordinary == writing
-    assert writing <= known(f"{module}:SchedulerWeightUpdaterManager.")
+    assert writing | {"check_weights"} <= known(f"{module}:SchedulerWeightUpdaterManager.")

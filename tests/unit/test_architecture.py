@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches", ROOT / "tools/bench"]
+PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_sglang", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches", ROOT / "tools/bench"]
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 MOST_LINES = 400
-HEAVY = {"torch", "pydantic", "rich", "vllm", "cuda", "numpy", "packaging", "uvicorn"}
+HEAVY = {"torch", "pydantic", "rich", "vllm", "sglang", "cuda", "numpy", "packaging", "uvicorn"}
 
 
 def _name(path: Path) -> str:

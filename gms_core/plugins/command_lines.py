@@ -1,0 +1,53 @@
+"""Command lines of engines: which load format they name, and how the one that shares weights is added. No engine is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gms_core.errors import ConfigurationError
+
+LOAD_FORMAT = "gms"
+_HINT = (
+    "Leave --load-format out. What reads the checkpoint is the key inner of the block gms: "
+    '--model-loader-extra-config \'{"gms": {"inner": "safetensors"}}\'.'
+)
+
+
+def with_load_format(command: Sequence[str], options: Sequence[str], *, shortest: str) -> list[str]:
+    """A command with the load format that shares weights.
+
+    Args:
+        command: All its words.
+        options: Those that come after the words which start the server.
+        shortest: The shortest abbreviation of ``--load-format`` that the engine takes for it.
+
+    Raises:
+        ConfigurationError: It names another load format.
+    """
+    formats = list(_values(options, "--load-format", shortest=shortest)) or list(_load_formats_of_file(options))
+    other = next((name for name in formats if name.lower() != LOAD_FORMAT), None)
+    if other is not None:
+        raise ConfigurationError(f"--load-format {other} does not share weights, which shadows need", hint=_HINT)
+    return [*command] if formats else [*command, "--load-format", LOAD_FORMAT]
+
+
+def _load_formats_of_file(options: Sequence[str]) -> Iterator[str]:
+    """The load format in the file that ``--config`` names. One that cannot be read is for the engine to complain of."""
+    for path in _values(options, "--config", shortest="--config"):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        yield from re.findall(r"^load[-_]format\s*:\s*['\"]?([\w.-]+)", text, flags=re.MULTILINE)
+
+
+def _values(options: Sequence[str], name: str, *, shortest: str) -> Iterator[str]:
+    """Values of an option, which engines take with underscores, abbreviated, and after ``=`` too."""
+    for index, word in enumerate(options):
+        given, equals, value = word.partition("=")
+        given = given.replace("_", "-")
+        if given.startswith(shortest) and name.startswith(given):
+            following = options[index + 1 : index + 2]
+            yield from [value] if equals else following
