@@ -6,7 +6,7 @@ logged and swallowed, so the load format becomes known as the last step: without
 
 from __future__ import annotations
 
-from gms_core.weights.log import log_as
+from gms_core.engine_log import log_as
 
 log_as("sglang.gms")
 

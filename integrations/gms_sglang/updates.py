@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gms_core.weights.log import log
+from gms_core.engine_log import log
+
 from gms_patches.for_sglang import UPDATE_PATCHES
 from gms_sglang.hooks import Hook
 
