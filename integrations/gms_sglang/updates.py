@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from gms_core.engine_log import log
-
 from gms_patches.for_sglang import UPDATE_PATCHES
 from gms_sglang.hooks import Hook
 
