@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -30,9 +32,13 @@ def _done(result: Result) -> str:
     return result.stdout
 
 
+def _document(server: RunningServer) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(_done(_gms(server, "failover", "status", "-o", "json")))
+    return told
+
+
 def _cohort(server: RunningServer, engine: str) -> str:
-    document = json.loads(_done(_gms(server, "failover", "status", "-o", "json")))
-    return next(found["cohort"] for found in document["engines"] if found["name"] == engine)
+    return next(found["cohort"] for found in _document(server)["engines"] if found["name"] == engine)
 
 
 @pytest.fixture
@@ -57,6 +63,9 @@ def pair(server: RunningServer) -> Iterator[GmsRun]:
     with gms_run(server.directory, "--", *ENGINE) as run:
         run.wait_for("engine-0", "primary")
         run.wait_for("engine-1", "standby")
+        deadline = time.monotonic() + 30
+        while not _document(server)["locks"][0]["waiting"]:  # a shadow stands by, and then asks for the lock
+            assert time.monotonic() < deadline
         yield run
         run.interrupt()
         assert run.wait() == 0
@@ -163,7 +172,7 @@ def test_wait_ends_with_an_error_when_the_time_is_over(server: RunningServer, pa
 
 
 def test_status_names_everything_when_engines_are_there(server: RunningServer, pair: GmsRun) -> None:
-    document = json.loads(_done(_gms(server, "failover", "status", "-o", "json")))
+    document = _document(server)
     assert (document["schema"], document["runtime_dir"]) == ("gms-failover/1", str(server.directory))
     first, second = document["engines"]
     assert (first["name"], first["role"], first["epoch"], first["epochs"], first["devices"]) == (
