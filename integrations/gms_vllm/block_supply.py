@@ -8,12 +8,13 @@ fit waits, as in a cache that is full.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any
+
+from gms_core.failover.front_end.engine import Step
 
 log = logging.getLogger("vllm.gms")
 
 _WITHHELD = "gms_withheld"
-Step = Literal["waiting", "asleep", "failed", "whole"]
 
 
 def withhold(engine_core: Any, blocks: int) -> bool:
