@@ -26,36 +26,49 @@ _COMMON = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "max_position_embed
 # The CPU engine's attention needs heads of at least 32.
 _DENSE = {**_COMMON, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
+_DEEPSEEK = {
+    **_COMMON,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,  # with the rotary part 576, one of two widths that vLLM's MLA knows
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_DENSE, tie_word_embeddings=False),
     "qwen3-tied": lambda: Qwen3Config(**_DENSE, tie_word_embeddings=True),
     "qwen3-untied": lambda: Qwen3Config(**_DENSE, tie_word_embeddings=False),
     "qwen3-moe": lambda: Qwen3MoeConfig(**_DENSE, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1),
-    "deepseek-v2": lambda: DeepseekV2Config(
-        **_COMMON,
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        kv_lora_rank=512,  # with the rotary part 576, one of two widths that vLLM's MLA knows
-        q_lora_rank=None,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=64,
-        v_head_dim=32,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-    ),
+    "deepseek-v2": lambda: DeepseekV2Config(**_DEEPSEEK),
     "gemma3": lambda: Gemma3TextConfig(**_DENSE, sliding_window=64, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=32),
     "gpt-oss": lambda: GptOssConfig(**_DENSE, num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+
 MORE_SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    # SGLang's rotary embedding for DeepSeek on CPU knows no other.
+    "deepseek-v2-yarn": lambda: DeepseekV2Config(**_DEEPSEEK, rope_parameters=_YARN, moe_layer_freq=1, scoring_func="softmax"),
     "mixtral": lambda: MixtralConfig(**_DENSE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
 }
 

@@ -50,7 +50,7 @@ def test_updates_are_refused_and_weights_are_there_once_when_two_engines_share_t
             assert ready(writer, reader) == [expected, expected]
 
 
-@pytest.mark.parametrize("shape", ["qwen3-tied", "mixtral", "deepseek-v2"])
+@pytest.mark.parametrize("shape", ["qwen3-tied", "mixtral", "deepseek-v2-yarn"])
 def test_tokens_are_equal_when_an_engine_attaches_without_the_checkpoint(shape: str, site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", shape)
     with site.serve(model, "auto") as unshared, site.serve(model) as writer:

@@ -30,7 +30,13 @@ class PlainTorchPlatform(CpuDeviceMixin, SRTPlatform):
         return _found("memory_pool", "MHATokenToKVPool")
 
     def get_mla_kv_pool_cls(self) -> Any:
-        return _found("memory_pool", "MLATokenToKVPool")
+        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
+
+        pool = _found("memory_pool", "MLATokenToKVPool")
+        # Prompts too are read from the pool as it has them: PyTorch's backend takes no keys and values beside it.
+        AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
+        # SGLang gives pools of other platforms what only those for sparse attention need.
+        return lambda *args, index_head_dim=None, **kwargs: pool(*args, **kwargs)
 
     def get_paged_allocator_cls(self) -> Any:
         return _found("allocator", "PagedTokenToKVPoolAllocator")
