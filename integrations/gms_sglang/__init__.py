@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from gms_core.engine_log import log_as
 
-log_as("sglang.gms")
+LOG = "sglang.gms"
+"""Below SGLang's own logger, whose handlers and level it shares."""
 
 
 def register() -> None:
     """Entry point of the group ``sglang.srt.plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
+    log_as(LOG)
     from gms_sglang.hooks import register_hooks
     from gms_sglang.load_format import HOOKS, add_load_format
 

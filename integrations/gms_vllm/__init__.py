@@ -18,11 +18,11 @@ LOG = "vllm.gms"
 """Below vLLM's own logger, whose handlers and level it shares."""
 
 log = logging.getLogger(LOG)
-log_as(LOG)
 
 
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
+    log_as(LOG)
     if _cohort():
         # Not guarded as the rest is: an engine whose processes outlive one another must not take part in a failover.
         end_with_parent()

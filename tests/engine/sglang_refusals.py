@@ -3,6 +3,7 @@
     python sglang_refusals.py MODEL CASES
 
 CASES is JSON: a list of ``[options, environment]``. Prints as JSON, for each, the code and the text of the error, or None.
+The code is ``no such option`` if this version has none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def answer(model: str, options: list[str], environment: dict[str, str]) -> Any:
             arguments.resolve_once()
     except Exception as error:  # noqa: BLE001 - the test asks which
         return [getattr(error, "code", type(error).__name__), str(error)]
+    except SystemExit:
+        return ["no such option", ""]
     finally:
         for name in environment:
             del os.environ[name]

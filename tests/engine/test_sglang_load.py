@@ -101,6 +101,10 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 ]
 
 
+NEWER = (["--weight-cache-mode"], ["--startup-weight-load-mode"])
+"""Options that 0.5.16 does not have."""
+
+
 def test_options_are_refused_when_they_cannot_go_with_shared_weights(site: Site, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "llama")
     cases = [([], {}), *((options, environment) for options, environment, _ in REFUSED)]
@@ -108,5 +112,7 @@ def test_options_are_refused_when_they_cannot_go_with_shared_weights(site: Site,
     assert allowed is None
     for answer, (options, environment, words) in zip(refused, REFUSED, strict=True):
         assert answer is not None, (options, environment)
+        if options[:1] in NEWER and answer[0] == "no such option":
+            continue
         assert answer[0] in ("engine_unsupported", "configuration"), answer
         assert words in answer[1], answer

@@ -32,11 +32,17 @@ class PlainTorchPlatform(CpuDeviceMixin, SRTPlatform):
     def get_mla_kv_pool_cls(self) -> Any:
         from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
 
-        pool = _found("memory_pool", "MLATokenToKVPool")
         # Prompts too are read from the pool as it has them: PyTorch's backend takes no keys and values beside it.
         AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
-        # SGLang gives pools of other platforms what only those for sparse attention need.
-        return lambda *args, index_head_dim=None, **kwargs: pool(*args, **kwargs)
+        pool: Any = _found("memory_pool", "MLATokenToKVPool")
+
+        class Pool(pool):
+            """SGLang gives the pools of other platforms what only those for sparse attention need."""
+
+            def __init__(self, *args: Any, index_head_dim: int | None = None, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+
+        return Pool
 
     def get_paged_allocator_cls(self) -> Any:
         return _found("allocator", "PagedTokenToKVPoolAllocator")
