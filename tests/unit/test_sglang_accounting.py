@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import gms_sglang.accounting as accounting
-from gms_core.weights.holdings import GIB, Holding
+from gms_core.engine_log import GIB
+from gms_core.weights.holdings import Holding
 
 
 def _holding(external: int, neighbours: int = 0) -> Holding:
