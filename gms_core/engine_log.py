@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-GIB, MIB = 2**30, 2**20
-
 _name = "gms"
 
 
@@ -18,8 +16,3 @@ def log_as(name: str) -> None:
 def log() -> logging.Logger:
     """The logger."""
     return logging.getLogger(_name)
-
-
-def amount(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / MIB:.2f} MiB"

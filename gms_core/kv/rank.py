@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from gms_core.engine_log import amount, log
+from gms_core.amounts import amount
+from gms_core.engine_log import log
 from gms_core.errors import EngineAsleep, EngineFailed, GmsError, InvalidArgument
 from gms_core.kv.bridge import MOST_TIMES, ROOM_TIMES, blocks_of, wanted_bytes
 from gms_core.kv.front import Range, View, size_of

@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from gms_core.amounts import amount
 from gms_core.client import ReadLease, Session, WriteLease
-from gms_core.engine_log import amount, log
+from gms_core.engine_log import log
 from gms_core.layout import Identity
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gms_core.engine_log import GIB
+from gms_core.amounts import GIB
 from gms_core.weights.holdings import Holding, all_kept
 from gms_patches.for_sglang import ALLOC_MEMORY_POOL_BEFORE
 from gms_sglang.hooks import Hook

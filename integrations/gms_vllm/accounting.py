@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from gms_core.amounts import GIB
 from gms_core.engine_config import GmsConfig
-from gms_core.engine_log import GIB
 from gms_core.errors import OutOfMemory
 from gms_core.weights.holdings import Holding
 from gms_patches.apply import applied

@@ -12,8 +12,8 @@ import torch
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 from vllm.platforms import current_platform
 
+from gms_core.amounts import amount
 from gms_core.engine_config import GmsConfig
-from gms_core.engine_log import amount
 from gms_core.failover.config import failover_config
 from gms_core.kv.private import PrivateKv
 from gms_core.pytorch import placed

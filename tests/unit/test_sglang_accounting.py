@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import gms_sglang.accounting as accounting
-from gms_core.engine_log import GIB
+from gms_core.amounts import GIB
 from gms_core.weights.holdings import Holding
 
 

@@ -62,7 +62,7 @@ def test_engine_unmaps_what_is_named_when_there_are_tags(server: RunningServer, 
         assert lease.arena is not None
         sleeper.weights = [Holding(session, lease)]
         sleeper.suspend(("kv_cache",))
-        assert (sleeper.asleep, lease.arena.mapped) == ({"kv_cache"}, True)
+        assert (sleeper.asleep, lease.arena.mapped, driver.memory_info().free) == ({"kv_cache"}, True, 24 * MIB)
         sleeper.suspend()
         assert (sleeper.asleep, lease.arena.mapped) == ({"kv_cache", "weights"}, False)
         with pytest.raises(EngineAsleep):
