@@ -91,8 +91,13 @@ class Outcome:
     findings: list[str] = field(default_factory=list)
 
 
-def growth(samples: Sequence[Sample]) -> list[str]:
-    """What is not flat; see the module's text for the rule."""
+def growth(samples: Sequence[Sample], most_bytes: int = GROWTH_BYTES) -> list[str]:
+    """What is not flat; see the module's text for the rule.
+
+    Args:
+        samples: One of each round.
+        most_bytes: By which a process's memory may grow.
+    """
     quarter = len(samples) // 4
     if not quarter:
         return [f"{len(samples)} rounds are too few to compare their quarters"]
@@ -105,7 +110,7 @@ def growth(samples: Sequence[Sample]) -> list[str]:
             found.append(f"{what}: {before:g} in the second quarter, {after:g} in the last one")
 
     for name in samples[0].usage:
-        compare(f"bytes of memory of the {name}", lambda sample, name=name: sample.usage[name].memory, GROWTH_BYTES)  # type: ignore[misc]
+        compare(f"bytes of memory of the {name}", lambda sample, name=name: sample.usage[name].memory, most_bytes)  # type: ignore[misc]
         compare(f"descriptors of the {name}", lambda sample, name=name: sample.usage[name].descriptors)  # type: ignore[misc]
         compare(f"threads of the {name}", lambda sample, name=name: sample.usage[name].threads)  # type: ignore[misc]
     compare("files of the runtime directory", lambda sample: len(sample.files))
@@ -123,7 +128,14 @@ def usage(pid: int) -> Usage:
 
 
 def run(
-    server: RunningServer, folder: Path, seed: int, seconds: float, *, rounds: int = ROUNDS, tell: Callable[[str], None] = lambda _: None
+    server: RunningServer,
+    folder: Path,
+    seed: int,
+    seconds: float,
+    *,
+    rounds: int = ROUNDS,
+    most_bytes: int = GROWTH_BYTES,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Load the server for so many seconds.
 
@@ -133,6 +145,7 @@ def run(
         seed: Of whatever is left to chance.
         seconds: Of load, in all.
         rounds: How often all is at rest; at least 4.
+        most_bytes: As of `growth`.
         tell: Called with a line after each round.
     """
     outcome, chance = Outcome(seed, seconds), random.Random(seed)
@@ -173,7 +186,7 @@ def run(
         outcome.rounds += 1
         tell(_line(sample, len(told)))
     outcome.counts = dict(Counter(event["kind"] for event in history))
-    outcome.findings += [*check(history), *growth(outcome.samples)]
+    outcome.findings += [*check(history), *growth(outcome.samples, most_bytes)]
     return outcome
 
 

@@ -19,9 +19,10 @@ ROUNDS = 12
 @pytest.mark.timeout(120)
 def test_server_is_flat_when_it_has_served_clients_of_all_kinds(runtime_dir: Path, tmp_path: Path) -> None:
     with running_server(runtime_dir, host_memory=HOST_MEMORY) as server:
-        outcome = run(server, tmp_path, 5, 6.0, rounds=6)
+        # In its first seconds a server still comes to what it needs, and a busy machine spreads these over the rounds.
+        outcome = run(server, tmp_path, 5, 6.0, rounds=ROUNDS, most_bytes=4 * 2**20)
     assert outcome.findings == []
-    assert len(outcome.samples) == outcome.rounds == 6
+    assert len(outcome.samples) == outcome.rounds == ROUNDS
     assert {"read", "published", "held", "has", "looked", "visited", "asked wrongly"} <= outcome.counts.keys()
 
 
