@@ -7,6 +7,7 @@ they were, and no name is special.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -189,11 +190,14 @@ class TensorManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         storages: Its tensors.
         format: Always written.
         changes: What loading has changed besides, where the publisher has kept track of that.
+        built: What the module was made of before it was loaded, likewise: by paths, the classes of its modules and other objects, and the dtypes and
+            shapes of its tensors.
     """
 
     storages: tuple[StorageRecord, ...]
     format: str
     changes: tuple[Change, ...] = ()
+    built: dict[str, str] = {}
 
 
 # msgspec lets the second and the third of them through.
@@ -204,9 +208,9 @@ class _Header(msgspec.Struct):
     format: str
 
 
-def encode(storages: tuple[StorageRecord, ...], changes: tuple[Change, ...] = ()) -> bytes:
+def encode(storages: tuple[StorageRecord, ...], changes: tuple[Change, ...] = (), built: Mapping[str, str] | None = None) -> bytes:
     """Write a manifest."""
-    return msgspec.msgpack.encode(TensorManifest(storages, FORMAT, changes))
+    return msgspec.msgpack.encode(TensorManifest(storages, FORMAT, changes, dict(built or {})))
 
 
 def storages_of(data: bytes) -> tuple[StorageRecord, ...]:
@@ -225,6 +229,15 @@ def changes_of(data: bytes) -> tuple[Change, ...]:
         ManifestError: It is no manifest, or of another format.
     """
     return _read(data).changes
+
+
+def built_of(data: bytes) -> dict[str, str]:
+    """What a manifest says of a module before it was loaded.
+
+    Raises:
+        ManifestError: It is no manifest, or of another format.
+    """
+    return _read(data).built
 
 
 def _read(data: bytes) -> TensorManifest:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gms_core.pytorch.slots import SEQUENCES, SlotFilter, attributes, key_step, never
+from gms_core.pytorch.slots import MISSING, SEQUENCES, SlotFilter, attributes, key_step, never, read_step
 from gms_core.tensor_manifest import Slot, Step
 
 Steps = tuple[Step, ...]
@@ -168,6 +168,21 @@ def is_closed(value: object, opaque: tuple[type, ...] = ()) -> bool:
     if type(value) in LEAVES or isinstance(value, (*_OPAQUE, *opaque)):
         return True
     return not isinstance(value, (dict, *SEQUENCES)) and _is_infrastructure(type(value))
+
+
+def is_open(value: object, opaque: tuple[type, ...] = ()) -> bool:
+    """Whether there may be a step from an object to what it holds: into tensors, modules, sets, and whatever is searched."""
+    return isinstance(value, (torch.Tensor, torch.nn.Module, set)) or not is_closed(value, opaque)
+
+
+def reach(module: torch.nn.Module, steps: Steps, opaque: tuple[type, ...] = ()) -> Any:
+    """What is at the end of some steps, or `MISSING`. What is not searched is not passed through either."""
+    value: Any = module
+    for step in steps:
+        value = read_step(value, step) if is_open(value, opaque) else MISSING
+        if value is MISSING:
+            break
+    return value
 
 
 def _is_infrastructure(kind: type) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from gms_core.errors import ManifestError, UnpopulatedModule
-from gms_core.pytorch.discover import Found, Steps, discover
+from gms_core.pytorch.discover import Found, Steps, discover, reach
 from gms_core.pytorch.manifest import decode, element
 from gms_core.pytorch.memory import Report, TensorArena, check_inside, names, report_on
 from gms_core.pytorch.publish import with_index
@@ -49,6 +49,7 @@ def materialise(
     *,
     device: torch.device,
     rebuilt: SlotFilter = never,
+    opaque: tuple[type, ...] = (),
     allow_changes: bool = False,
 ) -> Report:
     """Install published tensors into a module.
@@ -61,6 +62,7 @@ def materialise(
         arena: Where the published memory is mapped, read-only or not.
         device: Of the module, and of the arena.
         rebuilt: Names the slots that the engine builds, or removes, by itself: it is no error if one of them is on one side only.
+        opaque: Classes whose objects are not searched, as for `publish`.
         allow_changes: Whether parameters and buffers may be there that this module lacks (they are registered), and tensors may have another shape or
             dtype than here, because the writer's engine has processed them.
 
@@ -74,8 +76,8 @@ def materialise(
     device = with_index(device)
     storages = decode(manifest)
     check_inside(arena, storages)
-    found = discover(module)
-    slots = _resolve(module, storages, rebuilt, allow_changes=allow_changes)
+    found = discover(module, opaque=opaque)
+    slots = _resolve(module, storages, rebuilt, opaque, allow_changes=allow_changes)
     covered = {slot.steps for kept in slots.values() for slot in kept}
     _check_leftover(found, covered, rebuilt)
     plans = _plan(module, storages, slots, _alone(found), arena, device)
@@ -86,21 +88,22 @@ def materialise(
             _install(module, plan, other_slots)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-    check_no_meta(module, ignore=rebuilt)
+    check_no_meta(module, ignore=rebuilt, opaque=opaque)
     return report_on(storages, copied)
 
 
-def check_no_meta(module: torch.nn.Module, *, ignore: SlotFilter = never) -> None:
+def check_no_meta(module: torch.nn.Module, *, ignore: SlotFilter = never, opaque: tuple[type, ...] = ()) -> None:
     """Refuse a module with tensors that have elements but no content.
 
     Args:
         module: To be searched as `publish` does.
         ignore: Slots that do not matter.
+        opaque: Classes whose objects are not searched.
 
     Raises:
         UnpopulatedModule: Names them.
     """
-    _refuse_empty([item.name for item in discover(module, ignore=ignore) if is_unpopulated(item.tensor)])
+    _refuse_empty([item.name for item in discover(module, opaque=opaque, ignore=ignore) if is_unpopulated(item.tensor)])
 
 
 def _refuse_empty(left: list[str]) -> None:
@@ -111,14 +114,16 @@ def _refuse_empty(left: list[str]) -> None:
         )
 
 
-def _resolve(module: torch.nn.Module, storages: tuple[StorageRecord, ...], rebuilt: SlotFilter, *, allow_changes: bool) -> dict[Steps, list[Slot]]:
+def _resolve(
+    module: torch.nn.Module, storages: tuple[StorageRecord, ...], rebuilt: SlotFilter, opaque: tuple[type, ...], *, allow_changes: bool
+) -> dict[Steps, list[Slot]]:
     """Which slots of each tensor are installed, by the steps of its first slot."""
     kept: dict[Steps, list[Slot]] = {}
     missing, unlike = [], []
     for record in (tensor for storage in storages for tensor in storage.tensors):
         here = kept.setdefault(record.slots[0].steps, [])
         for slot in record.slots:
-            value = read(module, slot.steps)
+            value = reach(module, slot.steps, opaque)
             if not _has_place(module, slot, value, allow_changes=allow_changes):
                 if not rebuilt(slot):
                     missing.append(f"{slot} (here a {type(value).__name__})" if _is_occupied(value) else str(slot))

@@ -56,7 +56,8 @@ def publish(
         ignore: Slots to leave out. A reader keeps what it has there.
         weights: Slots of tensors that are shared as parameters are, though they are none.
         opaque: Classes whose objects are not searched, such as an engine's communicators: their tensors are nobody else's business.
-        before: The module as it was built, so that what loading has changed besides tensors is published too; see `gms_core.pytorch.state`.
+        before: The module as it was built, so that what loading has changed besides tensors is published too, and readers can compare what they
+            have built; see `gms_core.pytorch.state`.
         on_report: Gets the sums.
 
     Returns:
@@ -88,7 +89,7 @@ def publish(
     log.debug("published %s", report)
     if on_report is not None:
         on_report(report)
-    return encode(storages, changes)
+    return encode(storages, changes, before.built if before is not None else None)
 
 
 def with_index(device: torch.device) -> torch.device:

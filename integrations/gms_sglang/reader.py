@@ -10,7 +10,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from gms_core.client import ReadLease
 from gms_core.errors import LeaseConflict
-from gms_core.pytorch import check_no_meta, take_over
+from gms_core.pytorch import take_over
 from gms_core.weights.holdings import Figures, Holding, report
 from gms_core.weights.leases import Granted
 from gms_sglang.building import COMMUNICATION
@@ -37,7 +37,6 @@ def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn
     with set_default_torch_dtype(request.model_config.dtype), torch.device("meta"):
         model = stock._initialize_model(request.model_config, request.inner, quantisation)  # noqa: SLF001 - as above
     take_over(model, layout.manifest, arena, device=request.device, opaque=COMMUNICATION)
-    check_no_meta(model)
     holding.external_bytes = layout.size
     seconds = time.perf_counter() - start
     report(holding, Figures("attached", lease.pool, layout.generation, layout.size, seconds, granted.wait_seconds, checkpoint_bytes=0))
