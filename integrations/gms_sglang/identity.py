@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,15 @@ from gms_sglang.place import is_cpu
 _NOT_OF_THE_LAYOUT = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "quantization_config"})
 """Keys of a model's configuration that say where it came from, or that have a field of their own."""
 
-_KERNEL_SWITCH = re.compile(r"^(SGLANG|SGL)_.*(MOE|GEMM|FP8|FP4|MARLIN|FLASHINFER|AITER|CUTLASS|QUANT|DEEPEP|SHUFFLE|PADDING|AMX)")
-"""Environment variables of SGLang that choose kernels, and with them the layout of post-processed weights."""
+_VARIABLE = re.compile(r"^(SGLANG|SGL)_")
+_OF_NO_WEIGHT = re.compile(
+    r"_(LOG|PORT|GRPC|HTTP|SOCKET|TIMEOUT|PLUGINS|PROFILE|PROFILER|TRACE|NVTX|OTLP|METRICS|COREDUMP|TEST|SCHEDULER|GRAMMAR|OUTLINES|HICACHE"
+    r"|DISAGGREGATION|SECRET|PASSWORD)(_|$)|_CACHE_DIR$|_API_KEY$|^SGLANG_(RUN_ID|DP_RANK|IS_FIRST_RANK_ON_NODE|ENABLE_TP_MEMORY_INBALANCE_CHECK)$"
+)
+"""Environment variables of SGLang that say how it logs, listens, schedules and caches, or which process this is. Any other may choose kernels, or how
+weights are divided, and with them the layout of weights."""
 
-_KERNELS = (
+KERNELS = (
     "attention_backend",
     "decode_attention_backend",
     "prefill_attention_backend",
@@ -34,10 +41,29 @@ _KERNELS = (
     "kv_cache_dtype",
     "speculative_moe_runner_backend",
     "disable_shared_experts_fusion",
-    "enable_dp_lm_head",
-    "torchao_config",
+    "rl_on_policy_target",
+    "enable_lora",
 )
-"""Options that choose kernels, likewise."""
+"""Options that choose kernels, and with them the layout of post-processed weights."""
+
+PARALLEL = (
+    "ep_size",
+    "dp_size",
+    "attn_dp_size",
+    "attn_cp_size",
+    "dcp_size",
+    "dwdp_size",
+    "moe_dp_size",
+    "moe_dense_tp_size",
+    "shared_experts_tp_size",
+    "enable_dp_attention",
+    "enable_dp_lm_head",
+    "enable_shared_experts_attn_tp",
+    "enable_dense_mlp_attn_tp",
+    "mm_enable_dp_encoder",
+    "ep_num_redundant_experts",
+)
+"""Options that say how weights are divided among ranks, besides those that the groups of ranks tell of."""
 
 
 def expected_identity(model_config: Any, load_config: Any, *, content: str, extra: Mapping[str, str]) -> Identity:
@@ -85,16 +111,29 @@ def _parallel() -> dict[str, str]:
     from sglang.srt.distributed.parallel_state import get_pp_group, get_tp_group
 
     groups = {"tp": get_tp_group(), "pp": get_pp_group()}
-    fields = {name: f"{group.rank_in_group}/{group.world_size}" for name, group in groups.items()}
-    for name in ("ep_size", "dp_size", "moe_dp_size", "moe_dense_tp_size", "enable_dp_attention", "init_expert_location", "ep_num_redundant_experts"):
-        value = argument(name)
-        fields[name] = "" if value in (None, 0, 1, False) else str(value)
-    return fields
+    chosen = {name: argument(name) for name in PARALLEL}
+    return {
+        **{name: f"{group.rank_in_group}/{group.world_size}" for name, group in groups.items()},
+        **{name: str(value) for name, value in chosen.items() if value not in (None, 0, 1, False)},
+        "init_expert_location": expert_location(argument("init_expert_location")),
+    }
+
+
+def expert_location(value: str | None) -> str:
+    """Where experts are at first, by what a file says, wherever it lies."""
+    if value and value.endswith((".json", ".pt")) and (path := Path(value)).is_file():
+        return f"blake2b:{hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}"
+    return value or ""
 
 
 def _kernels() -> dict[str, str]:
-    switches = engine_variables(_KERNEL_SWITCH)
-    chosen = {name: argument(name) for name in _KERNELS}
-    return {name: str(value) for name, value in chosen.items() if value} | {
-        "kernel_switches": ",".join(f"{name}={value}" for name, value in switches.items())
+    chosen = {name: argument(name) for name in KERNELS}
+    return {
+        **{name: str(value) for name, value in chosen.items() if value},
+        "environment": ",".join(f"{name}={value}" for name, value in variables().items()),
     }
+
+
+def variables() -> dict[str, str]:
+    """SGLang's environment variables that may decide what weights look like."""
+    return {name: value for name, value in engine_variables(_VARIABLE).items() if not _OF_NO_WEIGHT.search(name)}

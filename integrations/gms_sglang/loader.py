@@ -22,7 +22,7 @@ from gms_sglang.files import check_checkpoint, weight_files
 from gms_sglang.hooks import Hook, engage
 from gms_sglang.identity import expected_identity
 from gms_sglang.place import LoadRequest, all_ranks, connect, pool_name
-from gms_sglang.unsupported import check_engine, check_options, engine_options
+from gms_sglang.unsupported import check_engine, check_options, check_quantisation, engine_options
 
 
 class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
@@ -50,6 +50,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         defer_commits()
         options = self.options.gms
         inner = options.inner.lower()
+        check_quantisation(model_config, inner)
         request = LoadRequest(model_config, device_config, self._inner_config())
         files = weight_files(model_config, inner, self.load_config.download_dir)
         content = known_content(files, inner)

@@ -9,6 +9,7 @@ import torch
 
 from gms_core.config import settings
 from gms_core.errors import ConfigurationError, EngineUnsupported
+from gms_core.weights.identity import DUMMY
 from gms_core.weights.options import WHERE, LoaderOptions, loader_options
 from gms_patches.apply import installed_version
 from gms_patches.check import in_range
@@ -27,6 +28,10 @@ NO_INNER = {
     "remote_instance": "it registers the weights with other engines, which GMS does in its place",
 }
 """Load formats of SGLang that cannot read for GMS, and why."""
+
+
+_QUANTISES = ("modelopt", "modelopt_fp8", "auto-round-int8")
+"""Methods that quantise a checkpoint which is not quantised yet (sglang/srt/model_loader/loader.py, ModelOptModelLoader and IncModelLoader)."""
 
 
 def engine_options(extra: object) -> LoaderOptions:
@@ -76,9 +81,27 @@ def check_options(option: Option, *, asked: bool) -> None:
             f"{WHERE}: failover: SGLang engines share weights, but do not fail over yet",
             hint="Leave failover out of the block gms (and out of GMS_FAILOVER) for this engine.",
         )
-    for refused, what, fix in (*_loading(option, asked), *_writing(option), *_elsewhere(option), *_allocators(option)):
+    for refused, what, fix in (*_loading(option, asked), *_writing(option), *_elsewhere(option), *_allocators(option), *_drafts(option)):
         if refused:
             raise EngineUnsupported(f"--load-format gms: {what}", hint=fix)
+
+
+def check_quantisation(model_config: Any, inner: str) -> None:
+    """Refuse to quantise while loading, where SGLang does so with a tool of its own that replaces the model or its configuration.
+
+    Args:
+        model_config: A ``ModelConfig`` of SGLang.
+        inner: The load format that reads the checkpoint.
+
+    Raises:
+        EngineUnsupported: Says which method.
+    """
+    method = model_config.quantization
+    if inner != DUMMY and method in _QUANTISES and not model_config._is_already_quantized():  # noqa: SLF001 - what SGLang's own loaders ask
+        raise EngineUnsupported(
+            f"--load-format gms: --quantization {method} quantises {model_config.model_path} while it loads, with calibration of its own",
+            hint="Quantise it once, export it, and serve what was exported.",
+        )
 
 
 def tolerate_neighbours() -> None:
@@ -173,5 +196,22 @@ def _allocators(option: Option) -> tuple[_Refusal, ...]:
             envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL.get(),
             "Mooncake's memory pool allocates in the place of the one that weights and KV memory are shared through",
             "Unset SGLANG_MOONCAKE_CUSTOM_MEM_POOL.",
+        ),
+    )
+
+
+def _drafts(option: Option) -> tuple[_Refusal, ...]:
+    from sglang.srt.environ import envs
+
+    last_stage_only = getattr(envs, "SGLANG_ENABLE_PP_SPEC", None)
+    return (
+        (
+            option("speculative_algorithm")
+            and (option("pp_size") or 1) > 1
+            and asks_for_gms(option("speculative_draft_load_format") or option("load_format"))
+            and last_stage_only is not None
+            and last_stage_only.get(),
+            "with SGLANG_ENABLE_PP_SPEC only the last pipeline stage loads the draft model, and the others would be waited for",
+            "Give the draft model a --speculative-draft-load-format of SGLang's own, or unset SGLANG_ENABLE_PP_SPEC.",
         ),
     )

@@ -21,6 +21,11 @@ def _new_options(feature: str, module: str, owner: str, *names: str) -> tuple[Sy
     return tuple(Symbol(f"sglang.srt.arg_groups.fields.{module}:{owner}.{name}", feature, (), ">=0.5.20") for name in names)
 
 
+def _newest_options(feature: str, module: str, owner: str, *names: str) -> tuple[Symbol, ...]:
+    """Options that 0.5.20 does not have."""
+    return tuple(Symbol(f"sglang.srt.arg_groups.fields.{module}:{owner}.{name}", feature, (), ">=0.5.23") for name in names)
+
+
 ARGUMENTS: tuple[Symbol, ...] = (
     *_options("the load format", "model", "Model", "load_format", "model_path", "model_loader_extra_config"),
     *_options("draft models", "spec", "Spec", "speculative_algorithm", "speculative_draft_load_format"),
@@ -40,9 +45,19 @@ ARGUMENTS: tuple[Symbol, ...] = (
     *_new_options(_REFUSED, "parallel", "Parallel", "gated_launch_port"),
     *_options(_GATE, "serving", "Serving", "host", "port", "skip_server_warmup", "tokenizer_worker_num"),
     *_options(_GATE, "parallel", "Parallel", "nnodes", "node_rank", "dist_init_addr", "enable_dp_attention"),
-    *_options(_IDENTITY, "parallel", "Parallel", "tp_size", "pp_size", "dp_size", "ep_size"),
-    *_options(_IDENTITY, "exec_", "ExecMoe", "moe_runner_backend", "ep_num_redundant_experts", "init_expert_location"),
-    *_options(_IDENTITY, "exec_", "ExecKernel", "attention_backend", "fp8_gemm_runner_backend", "fp4_gemm_runner_backend"),
+    *_options(_IDENTITY, "device", "Device", "device"),
+    *_options(_IDENTITY, "parallel", "Parallel", "tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "moe_dense_tp_size"),
+    *_options(_IDENTITY, "parallel", "Parallel", "attn_cp_size", "dcp_size", "enable_dp_attention", "enable_dp_lm_head"),
+    *_new_options(_IDENTITY, "parallel", "Parallel", "dwdp_size", "enable_shared_experts_attn_tp", "enable_dense_mlp_attn_tp"),
+    *_newest_options(_IDENTITY, "parallel", "Parallel", "attn_dp_size", "shared_experts_tp_size"),
+    *_options(_IDENTITY, "mm", "Mm", "mm_enable_dp_encoder"),
+    *_options(_IDENTITY, "lora", "Lora", "enable_lora"),
+    *_options(_IDENTITY, "exec_", "ExecMoe", "moe_runner_backend", "moe_a2a_backend", "ep_num_redundant_experts", "init_expert_location"),
+    *_options(_IDENTITY, "exec_", "ExecMoe", "disable_shared_experts_fusion"),
+    *_options(_IDENTITY, "exec_", "ExecKernel", "attention_backend", "decode_attention_backend", "prefill_attention_backend"),
+    *_options(_IDENTITY, "exec_", "ExecKernel", "fp8_gemm_runner_backend", "fp4_gemm_runner_backend"),
+    *_options(_IDENTITY, "exec_", "ExecDeterministic", "rl_on_policy_target"),
+    *_options(_IDENTITY, "spec", "Spec", "speculative_moe_runner_backend"),
     *_options(_IDENTITY, "model", "Model", "json_model_override_args"),
     *_options(_KV, "model", "Model", "kv_cache_dtype"),
     *_options(_KV, "schedule", "Schedule", "mem_fraction_static", "max_total_tokens", "page_size"),

@@ -82,6 +82,7 @@ _WHO = (
             "ModelConfig.model_impl": (),
             "ModelConfig.is_draft_model": (),
             "ModelConfig.context_len": (),
+            "ModelConfig._is_already_quantized": ("self",),
         },
     ),
     # From 0.5.19 on the record keeps what the user gave, and this says what the engine made of it.
