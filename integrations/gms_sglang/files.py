@@ -14,12 +14,18 @@ PATTERNS = {"auto": WEIGHTS, "pt": ("*.pt",), "npcache": ("*.bin",), "mistral": 
 _OTHERS = ("*.safetensors",)
 
 
+def patterns(inner: str) -> tuple[str, ...]:
+    """What to look for: in the folder, and else in the folders in it, where some models name their own patterns (``allow_patterns_overrides``)."""
+    here = PATTERNS.get(inner, _OTHERS)
+    return (*here, *(f"*/{pattern}" for pattern in here))
+
+
 def weight_files(model_config: Any, inner: str, download_dir: str | None) -> list[Path]:
     """The files that the inner loader reads, if the model is a folder or was downloaded already; else none. Reads no file."""
     if inner == DUMMY:
         return []
     folder = model_folder(model_config.model_path, model_config.revision, download_dir)
-    return [] if folder is None else find_weights(folder, PATTERNS.get(inner, _OTHERS))
+    return [] if folder is None else find_weights(folder, patterns(inner))
 
 
 def check_checkpoint(model_config: Any, inner: str) -> None:
@@ -29,4 +35,4 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
         CheckpointNotFound: Names the folder and what was looked for.
     """
     if inner != DUMMY and (folder := Path(model_config.model_path)).is_dir():
-        check_weights(folder, PATTERNS.get(inner, _OTHERS))
+        check_weights(folder, patterns(inner))
