@@ -23,15 +23,15 @@ def model_folder(model: str, revision: str | None, download_dir: str | None) -> 
         return None
 
 
-def check_weights(folder: Path, patterns: Sequence[str]) -> None:
-    """Refuse to load from a folder that has no weights, before anything is allocated.
+def check_weights(model: str, patterns: Sequence[str]) -> None:
+    """Refuse to load from a folder that has no weights, before anything is allocated. What is no folder on this machine is not looked at.
 
     Raises:
         CheckpointNotFound: Names the folder and what was looked for.
     """
-    if find_weights(folder, patterns):
-        return
-    raise CheckpointNotFound(
-        f"{folder} has no weight files ({', '.join(patterns)}), and nothing that fits is published",
-        hint="Restore the files, or start the engine that publishes these weights first.",
-    )
+    folder = Path(model)
+    if folder.is_dir() and not find_weights(folder, patterns):
+        raise CheckpointNotFound(
+            f"{folder} has no weight files ({', '.join(patterns)}), and nothing that fits is published",
+            hint="Restore the files, or start the engine that publishes these weights first.",
+        )

@@ -9,17 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from gms_core.amounts import GIB
 from gms_core.weights.holdings import Holding, all_kept
 from gms_patches.for_sglang import ALLOC_MEMORY_POOL_BEFORE
 from gms_sglang.hooks import Hook
-
-
-def free_memory() -> int:
-    """Bytes of the current device that are free; 0 where they are not counted."""
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
 def preloaded_bytes(holding: Holding) -> int:

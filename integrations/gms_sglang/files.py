@@ -34,5 +34,5 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
     Raises:
         CheckpointNotFound: Names the folder and what was looked for.
     """
-    if inner != DUMMY and (folder := Path(model_config.model_path)).is_dir():
-        check_weights(folder, patterns(inner))
+    if inner != DUMMY:
+        check_weights(model_config.model_path, patterns(inner))

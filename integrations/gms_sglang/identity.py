@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from gms_core.config import engine_variables
 from gms_core.layout import Identity
+from gms_core.pytorch.device import device_name
 from gms_core.weights.identity import DUMMY, digest_of, plain, whereabouts
 from gms_patches.apply import installed_version
 from gms_patches.for_sglang import DISTRIBUTIONS
@@ -84,7 +84,7 @@ def expected_identity(model_config: Any, load_config: Any, *, content: str, extr
         "engine": "sglang",
         "engine_version": installed_version(DISTRIBUTIONS),
         "torch_version": str(torch.__version__),
-        "device": _device(),
+        "device": device_name(is_cpu=is_cpu()),
         "dtype": str(model_config.dtype),
         "quantization": str(model_config.quantization or ""),
         "quantization_config": digest_of(quantisation) if quantisation else "",
@@ -98,13 +98,6 @@ def expected_identity(model_config: Any, load_config: Any, *, content: str, extr
         **{f"x-{name}": value for name, value in extra.items()},
     }
     return Identity({name: value for name, value in fields.items() if value})
-
-
-def _device() -> str:
-    if is_cpu():
-        return f"cpu {platform.machine()}"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} sm_{major}{minor}"
 
 
 def _parallel() -> dict[str, str]:

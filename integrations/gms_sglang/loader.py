@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.model_loader.loader import BaseModelLoader, get_model_loader
 
-from gms_core.client import WriteLease
-from gms_core.weights.holdings import Holding, commit_due, defer_commits, keep
-from gms_core.weights.identity import check_content, known_content
-from gms_core.weights.leases import acquire
+from gms_core.pytorch.device import free_memory
+from gms_core.weights.holdings import Holding, commit_due, defer_commits
+from gms_core.weights.identity import known_content
+from gms_core.weights.leases import Granted, acquire
+from gms_core.weights.loading import publish_or_attach
 from gms_core.weights.options import LoaderOptions
 from gms_patches.for_sglang import GET_MODEL_LOADER_BEFORE, RUN_EVENT_LOOP
 from gms_sglang import accounting, building, load_format, reader, updates, writer
@@ -56,23 +58,21 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         content = known_content(files, inner)
         identity = expected_identity(model_config, self.load_config, content=content, extra=options.identity)
         session = connect(options)
-        try:
-            before = accounting.free_memory()
-            pool = pool_name(options, model_config, self.load_config)
-            granted = acquire(session, pool, identity, options, all_ranks)
-            holding = Holding(session, granted.lease, neighbours=before - accounting.free_memory())
-            if isinstance(granted.lease, WriteLease):
-                check_checkpoint(model_config, inner)
-                model = writer.load(request, self._inner(model_config), holding, granted, files=files, identity=identity)
-            else:
-                if not content:
-                    check_content(files, granted.lease.layout.identity)
-                model = reader.attach(request, holding, granted)
-            self.preloaded_weights_bytes = accounting.preloaded_bytes(holding)
-            keep(holding)
-        except BaseException:
-            session.close()
-            raise
+
+        def publish(holding: Holding, granted: Granted) -> torch.nn.Module:
+            check_checkpoint(model_config, inner)
+            return writer.load(request, self._inner(model_config), holding, granted, files=files, identity=identity)
+
+        model, holding = publish_or_attach(
+            session,
+            lambda: acquire(session, pool_name(options, model_config, self.load_config), identity, options, all_ranks),
+            publish=publish,
+            attach=partial(reader.attach, request),
+            free_memory=free_memory,
+            content=content,
+            files=files,
+        )
+        self.preloaded_weights_bytes = accounting.preloaded_bytes(holding)
         return model
 
     def _inner(self, model_config: Any) -> BaseModelLoader:

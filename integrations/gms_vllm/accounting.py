@@ -19,8 +19,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from gms_core.amounts import GIB
 from gms_core.engine_config import GmsConfig
 from gms_core.errors import OutOfMemory
@@ -87,11 +85,6 @@ def startup_check(config: Any, options: GmsConfig, adopts_plan: Callable[[], boo
 
     with applied(REQUEST_MEMORY, build):
         yield
-
-
-def free_memory() -> int:
-    """Bytes of the current device that are free; 0 where they are not counted."""
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
 def settle(worker: Any, holding: Holding) -> None:

@@ -33,8 +33,8 @@ def check_checkpoint(model_config: Any, inner: str) -> None:
     Raises:
         CheckpointNotFound: Names the folder and what was looked for.
     """
-    if inner != "dummy" and not _is_elsewhere(model_config) and (folder := Path(model_config.model)).is_dir():
-        check_weights(folder, PATTERNS.get(inner, _OTHERS))
+    if inner != "dummy" and not _is_elsewhere(model_config):
+        check_weights(model_config.model, PATTERNS.get(inner, _OTHERS))
 
 
 def _is_elsewhere(model_config: Any) -> bool:

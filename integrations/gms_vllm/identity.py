@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 
 from gms_core.layout import Identity
+from gms_core.pytorch.device import device_name
 from gms_core.weights.identity import DUMMY, digest_of, plain, whereabouts
 from gms_patches.apply import installed_version
 from gms_patches.for_vllm import DISTRIBUTIONS
@@ -47,7 +47,7 @@ def expected_identity(config: Any, model_config: Any, *, content: str, extra: Ma
         "engine": "vllm",
         "engine_version": installed_version(DISTRIBUTIONS),
         "torch_version": str(torch.__version__),
-        "device": _device(),
+        "device": device_name(is_cpu=current_platform.is_cpu()),
         "dtype": str(model_config.dtype),
         "quantization": str(model_config.quantization or ""),
         "quantization_config": digest_of(quantisation) if any(quantisation.values()) else "",
@@ -69,13 +69,6 @@ def model_place(model_config: Any) -> str:
 
 def _runtime_quantisation(model_config: Any) -> object:
     return getattr(model_config, "quantization_config", None)
-
-
-def _device() -> str:
-    if current_platform.is_cpu():
-        return f"cpu {platform.machine()}"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} sm_{major}{minor}"
 
 
 def _parallel(config: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,12 +53,12 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         Raises:
             GmsError: Neither was possible; the message says why. Nothing of this engine is left in the server.
         """
-        from gms_core.client import WriteLease
-        from gms_core.weights.holdings import Holding, keep
-        from gms_core.weights.identity import check_content, known_content
-        from gms_core.weights.leases import acquire
+        from gms_core.pytorch.device import free_memory
+        from gms_core.weights.holdings import Holding
+        from gms_core.weights.identity import known_content
+        from gms_core.weights.leases import Granted, acquire
+        from gms_core.weights.loading import publish_or_attach
         from gms_vllm import reader, writer
-        from gms_vllm.accounting import free_memory
         from gms_vllm.files import check_checkpoint, weight_files
         from gms_vllm.identity import expected_identity
         from gms_vllm.place import LoadRequest, all_ranks, connect, pool_name
@@ -76,21 +77,20 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         content = known_content(files, inner)
         identity = expected_identity(vllm_config, model_config, content=content, extra=options.identity)
         session = connect(options, rank=vllm_config.parallel_config.rank)
-        try:
-            before = free_memory()
-            granted = acquire(session, pool_name(vllm_config, options), identity, options, all_ranks)
-            holding = Holding(session, granted.lease, neighbours=before - free_memory())
-            if isinstance(granted.lease, WriteLease):
-                check_checkpoint(model_config, inner)
-                model = writer.load(request, self._inner(), holding, granted, files=files, identity=identity)
-            else:
-                if not content:
-                    check_content(files, granted.lease.layout.identity)
-                model = reader.attach(request, holding, granted)
-            keep(holding)
-        except BaseException:
-            session.close()
-            raise
+
+        def publish(holding: Holding, granted: Granted) -> torch.nn.Module:
+            check_checkpoint(model_config, inner)
+            return writer.load(request, self._inner(), holding, granted, files=files, identity=identity)
+
+        model, _ = publish_or_attach(
+            session,
+            lambda: acquire(session, pool_name(vllm_config, options), identity, options, all_ranks),
+            publish=publish,
+            attach=partial(reader.attach, request),
+            free_memory=free_memory,
+            content=content,
+            files=files,
+        )
         return model
 
     def _inner(self) -> BaseModelLoader:

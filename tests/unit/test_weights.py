@@ -10,11 +10,13 @@ import pytest
 from gms_core.checkpoint import content_digest
 from gms_core.client import ReadLease, WriteLease, connect
 from gms_core.engine_config import GmsConfig
-from gms_core.errors import AcquireTimeout, CheckpointNotFound, ConfigurationError, ConnectionLost, IdentityMismatch
+from gms_core.errors import AcquireTimeout, CheckpointNotFound, ConfigurationError, ConnectionLost, IdentityMismatch, SessionClosed
 from gms_core.layout import Identity
+from gms_core.weights import loading
 from gms_core.weights.files import check_weights, model_folder
 from gms_core.weights.identity import DUMMY, check_content, digest_of, final_identity, known_content, plain, whereabouts
 from gms_core.weights.leases import acquire
+from gms_core.weights.loading import publish_or_attach
 from gms_core.weights.options import loader_options
 from tests.unit.server_threads import server_in_thread
 
@@ -88,6 +90,42 @@ def test_other_ranks_do_not_wait_when_the_first_one_is_refused(sessions, ranks):
     held.release()
 
 
+def load(session, mode, *, content="bytes", files=(), attach=None):
+    """Load as an adapter does; what took the device's memory while the lease was waited for is one byte of five."""
+    free = iter((5, 4))
+    return publish_or_attach(
+        session,
+        lambda: acquire(session, "weights", MODEL, GmsConfig(mode=mode, acquire_timeout_s=5), no_ranks),
+        publish=lambda holding, granted: ("published", granted.lease, holding.neighbours),
+        attach=attach or (lambda holding, granted: ("attached", granted.lease, holding.neighbours)),
+        free_memory=lambda: next(free),
+        content=content,
+        files=files,
+    )
+
+
+def test_model_is_published_or_attached_as_the_lease_says(sessions, monkeypatch):
+    kept = []
+    monkeypatch.setattr(loading, "keep", kept.append)
+    (what, lease, neighbours), holding = load(sessions[0], "rw")
+    assert (what, neighbours, kept) == ("published", 1, [holding])
+    lease.arena.allocate(4096)
+    lease.commit(b"", MODEL).release()
+    (what, lease, _), holding = load(sessions[1], "ro")
+    assert (what, lease, kept[1:]) == ("attached", holding.lease, [holding])
+
+
+def test_session_is_closed_and_nothing_is_kept_when_a_load_fails(sessions, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "keep", pytest.fail)
+    monkeypatch.setenv("GMS_CACHE_DIR", str(tmp_path / "cache"))
+    published(sessions[0], "weights")
+    (tmp_path / "other.bin").write_bytes(b"other")
+    with pytest.raises(IdentityMismatch, match="is not what is published"):
+        load(sessions[0], "ro", content="", files=[tmp_path / "other.bin"], attach=pytest.fail)
+    with pytest.raises(SessionClosed):
+        sessions[0].status()
+
+
 def test_content_is_compared_when_it_was_not_known_before(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = [tmp_path / "model.safetensors"]
@@ -141,9 +179,9 @@ def test_place_is_a_folder_without_links_or_a_name(tmp_path):
 def test_folder_is_refused_when_it_has_no_weights(tmp_path):
     assert model_folder(str(tmp_path), None, None) == tmp_path
     with pytest.raises(CheckpointNotFound, match=r"has no weight files \(\*\.safetensors, \*\.bin\)"):
-        check_weights(tmp_path, ["*.safetensors", "*.bin"])
+        check_weights(str(tmp_path), ["*.safetensors", "*.bin"])
     (tmp_path / "model.bin").touch()
-    check_weights(tmp_path, ["*.safetensors", "*.bin"])
+    check_weights(str(tmp_path), ["*.safetensors", "*.bin"])
 
 
 def test_options_are_split_between_gms_and_the_inner_loader():
