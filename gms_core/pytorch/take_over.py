@@ -17,7 +17,7 @@ from gms_core.pytorch.holders import as_built, holders
 from gms_core.pytorch.materialise import materialise
 from gms_core.pytorch.memory import Report, TensorArena, names
 from gms_core.pytorch.publish import with_index
-from gms_core.pytorch.slots import MISSING, SEQUENCES, read_step
+from gms_core.pytorch.slots import MISSING, SEQUENCES, read_step, slot_names
 from gms_core.tensor_manifest import Change, Gone, Items, Kind, Plain, Same, Step, Value, Word, built_of, changes_of, path
 
 _BUILT_ALIKE = "Both sides have to build the same module, with the same versions and options."
@@ -159,11 +159,15 @@ def _put(holder: Any, step: Step, value: Any) -> None:
         else:
             registry[name] = value
         return
+    if value is MISSING and read_step(holder, step) is MISSING:
+        return
     try:
-        if value is not MISSING:
-            object.__setattr__(holder, name, value)  # a frozen dataclass refuses setattr, and a module may register what it is given
-        elif read_step(holder, step) is not MISSING:
-            object.__delattr__(holder, name)
+        if name in slot_names(type(holder)):
+            object.__delattr__(holder, name) if value is MISSING else object.__setattr__(holder, name, value)
+        elif value is MISSING:
+            del vars(holder)[name]
+        else:
+            vars(holder)[name] = value  # no property of the class has a say
     except (AttributeError, TypeError) as error:
         raise ManifestError(
             f"what was published sets {name}, which a {type(holder).__name__} cannot have here: {error}", hint=_BUILT_ALIKE

@@ -46,6 +46,15 @@ class Fixed:
     __slots__ = ()
 
 
+class Guarded:
+    """Refuses what everybody but itself sets."""
+
+    def __init__(self):
+        vars(self)["mode"] = 1
+
+    mode = property(lambda self: vars(self)["mode"])
+
+
 class Sharded(nn.Linear):
     pass
 
@@ -88,6 +97,7 @@ class Model(nn.Module):
         self.spare = SimpleNamespace(flag=False)
         self.helper = os.path
         self.fixed = Fixed()
+        self.guarded = Guarded()
 
 
 def build(device):
@@ -117,6 +127,7 @@ def load(model):
     layer.config["shape"].append(3)
     layer.config = dict(layer.config, block=64)
     model.spare.flag = True
+    vars(model.guarded)["mode"] = 2
 
 
 def published(memory, change=load, **options):
@@ -150,6 +161,7 @@ def test_module_is_as_if_it_was_loaded_when_it_takes_over(memory: Memory) -> Non
     assert (mine.method.backend, mine.method.seen, mine.config) == (Backend.PACKED, {"w"}, {"block": 64, "shape": [1, 2, 3]})
     assert torch.equal(mine.method.cache["workspace"], torch.full((3,), 7))
     assert reader.spare.flag is True
+    assert reader.guarded.mode == 2
     assert mine.noted == CPU
 
 
