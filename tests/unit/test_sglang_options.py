@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import gms_sglang.identity as identity
-from gms_core.errors import EngineUnsupported
+import gms_sglang.unsupported as unsupported
+from gms_core.errors import ConfigurationError, EngineUnsupported
 from gms_patches.for_sglang.arguments import ARGUMENTS
-from gms_sglang.unsupported import check_options, check_quantisation
+from gms_sglang.unsupported import check_engine, check_options, check_quantisation
 
 ADAPTER = Path(inspect.getfile(identity)).parent
 
@@ -157,6 +158,24 @@ def test_variable_is_refused_when_it_brings_another_allocator(name: str, monkeyp
     monkeypatch.setenv(name, "1")
     with pytest.raises(EngineUnsupported, match=name):
         check_options({"load_format": "gms"}.get, asked=True)
+
+
+def test_version_is_refused_when_nothing_was_tested_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsupported, "installed_version", lambda _: "0.5.20")
+    check_engine("cpu")
+    with pytest.raises(EngineUnsupported, match="not on xpu"):
+        check_engine("xpu:0")
+    monkeypatch.setattr(unsupported, "installed_version", lambda _: "0.5.15")
+    with pytest.raises(EngineUnsupported, match=r"not with 0\.5\.15"):
+        check_engine("cpu")
+    monkeypatch.setenv("GMS_ALLOW_UNTESTED_ENGINE", "1")
+    check_engine("cpu")
+
+
+@pytest.mark.parametrize("inner", unsupported.NO_INNER)
+def test_load_format_is_refused_when_it_cannot_read_for_gms(inner: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"inner: '{inner}' cannot be used"):
+        check_options({"load_format": "gms", "model_loader_extra_config": f'{{"gms": {{"inner": "{inner}"}}}}'}.get, asked=True)
 
 
 STAGES = {"load_format": "gms", "speculative_algorithm": "EAGLE", "pp_size": 2}
