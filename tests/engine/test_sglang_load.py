@@ -49,7 +49,7 @@ def test_updates_are_refused_and_weights_are_there_once_when_two_engines_share_t
                 assert "shared with other engines through GMS" in json.dumps(answer)
             assert ready(writer, reader) == [expected, expected]
         with site.serve(model, "gms", "--context-length", "96", mode="ro") as other:
-            assert "max_model_len: '96' != '128' (expected != published)" in other.refusal()
+            assert "max_model_len: '96' != '128'" in other.refusal()
 
 
 @pytest.mark.parametrize("shape", ["qwen3-tied", "mixtral", "deepseek-v2-yarn"])
