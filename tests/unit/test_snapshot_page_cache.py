@@ -61,8 +61,11 @@ def test_share_is_that_of_the_kernel_when_a_file_is_evicted_and_read(tmp_path, s
             file.write(bytes(min(MIB, size - file.tell())))
     evict(path)
     assert share(path) == 0
-    load(path, size)
-    assert share(path) == 1
+    shares = []
+    while 1 not in shares and len(shares) < 20:  # a kernel may take pages of files away again at any time
+        load(path, size)
+        shares.append(share(path))
+    assert shares[-1] == 1
 
 
 @pytest.mark.parametrize("size", [8, 127, 200])
