@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,25 @@ _HINT = (
     "Leave --load-format out. What reads the checkpoint is the key inner of the block gms: "
     '--model-loader-extra-config \'{"gms": {"inner": "safetensors"}}\'.'
 )
+
+
+def server_options(command: Sequence[str], *, program: str, server_module: str, cli_module: str) -> Sequence[str] | None:
+    """What comes after the words of a command that start an engine's server; None if it starts none.
+
+    These may stand behind others, such as ``numactl`` or ``uv run``, but not inside of a shell's text.
+
+    Args:
+        command: All its words.
+        program: The engine's program, which serves when it is told ``serve``.
+        server_module: The module that serves.
+        cli_module: The module of the program.
+    """
+    for index, (word, following) in enumerate(itertools.pairwise(command)):
+        if (Path(word).name, following) == (program, "serve") or (word, following) == ("-m", server_module):
+            return command[index + 2 :]
+        if (word, following, *command[index + 2 : index + 3]) == ("-m", cli_module, "serve"):
+            return command[index + 3 :]
+    return None
 
 
 def with_load_format(command: Sequence[str], options: Sequence[str], *, shortest: str) -> list[str]:

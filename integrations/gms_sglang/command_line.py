@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
-from gms_core.plugins.command_lines import with_load_format
+from gms_core.plugins.command_lines import server_options, with_load_format
 
 SERVER_MODULE = "sglang.launch_server"
 
@@ -14,20 +12,8 @@ SERVER_MODULE = "sglang.launch_server"
 def with_gms(command: Sequence[str]) -> list[str] | None:
     """A command that serves with SGLang, with the load format that it needs; None if it is no such command.
 
-    It may stand behind others, such as ``numactl`` or ``uv run``, but not inside of a shell's text.
-
     Raises:
         ConfigurationError: It names another load format.
     """
-    options = _options(command)
+    options = server_options(command, program="sglang", server_module=SERVER_MODULE, cli_module="sglang.cli.main")
     return None if options is None else with_load_format(command, options, shortest="--load-f")
-
-
-def _options(command: Sequence[str]) -> Sequence[str] | None:
-    """What comes after the words that start the server."""
-    for index, (word, following) in enumerate(itertools.pairwise(command)):
-        if (Path(word).name, following) == ("sglang", "serve") or (word, following) == ("-m", SERVER_MODULE):
-            return command[index + 2 :]
-        if (word, following, *command[index + 2 : index + 3]) == ("-m", "sglang.cli.main", "serve"):
-            return command[index + 3 :]
-    return None
