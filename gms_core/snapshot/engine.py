@@ -36,6 +36,7 @@ class Tuning(NamedTuple):
         direct: Whether to go past the page cache.
         in_order: Whether each file is moved by one thread alone, from its begin to its end.
         hash_on_device: Whether a device that can finds the checksums when restoring.
+        spin: Whether threads keep their cores while they wait for copies.
     """
 
     workers: int
@@ -45,6 +46,7 @@ class Tuning(NamedTuple):
     direct: Direct = "auto"
     in_order: bool = False
     hash_on_device: bool = True
+    spin: bool = False
 
 
 class Route(Protocol):
@@ -137,7 +139,7 @@ class StagedTransfer:
         self._began = time.perf_counter()
         if job.direction == "restore" and tuning.hash_on_device:
             memory.prepare_hash(job.block_bytes)
-        self._lanes = [memory.lane() for _ in range(tuning.workers)]
+        self._lanes = [memory.lane(spin=tuning.spin) for _ in range(tuning.workers)]
         self._ring = Ring(tuning.workers * tuning.buffers, tuning.chunk_bytes)
         self._workers = [
             worker(

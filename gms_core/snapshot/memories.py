@@ -106,7 +106,7 @@ class Waiter:
 class DiscardingMemory:
     """Memory that keeps nothing: what is read is checked, and forgotten."""
 
-    def lane(self) -> CopyLane:
+    def lane(self, *, spin: bool = False) -> CopyLane:  # noqa: ARG002 - there is nothing to wait for
         """See `Memory.lane`."""
         return _DiscardingLane()
 

@@ -67,9 +67,9 @@ class CudaMemory:
         """See `ArenaMemory.never`."""
         self._arrival.never()
 
-    def lane(self) -> CopyLane:
+    def lane(self, *, spin: bool = False) -> CopyLane:
         """See `Memory.lane`."""
-        return _CudaLane(self._retained, self._hashing, self._extents, self._arrival.waiter())
+        return _CudaLane(self._retained, self._hashing, self._extents, self._arrival.waiter(), spin)
 
     def prepare_hash(self, block_bytes: int) -> None:
         """See `Memory.prepare_hash`."""
@@ -170,11 +170,12 @@ def _current(context: Any) -> Iterator[None]:
 class _CudaLane:
     """A stream, and an event for each copy or hash that is under way. Its thread has the context current from the first use to `close`."""
 
-    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter) -> None:
+    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter, spin: bool) -> None:
         self._context = context
         self._hashing = hashing
         self._extents = extents
         self._waiter = waiter
+        self._spin = spin
         self._stream: Any = None
         self._copied: Any = None
         self._idle: list[Any] = []
@@ -262,9 +263,11 @@ class _CudaLane:
             self._stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def _event(self) -> Any:
-        # A thread that waits for its copy sleeps: others need the core to read, and the interpreter's lock is not held either way.
-        flags = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
-        return self._idle.pop() if self._idle else checked("cuEventCreate", int(flags))
+        if self._idle:
+            return self._idle.pop()
+        # The interpreter's lock is not held either way.
+        wait = cuda.CUevent_flags.CU_EVENT_DEFAULT if self._spin else cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
+        return checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | wait))
 
     def _mark(self, stream: Any, event: Any = None) -> int:
         event = self._event() if event is None else event

@@ -32,7 +32,7 @@ class HostMemory:
         """See `ArenaMemory.never`."""
         self._arrival.never()
 
-    def lane(self) -> CopyLane:
+    def lane(self, *, spin: bool = False) -> CopyLane:  # noqa: ARG002 - copies end in the call that begins them
         """See `Memory.lane`."""
         return _HostLane(self._extents, self._arrival.waiter())
 

@@ -146,10 +146,13 @@ class StagedBackend:
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
         roots = len({file.root for file in job.files})
-        workers = job.workers or max(0 if in_memory else 2 * roots, min(pace.threads, max(4, cores())))
+        # From memory, half of the cores feed one GPU: the others are for what else there is, such as another one.
+        free = cores() // 2 if in_memory else cores()
+        workers = job.workers or max(0 if in_memory else 2 * roots, min(pace.threads, max(4, free)))
         largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
         on_device = hashes and self.worker is Worker
-        return Tuning(min(workers, max(1, len(job.pieces))), depth, buffers, min(chunk, largest), direct, hash_on_device=on_device)
+        threads = min(workers, max(1, len(job.pieces)))
+        return Tuning(threads, depth, buffers, min(chunk, largest), direct, hash_on_device=on_device, spin=in_memory and threads <= free)
 
 
 def check_pieces(job: Job) -> None:

@@ -149,8 +149,12 @@ class CopyLane(Protocol):
 class Memory(Protocol):
     """The memory of one image, in this process: CUDA or ``host``. When restoring, it may appear only after reading has begun."""
 
-    def lane(self) -> CopyLane:
-        """A lane for one thread. It takes nothing until that thread uses it."""
+    def lane(self, *, spin: bool = False) -> CopyLane:
+        """A lane for one thread. It takes nothing until that thread uses it.
+
+        Args:
+            spin: Whether its thread keeps its core while it waits for a copy, and so goes on some microseconds sooner.
+        """
 
     def prepare_hash(self, block_bytes: int) -> None:
         """Make ready to find checksums on the device, behind the caller's back, for those who will ask their lane for it. Once at most.

@@ -152,7 +152,7 @@ class LateMemory:
     def never(self):
         self.arrival.never()
 
-    def lane(self):
+    def lane(self, *, spin=False):
         lane = LateLane(self)
         self.lanes.append(lane)
         return lane

@@ -213,8 +213,8 @@ def _cancel_in_the_middle(scene, name):
     began, go_on = threading.Event(), threading.Event()
 
     class Held(LateMemory):
-        def lane(self):
-            lane = super().lane()
+        def lane(self, *, spin=False):
+            lane = super().lane(spin=spin)
             plain = lane.wait
 
             def wait(ticket):

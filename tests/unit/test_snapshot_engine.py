@@ -170,8 +170,8 @@ def test_interrupt_is_raised_when_nothing_is_under_way_any_more(scene):
     main, copying, told, go_on = threading.main_thread().ident, threading.Event(), threading.Event(), threading.Event()
 
     class Held(LateMemory):
-        def lane(self):
-            lane = super().lane()
+        def lane(self, *, spin=False):
+            lane = super().lane(spin=spin)
             plain = lane.wait
 
             def wait(ticket):
@@ -307,8 +307,8 @@ def test_copies_are_made_and_it_is_told_when_buffers_cannot_be_pinned(scene):
 
 def test_buffers_stay_when_a_device_does_not_say_that_its_copies_have_ended(scene):
     class Lost(LateMemory):
-        def lane(self):
-            lane = super().lane()
+        def lane(self, *, spin=False):
+            lane = super().lane(spin=spin)
             lane.close = functools.partial(self.fail)
             return lane
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,16 @@ def nothing_left():
 
 
 class Failing:
-    """NIXL that says of some requests that have ended that they have failed, or that they could not be begun."""
+    """NIXL that says of some requests that have ended that they have failed, or that they could not be begun.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str, every: int) -> None:
-        self.every, self.count, self.failed = every, 0, 0
+    Args:
+        every: How many of a thread's calls lead to a failure.
+        threads: That wait for each other up to the first one, lest one has done all the work before another begins.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, what: str, every: int, threads: int = 1) -> None:
+        self.every, self.failed = every, 0
+        self._counts, self._meeting = threading.local(), threading.Barrier(threads, timeout=60)
         plain = getattr(Agent, what)
 
         def call(agent, *arguments):
@@ -69,8 +76,10 @@ class Failing:
         monkeypatch.setattr(Agent, what, call)
 
     def fail_now_and_then(self) -> None:
-        self.count += 1
-        if self.count % self.every == 0:
+        count = self._counts.count = getattr(self._counts, "count", 0) + 1
+        if count <= self.every:
+            self._meeting.wait()
+        if count % self.every == 0:
             self.failed += 1
             raise NixlError("NIXL_ERR_BACKEND")
 
@@ -78,7 +87,7 @@ class Failing:
 @pytest.mark.parametrize("what", ["has_ended", "begin"])
 @pytest.mark.parametrize("direction", ["save", "restore"])
 def test_every_byte_arrives_and_it_is_told_when_nixl_fails_in_the_middle(scene, monkeypatch, nothing_left, direction, what):
-    failing = Failing(monkeypatch, what, every=3)
+    failing = Failing(monkeypatch, what, every=2, threads=2)
     if direction == "save":
         moved = scene.save("nixl-posix", LateMemory, workers=2)
         assert scene.files_hold_image()
@@ -202,8 +211,8 @@ def test_memory_is_what_is_checked_when_bytes_go_there_directly(scene, monkeypat
     scene.fill_files()
 
     class Flawed(LateMemory):
-        def lane(self):
-            lane = super().lane()
+        def lane(self, *, spin=False):
+            lane = super().lane(spin=spin)
             plain = lane.from_memory
 
             def from_memory(target, offset, size):
