@@ -14,7 +14,12 @@ import pytest
 
 from tests.gpu.story import EXAMPLES, PATIENCE_S, Story, used_gib
 
-pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(1200), pytest.mark.usefixtures("driver")]  # the model is written on the GPU, too
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.timeout(1200),
+    pytest.mark.usefixtures("driver"),  # the model is written on the GPU, too
+]
 
 
 def tokens_of_cache(engine: Any) -> str:
