@@ -21,6 +21,7 @@ from gms_core.quotas import Quota, decode_quotas
 from gms_core.runtime_dir import socket_path
 from gms_core.server.adoption import Estate, take_over
 from gms_core.server.exit_codes import HANDED_OVER
+from gms_core.server.heap import Heap
 from gms_core.server.limits import Limits
 from gms_core.server.listener import Listener, bound_socket
 from gms_core.server.memory import Memory
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 CHECK_KEEPER_S = 2.0
 """Seconds between two looks at whether the keeper is there."""
+TRIM_S = 30.0
+"""Seconds between two looks at whether the server holds much free memory."""
 _HANDED_OVER = "another server takes over"
 _LEFT_TO_SYSTEMD = "it was told to end, and systemd has the memory"
 
@@ -89,13 +92,13 @@ async def serve_device(
         estate, memory, service = _begin(device, path, driver, keep_s, stored, quotas, lambda: leave(_HANDED_OVER))
         ends.callback(estate.leave)
         ends.callback(memory.close)
-        checking = asyncio.create_task(_check_keeper(memory))
+        minding = [asyncio.create_task(_check_keeper(memory)), asyncio.create_task(_trim(Heap()))]
         listener = asyncio.create_task(Listener(listening, service, os.getuid(), admitted).run())
         ready.write(b"ready\n")
         ready.close()
         log.info("serving %s at %s", device, path)
         await asyncio.wait((listener, stop), return_when=asyncio.FIRST_COMPLETED)
-        for task in (listener, checking):
+        for task in (listener, *minding):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -139,6 +142,12 @@ async def _check_keeper(memory: Memory) -> None:
     while True:
         await asyncio.sleep(CHECK_KEEPER_S)
         memory.check_keeper()
+
+
+async def _trim(heap: Heap) -> None:
+    while True:
+        await asyncio.sleep(TRIM_S)
+        heap.trim()
 
 
 def _raise_descriptor_limit() -> None:

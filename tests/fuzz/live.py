@@ -11,11 +11,13 @@ import array
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,18 +176,28 @@ def answers(path: Path, outcome: Outcome) -> int:
         return 0
 
 
-def measure(server: RunningServer, pid: int, descriptors: int = sys.maxsize) -> tuple[int, int]:
-    """Resident bytes and open descriptors of the server, once what was begun has ended, and, if that comes, no more than so many are open."""
+def measure(server: RunningServer, pid: int, descriptors: int = sys.maxsize) -> tuple[int, Counter[str]]:
+    """Resident bytes of the server, and open descriptors by kind: once what was begun has ended, and, if that comes, no more than so many."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         with server.connect("fuzz observer") as session:
             report = session.status()
-            found = len(os.listdir(f"/proc/{pid}/fd")) - 2 * report.allocations  # each allocation has two: its handle, and what clients get
+            found = _descriptors(pid)
+            found["of allocations"] = -2 * report.allocations  # each has two: its handle, and what clients get
         quiet = not any(session.client == CLIENT for session in report.sessions) and not report.cohorts
-        if (quiet and found <= descriptors) or time.monotonic() > deadline:
+        if (quiet and found.total() <= descriptors) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"), found
+
+
+def _descriptors(pid: int) -> Counter[str]:
+    """Open descriptors of a process by what they are, without the numbers of that."""
+    kinds: Counter[str] = Counter()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            kinds[re.sub(r"[0-9]+", "N", os.readlink(path))] += 1
+    return kinds
 
 
 def run(server: RunningServer, seed: int, frames: int, senders: int = 3) -> Outcome:
@@ -197,16 +209,16 @@ def run(server: RunningServer, seed: int, frames: int, senders: int = 3) -> Outc
         hands.run(max(1, frames // 10))
         before = measure(server, pid)
         hands.run(frames - outcome.frames)
-        after = measure(server, pid, before[1])
+        after = measure(server, pid, before[1].total())
     finally:
         hands.end()
     outcome.seconds = round(time.monotonic() - began, 1)
     if answers(server.socket, outcome) != pid:
         outcome.crashes += 1
         outcome.findings.append("another server answers than at the start")
-    outcome.rss_growth, outcome.descriptor_growth = after[0] - before[0], after[1] - before[1]
+    outcome.rss_growth, outcome.descriptor_growth = after[0] - before[0], after[1].total() - before[1].total()
     if outcome.rss_growth > GROWTH_BYTES:
         outcome.findings.append(f"the server's memory has grown by {outcome.rss_growth} bytes")
     if outcome.descriptor_growth > 0:
-        outcome.findings.append(f"the server has {outcome.descriptor_growth} descriptors more")
+        outcome.findings.append(f"the server has {outcome.descriptor_growth} descriptors more: {dict(before[1])} before, {dict(after[1])} after")
     return outcome
