@@ -117,6 +117,13 @@ def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(numbers)
 
 
+def has_hung_up(connection: socket.socket) -> bool:
+    """Whether the peer has closed its end, also if bytes of it are left to be read."""
+    asked = select.poll()
+    asked.register(connection, 0)  # a hang-up is told without being asked for
+    return bool(asked.poll(0))
+
+
 def send(connection: socket.socket, data: bytes | memoryview, descriptors: tuple[int, ...] = ()) -> int:
     """One ``sendmsg``; returns the bytes that were taken. Descriptors go with the first of them."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []

@@ -10,11 +10,13 @@ from collections import Counter, deque
 from gms_core.errors import ProtocolError
 from gms_core.protocol.framing import MAX_PAYLOAD, Frame, FrameDecoder, decode_request, encode
 from gms_core.protocol.messages import Message, Request
-from gms_core.protocol.peer import PeerCredentials, open_peer_pidfd, peer_credentials, peer_groups, receive, send
+from gms_core.protocol.peer import PeerCredentials, has_hung_up, open_peer_pidfd, peer_credentials, peer_groups, receive, send
 from gms_core.server.limits import Limits
 
 READ_AHEAD = 4
 """Requests taken from the socket before the first of them is answered; a peer that sends more waits in its own socket buffer."""
+HANG_UP_S = 1.0
+"""Seconds between two looks at whether a peer has gone from whose socket nothing is taken, since it has sent ahead."""
 FRAME_BYTES = 256
 """What a request costs besides its own bytes while it waits to be looked at: many small ones may have arrived at once."""
 
@@ -50,6 +52,7 @@ class Connection:
         self._arrived = asyncio.Event()
         self._broken: ProtocolError | None = None
         self._slow: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._reading = False
         self._resume()
@@ -134,6 +137,7 @@ class Connection:
             self._finish()
         if len(self._frames) >= READ_AHEAD and self._reading:
             self._pause()
+            self._look_for_hang_up()
         self._watch_for_slowness()
         self._arrived.set()
 
@@ -157,6 +161,19 @@ class Connection:
         elif self._slow is None:
             self._slow = self._loop.call_later(self._limits.frame_s, self._give_up)
 
+    def _look_for_hang_up(self) -> None:
+        """A request that waits is withdrawn when its client has gone, although others wait behind it and nothing is read that would tell."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        if self._reading or self.ended.is_set():
+            return
+        if has_hung_up(self._socket):
+            self._finish()
+            self._arrived.set()
+        else:
+            self._look = self._loop.call_later(HANG_UP_S, self._look_for_hang_up)
+
     def _give_up(self) -> None:
         self._broken = ProtocolError(f"a request did not arrive whole within {self._limits.frame_s:g} s")
         self._finish()
@@ -172,8 +189,9 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket; idempotent."""
-        if self._slow is not None:
-            self._slow.cancel()
+        for clock in (self._slow, self._look):
+            if clock is not None:
+                clock.cancel()
         if self._socket.fileno() >= 0:
             self._finish()
             self._decoder.close()

@@ -22,7 +22,9 @@ from gms_core.errors import InvalidArgument, QuotaExceeded
 from gms_core.layout import Identity
 from gms_core.protocol.channel import Channel
 from gms_core.protocol.framing import HEADER, MAGIC, MAX_DESCRIPTORS, MAX_PAYLOAD, encode
+from gms_core.protocol.generations import AwaitGeneration
 from gms_core.protocol.messages import Commit, Failure, Hello, Release, Status, Welcome
+from gms_core.server.connection import READ_AHEAD
 from gms_core.server.limits import Limits
 from gms_core.server.listener import COMPLAINTS
 from tests.conftest import SERVE, RunningServer
@@ -78,6 +80,23 @@ def test_descriptors_are_closed_when_a_peer_sends_as_many_as_it_can_and_vanishes
                 connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, many)])
     until(lambda: descriptors_of(pid) <= idle)
     assert server.pid == pid
+
+
+@pytest.mark.parametrize("behind", [0, READ_AHEAD - 1, READ_AHEAD, 20])
+def test_request_is_withdrawn_when_its_peer_vanishes_with_others_behind_it(server: RunningServer, behind: int) -> None:
+    pid = server.pid
+    server.connect().close()
+    until(lambda: server.pid == pid)
+    idle = descriptors_of(pid)
+    with greeted(server.socket) as (_, channel):
+        channel.send(AwaitGeneration("weights", 0, 3600.0))
+        for _ in range(behind):
+            channel.send(Status())
+        with server.connect() as observer:
+            until(lambda: any(session.waiting_for for session in observer.status().sessions))
+    with server.connect() as observer:
+        until(lambda: len(observer.status().sessions) == 1)
+    until(lambda: descriptors_of(pid) <= idle)
 
 
 def test_server_lives_when_descriptors_come_and_it_can_open_no_more(server: RunningServer) -> None:
