@@ -258,6 +258,13 @@ class EngineAsleep(GmsError):
     retryable = True
 
 
+class EngineBusy(GmsError):
+    """The engine has requests under way, and what was asked of it needs it idle."""
+
+    code = "engine_busy"
+    retryable = True
+
+
 class EngineNotFound(GmsError):
     """No engine of that name, or of that role, has joined a server."""
 

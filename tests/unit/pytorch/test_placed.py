@@ -119,3 +119,45 @@ def test_error_of_the_caller_passes_when_it_has_no_place():
 
     with placed(refuse, CPU), pytest.raises(MemoryError, match="no place for 10"):
         torch.zeros(10, dtype=torch.int8)
+
+
+ANY: list[tuple[Callable[[], torch.Tensor], int]] = [
+    (lambda: torch.zeros((10, 2, 8), dtype=torch.bfloat16, device="cpu"), 320),
+    (lambda: torch.zeros(3, 5, dtype=torch.int32), 60),
+    (lambda: torch.empty(torch.Size([7])), 28),
+    (lambda: torch.empty((4, 4), memory_format=torch.contiguous_format), 64),
+    (lambda: torch.full((2, 3), 0, dtype=torch.int64), 48),
+    (lambda: torch.zeros(()), 4),
+    (lambda: torch.zeros(100, dtype=torch.int8), 100),
+]
+
+
+@pytest.mark.parametrize(("make", "size"), ANY)
+def test_any_tensor_lies_at_the_given_address_when_not_only_raw_buffers_are_meant(area, make, size):
+    with placed(area.place, CPU, raw_only=False):
+        made = make()
+    expected = make()
+    assert area.asked == [size]
+    assert made.data_ptr() == area.base
+    assert (made.shape, made.dtype, made.stride()) == (expected.shape, expected.dtype, expected.stride())
+    made.zero_()
+    assert area.memory[: size + 1] == b"\0" * size + b"\x5a"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(4),
+        lambda: torch.full((4,), -1, dtype=torch.int32),
+        lambda: torch.full((4,), 0),  # whose type is that of the value
+        lambda: torch.arange(4),
+        lambda: torch.zeros((0, 4)),
+        lambda: torch.empty((1, 2, 3, 4), memory_format=torch.channels_last),
+        lambda: torch.zeros(4, requires_grad=True),
+    ],
+)
+def test_tensor_is_pytorchs_own_when_it_is_not_zero_or_not_plain(area, make):
+    with placed(area.place, CPU, raw_only=False):
+        made = make()
+    assert area.asked == []
+    assert made.stride() == make().stride()
