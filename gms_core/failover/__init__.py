@@ -1,8 +1,8 @@
 """Failover: one engine serves, others wait ready, and the next one takes over when the first is gone. Neutral of engines and web frameworks.
 
 The role machine is pure (`roles`); `status` holds the engine's state for everybody who looks at it; `locks` elect, `promotion` is the way from the
-lock to the service, `control` and `follower` are the connections with the servers, `http` and `notifications` tell the world. `front_end` puts all of
-that together for an API server, and `cohort` is what every process of the engine does.
+lock to the service, made of `steps`, `control` and `follower` are the connections with the servers, `http` and `notifications` tell the world.
+`front_end` puts all of that together for an API server, and `cohort` is what every process of the engine does.
 
 An adapter has to do this, in the processes of its engine:
 

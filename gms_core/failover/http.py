@@ -88,18 +88,31 @@ class HoldMiddleware:
 
 
 def wrap_app(app: Any, wrap: Callable[[App], App]) -> App:
-    """Put something around an app of Starlette or FastAPI and all of its middleware, whose list may be closed already.
+    """Put something around an app of Starlette or FastAPI and all of its middleware. What can still be added to that afterwards lies inside too.
 
     Args:
         app: The app.
         wrap: Makes what is around out of what is inside.
 
     Returns:
-        What is inside.
+        What is inside. It can be called once the app has been.
     """
-    inner: App = app.middleware_stack or app.build_middleware_stack()
-    app.middleware_stack = wrap(inner)
-    return inner
+    stack: App | None = app.middleware_stack
+    if stack is not None:
+        app.middleware_stack = wrap(stack)
+        return stack
+    build: Callable[[], App] = app.build_middleware_stack
+    built: list[App] = []
+
+    def build_around() -> App:
+        built.append(build())
+        return wrap(built[-1])
+
+    async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+        await built[-1](scope, receive, send)
+
+    app.build_middleware_stack = build_around
+    return inside
 
 
 def _path(scope: Scope) -> str:

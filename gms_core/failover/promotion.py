@@ -7,22 +7,21 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from gms_core.errors import GmsError, PromotionFailed, RoleConflict
 from gms_core.failover.links import LOST
 from gms_core.failover.locks import FailoverLock
 from gms_core.failover.process import EngineProcess
-from gms_core.failover.status import EngineState, Promoted, RoleChange
+from gms_core.failover.status import EngineState, Promoted
+from gms_core.failover.steps import Steps
 from gms_core.failover.threads import in_thread
 
 log = logging.getLogger(__name__)
 
 LAST_GRACE_S = 10.0
 """Seconds that an engine whose promotion failed has to end by itself."""
-Result = TypeVar("Result")
 
 
 class Promotion:
@@ -82,18 +81,8 @@ class Promotion:
             NotPromoted: It was ended before, by an order or its own shutdown.
             GmsError: It was ended before, by this error, such as the loss of its server.
         """
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def on_change(change: RoleChange) -> None:
-            if change.role == "fenced":
-                _soon(loop, _settle, ended)
-
-        self.state.listen(on_change)
         try:
-            if self.state.role == "fenced":
-                raise self.state.over()
-            await self._run(ended)
+            await self._run(Steps(self.state))
         except asyncio.CancelledError:
             self.state.end("its promotion was cancelled")
             raise
@@ -110,20 +99,25 @@ class Promotion:
             self.state.end(str(error), error if isinstance(error, GmsError) else None)
         await in_thread(lambda: self._depart(LAST_GRACE_S), name="gms-depart")
 
-    async def _run(self, ended: asyncio.Future[None]) -> None:
+    async def _run(self, steps: Steps) -> None:
         if not self._autonomous:
             self.state.note("waits for gms failover promote")
-            await self._unless(ended, self._order())
-        term = await self._unless(ended, in_thread(lambda: self._lock.acquire(self._process, self.state.note), name="gms-elect"))
+            await steps.take(self._order())
+        term = await steps.take(in_thread(lambda: self._lock.acquire(self._process, self.state.note), name="gms-elect"))
         self.state.elected(term)
         started = time.monotonic()
-        promoted = await self._unless(ended, self._memory())
+        promoted = await steps.take(self._memory())
         took = round(time.monotonic() - started, 4)
         self.state.promoted(replace(promoted, kv={**promoted.kv, "promotion_s": took}))
 
     async def _order(self) -> None:
         loop, ordered = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: _soon(loop, ordered.set)
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(ordered.set)
+
+        self._wake = wake
         if not self._ordered.is_set():
             await ordered.wait()
 
@@ -136,25 +130,3 @@ class Promotion:
             if limit.expired():
                 raise PromotionFailed(f"{self.state.engine} was elected, but did not have its memory within {self._timeout_s:g} s") from error
             raise PromotionFailed(f"{self.state.engine} was elected, but could not get its memory: {error}") from error
-
-    async def _unless(self, ended: asyncio.Future[None], step: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a step, unless the engine is ended first."""
-        task = asyncio.ensure_future(step)
-        try:
-            await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
-            if self.state.role == "fenced":
-                raise self.state.over()
-            return task.result()
-        finally:
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # looked at, so that it is not logged as forgotten when the engine's end came first
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-        loop.call_soon_threadsafe(call, *arguments)

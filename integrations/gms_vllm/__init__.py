@@ -22,7 +22,7 @@ log = logging.getLogger(LOG)
 
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
-    log_as(LOG)
+    log_as(LOG)  # not when it is imported: `gms_core.plugins` imports the adapters of all engines in each of them
     if _cohort():
         # Not guarded as the rest is: an engine whose processes outlive one another must not take part in a failover.
         end_with_parent()

@@ -65,5 +65,5 @@ def _create(arguments: Any, create: Callable[[], Any], usage_context: Any, headl
     check_config(config)
     config.parallel_config.worker_cls = worker
     if failover is not None:
-        begin_failover(arguments, config, options.gms, failover, usage_context, headless=headless)
+        begin_failover(arguments, config, failover, usage_context, headless=headless)
     return config

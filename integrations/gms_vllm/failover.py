@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from gms_core.config import settings
-from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported
 from gms_core.failover.cohort import GRACE_S, ApiPlace, begin_cohort
 from gms_patches.on_import import when_imported
@@ -25,13 +25,12 @@ def api_place(config: Any) -> ApiPlace:
     return ApiPlace(config._api_process_rank, config._api_process_count)  # noqa: SLF001 - there is no public name in any version
 
 
-def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: FailoverConfig, usage_context: Any, *, headless: bool) -> None:
+def begin_failover(arguments: Any, config: Any, failover: FailoverConfig, usage_context: Any, *, headless: bool) -> None:
     """Check that this engine can fail over, and give its processes their cohort.
 
     Args:
         arguments: ``EngineArgs``.
         config: The ``VllmConfig`` that was made of them.
-        gms: The engine's block.
         failover: How it fails over.
         usage_context: For what vLLM starts it.
         headless: Whether it has no API server.
@@ -56,7 +55,7 @@ def begin_failover(arguments: Any, config: Any, gms: GmsConfig, failover: Failov
     if serves and api_server.rank < 0:
         from gms_core.failover.front_end.main_process import take_part
 
-        take_part(gms.connect_timeout_s, GRACE_S + config.shutdown_timeout)
+        take_part(GRACE_S + config.shutdown_timeout)
     elif serves and api_server.rank == 0:
         from gms_core.failover.front_end.api_server import open_early
 

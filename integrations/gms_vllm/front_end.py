@@ -74,6 +74,9 @@ class VllmHttp:
             task.cancel()
         self._gate.shut(getattr(server, "servers", ()))
 
+    async def beat(self) -> None:
+        """As `HttpServer.beat`: it is asked in the loop that serves."""
+
     def answering(self) -> int:
         """As `HttpServer.answering`."""
         return len(self._app.state.server.server_state.tasks)

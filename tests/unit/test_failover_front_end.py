@@ -93,6 +93,67 @@ def test_thread_that_waits_is_told_why_when_a_server_is_not_there(start: Start, 
     assert engine.wait() == 0
 
 
+def test_engine_ends_when_its_http_server_is_never_prepared(start: Start) -> None:
+    engine = start(fails="prepared")
+    engine.until(http="end")
+    assert "cannot serve at 127.0.0.1:0: the app does not start" in engine.until(error="PromotionFailed")["message"]
+    assert engine.wait() == 0
+
+
+@pytest.mark.parametrize("held", ["rehearse", "settle", "stand by"])
+def test_thread_that_waits_goes_on_when_the_engine_is_told_to_end_before_it_stands_by(server: RunningServer, start: Start, held: str) -> None:
+    engine = start(holds=held)
+    engine.until(holds=held)
+    engine.signal(signal.SIGTERM)
+    assert "stopped" in engine.until(error="NotPromoted")["message"]
+    assert engine.wait() == 0
+    assert not {"open", "end"} & set(asked(engine.heard))
+
+
+def test_address_stays_closed_when_the_engine_is_demoted_before_it_is_open(server: RunningServer, start: Start) -> None:
+    engine = start(holds="open")
+    engine.until(holds="open")
+    order(server, "demote")
+    engine.until(http="shut")
+    engine.until(asked="unfinished")
+    engine.tell("let go")
+    engine.until(http="open")
+    engine.until(http="shut")
+    assert "demoted by an operator" in engine.until(error="NotPromoted")["message"]
+    assert engine.wait() == 0
+    assert start().until_key("serves") == 2
+
+
+def test_engine_is_ended_when_only_its_http_server_hangs(start: Start) -> None:
+    first = start(failover={"deadline_s": 3.0})
+    first.until_key("serves")
+    second = start()
+    second.until(asked="stand by")
+    first.tell("hang")
+    assert second.until_key("serves") == 2
+
+
+def test_engine_is_ended_when_a_device_does_not_finish(start: Start) -> None:
+    first = start(stalls=True, failover={"deadline_s": 3.0})
+    first.until_key("serves")
+    second = start()
+    assert second.until_key("serves") == 2
+
+
+def test_further_api_server_follows_when_the_first_one_serves_and_is_demoted(server: RunningServer, start: Start) -> None:
+    sibling = start(cohort="c0ffee", place=[1, 1])
+    sibling.until(http="prepared")
+    first = start(cohort="c0ffee")
+    assert first.until_key("serves") == sibling.until_key("serves") == 1
+    assert asked(sibling.heard) == ["prepared", "open"]
+    order(server, "demote")
+    assert first.wait() == 0
+    sibling.until(http="shut")
+    sibling.until(asked="unfinished")
+    sibling.signal(signal.SIGTERM)
+    assert sibling.wait() == 0
+
+
 def test_requests_are_finished_and_the_next_serves_when_an_engine_is_demoted(server: RunningServer, start: Start) -> None:
     first = start(running=3)
     assert first.until_key("serves") == 1

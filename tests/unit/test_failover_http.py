@@ -140,20 +140,51 @@ def test_status_page_lives_as_long_as_its_server_when_that_starts_and_stops_it()
     assert call(StatusApp(at("init")), {"type": "lifespan"}, *events) == [{"type": f"{event['type']}.complete"} for event in events]
 
 
+class Application:
+    """As Starlette's and FastAPI's: its middleware is put around it when it is first called, and nothing can be added to it any more."""
+
+    def __init__(self) -> None:
+        self.middleware_stack: App | None = None
+        self.added: list[Callable[[App], App]] = []
+
+    def build_middleware_stack(self) -> App:
+        stack: App = inner
+        for around in self.added:
+            stack = around(stack)
+        return stack
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        await self.middleware_stack(scope, receive, send)
+
+
+def closed(app: App) -> App:
+    """Middleware that lets only some through."""
+
+    async def call(scope: Any, receive: Any, send: Any) -> None:
+        scope["path"] = f"passed {scope['path']}"
+        await app(scope, receive, send)
+
+    return call
+
+
 @pytest.mark.parametrize("built", [False, True])
 def test_app_is_held_with_all_of_its_middleware_whether_that_is_built_or_not(built: bool) -> None:
-    class Application:
-        """As Starlette's and FastAPI's: its middleware is put around it when it is first called."""
-
-        def __init__(self) -> None:
-            self.middleware_stack: App | None = inner if built else None
-
-        def build_middleware_stack(self) -> App:
-            assert not built
-            return inner
-
     application, state = Application(), at("standby")
-    assert wrap_app(application, lambda app: HoldMiddleware(app, state)) is inner
-    assert application.middleware_stack is not None
-    assert request(application.middleware_stack, "/v1/completions")[0] == 503
-    assert request(application.middleware_stack, "/metrics")[2] == b"engine /metrics"
+    application.added.append(closed)
+    if built:
+        application.middleware_stack = application.build_middleware_stack()
+    inside = wrap_app(application, lambda app: HoldMiddleware(app, state))
+    assert request(application, "/v1/completions")[0] == 503
+    assert request(application, "/metrics")[2] == b"engine passed /metrics"
+    assert request(inside, "/v1/completions")[2] == b"engine passed /v1/completions"
+
+
+def test_middleware_is_held_too_when_it_is_added_after_the_gate() -> None:
+    application, state = Application(), at("standby")
+    wrap_app(application, lambda app: HoldMiddleware(app, state))
+    assert application.middleware_stack is None  # the list is open
+    application.added.append(closed)
+    assert request(application, "/v1/completions")[0] == 503
+    assert request(application, "/metrics")[2] == b"engine passed /metrics"

@@ -62,6 +62,13 @@ def test_steps_are_allowed_for_the_requests_alone_and_nothing_of_them_stays(fail
     assert engine.said == [("rehearse", True), *PATHS, "forget", "forget", "forget", ("rehearse", False)]
 
 
+def test_requests_of_the_engines_own_come_first_and_as_they_are_when_there_are_some() -> None:
+    engine = Engine()
+    asyncio.run(rehearse(engine, engine, engine, own=[("/generate", {"text": "hello"})]))
+    assert engine.said == [("rehearse", True), "/generate", *PATHS, "forget", ("rehearse", False)]
+    assert engine.bodies[0] == {"text": "hello"}
+
+
 def test_nobody_can_hit_the_blocks_of_a_rehearsal_in_the_prefix_cache() -> None:
     engine = Engine()
     asyncio.run(rehearse(engine, engine, engine))

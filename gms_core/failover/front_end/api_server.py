@@ -18,6 +18,7 @@ from gms_core.failover.front_end.standing import Leader, Sibling, Standing
 from gms_core.failover.locks import FailoverLock, open_lock
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.status import EngineState, RoleChange
+from gms_core.failover.steps import Steps
 from gms_core.failover.threads import in_thread
 
 if TYPE_CHECKING:
@@ -57,9 +58,17 @@ class ApiServer:
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="gms-front-end", daemon=True).start()
         server = from_thread(loop, make)()         # gms_core.failover.threads; make: a coroutine function that returns the ApiServer
-        from_thread(loop, server.start)()
-        if not from_thread(loop, server.come_to_serve)():  # blocks until clients may come
-            raise server.state.over()
+        try:
+            from_thread(loop, server.start)()
+            if not from_thread(loop, server.come_to_serve)():  # blocks until clients may come, or the engine is ended
+                raise server.state.over()
+            ...                                    # it serves, until it is told to end
+        finally:
+            server.depart()                        # not if the engine has crashed
+            ...                                    # the engine lets go of its memory
+            server.close()
+
+    `HttpServer` is then asked in that loop, and not in the one that serves.
 
     Attributes:
         state: The engine's, as this process knows it.
@@ -93,7 +102,8 @@ class ApiServer:
         self.state = EngineState(told.engine, told.cohort, failover.lock, address=http.address)
         self.state.listen(_tell)
         self.failure: GmsError | None = None
-        self._standing: Standing
+        self._steps = Steps(self.state)
+        self._standing: Standing | None = None
         self._departed = False
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -104,50 +114,62 @@ class ApiServer:
             GmsError: A server is not there, or does not want one of the engine's processes.
         """
         process = await self._join()
+        standing: Standing
         if self._place.rank == 0:
             lock = _lock or open_lock(self._failover.lock)
-            self._standing = Leader(process, self.state, self._failover, lock, self._engine, self._http, rejoin=self._rejoin)
+            standing = Leader(process, self.state, self._failover, lock, self._engine, self._http, rejoin=self._rejoin)
         else:
-            self._standing = Sibling(process, self.state, self._engine)
-        await in_thread(lambda: self._standing.start(on_demote=self._demoted, on_lost=self._lost), name="gms-start")
+            standing = Sibling(process, self.state, self._engine, self._http)
+        self._standing = standing
+        await in_thread(lambda: standing.start(on_demote=self._demoted, on_lost=self._lost), name="gms-start")
 
     def begin(self) -> None:
         """Come to serve, beside whatever the event loop does. Called in it."""
         self._begin(self.come_to_serve())
 
     async def come_to_serve(self) -> bool:
-        """Be elected, or follow the first API server, and open the gate.
+        """Be elected, or follow the first API server, and open the gate. It has been started.
 
         Returns:
-            Whether clients may come. If not, the engine ends, and has been told to where that is by an error.
+            Whether clients may come. If not, the engine ends: it departs, or is demoted, or its HTTP server has been told to end by an error.
         """
-        await self._http.prepared()
+        assert self._standing is not None
         with self._ended_by_errors():
+            await self._steps.take(self._http.prepared())
             if self._place.rank == 0 and self._failover.rehearse:  # before any of the engine's API servers can serve
-                await self._http.rehearse(self._engine)
+                await self._steps.take(self._http.rehearse(self._engine))
             if self._failover.huge_pages:
-                await self._settle()
+                await self._steps.take(self._settle())
             if self._failover.gate == "503":
                 await self._http.open()
             await self._standing.become_primary()
             if self._failover.gate == "port":
-                await self._http.open()
-        if self.failure is not None or self._departed:
+                await self._open_last()
+        if self.state.role != "primary":
             return False
         self._standing.gate_opened()
-        self._begin(self._become_whole())
+        self._begin(self._become_whole(self._standing))
         return True
+
+    async def _open_last(self) -> None:
+        """Listen, unless the engine has ended since it became the primary, as one does that is demoted; whoever comes next has the address then."""
+        if self.state.role == "primary":
+            await self._http.open()
+            if self.state.role != "primary":
+                self._http.shut()
 
     def depart(self) -> None:
         """The engine ends in order: tell the servers so, before it does. One that has crashed does not: it is fenced. Idempotent; for any thread."""
         if not self._departed:
             self._departed = True
             self.state.end("stopped")
-            self._standing.depart(self._grace_s)
+            if self._standing is not None:
+                self._standing.depart(self._grace_s)
 
     def close(self) -> None:
         """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
-        self._standing.close()
+        if self._standing is not None:
+            self._standing.close()
 
     async def _join(self) -> EngineProcess:
         """Join the engine's other processes to the cohort. The ranks say where."""
@@ -155,7 +177,7 @@ class ApiServer:
         if self._place.rank == 0:
             await self._engine.join(sockets, self._connect_timeout_s)
             if self._place.servers > 1:
-                await in_thread(lambda: name_servers(sockets), name="gms-name-servers")
+                await in_thread(lambda: name_servers(sockets, self._connect_timeout_s), name="gms-name-servers")
         deadline_s = self._failover.deadline_s or 0.0
         return this_process(f"api-server {self._place.rank}", sockets, deadline_s=deadline_s, connect_timeout_s=self._connect_timeout_s)
 
@@ -170,9 +192,9 @@ class ApiServer:
 
         self._loop.call_soon_threadsafe(lambda: self._begin(rejoin()))
 
-    async def _become_whole(self) -> None:
+    async def _become_whole(self, standing: Standing) -> None:
         with self._ended_by_errors():
-            await self._standing.become_whole()
+            await standing.become_whole()
 
     @contextlib.contextmanager
     def _ended_by_errors(self) -> Iterator[None]:

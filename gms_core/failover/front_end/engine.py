@@ -45,15 +45,20 @@ class RankMemory(NamedTuple):
 class EngineCalls(Protocol):
     """The processes of the engine beside its API servers: the ranks, and whatever stands between them and the API servers.
 
-    An answer of the ranks has one item for each of them, in their order. Whatever is raised ends the engine, where nothing else is said. Where the
-    engine's own calls block, `gms_core.failover.threads.in_thread` makes coroutines of them; two of them may then run at once.
+    An answer of the ranks has one item for each of them, in their order. What a call raises on the way to the service ends the engine. Later it is
+    logged: an engine that serves goes on where its processes cannot be asked, or cannot join a server that is back. Where the engine's own calls
+    block, `gms_core.failover.threads.in_thread` makes coroutines of them; two of them may then run at once. A coroutine is cancelled where the engine
+    is ended while it waits.
     """
 
     async def place_ranks(self) -> Sequence[Path]:
         """Have every rank take its place in the cohort, anew if its server was restarted; returns the sockets of their servers."""
 
     async def join(self, sockets: Sequence[Path], connect_timeout_s: float) -> None:
-        """Have all other processes join the cohort on these servers: schedulers, detokenizers, but no API server and not the main process."""
+        """Have all other processes that compute or answer join the cohort on these servers; no API server, and not the main process.
+
+        These are schedulers and detokenizers. Whatever else the engine has started must end with its parent.
+        """
 
     async def settle(self) -> None:
         """Have all of them put their host memory into huge pages, as `gms_core.failover.cohort.settle` does."""
@@ -98,7 +103,11 @@ class EngineCalls(Protocol):
 
 
 class HttpServer(Protocol):
-    """The HTTP server of this process, from its start to its end."""
+    """The HTTP server of this process, from its start to its end.
+
+    All of it is asked in the event loop of `ApiServer`. Where another loop serves, it is the implementation that goes there. An engine ends in order,
+    and at once, on SIGTERM of its main process: that is how one is ended that an operator has demoted.
+    """
 
     @property
     def address(self) -> str:
@@ -122,10 +131,13 @@ class HttpServer(Protocol):
         """
 
     async def open(self) -> None:
-        """Listen; comes back once clients can connect, or somebody else is about to make it so who has waited for this."""
+        """Listen; comes back once clients can connect, and only then: it is told to the world next. Somebody may accept them later."""
 
     def shut(self) -> None:
-        """Listen no more. What is connected stays."""
+        """Listen no more, and never again. What is connected stays. Idempotent, and it may never have listened."""
+
+    async def beat(self) -> None:
+        """Come back once the event loop that serves has been there: while it hangs, nobody may think that the engine makes progress."""
 
     def answering(self) -> int:
         """Requests that are being answered."""

@@ -61,6 +61,36 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+def bind_port(host: str, port: int, *, shared: bool) -> socket.socket:
+    """Bind a TCP port, and do not listen at it.
+
+    Args:
+        host: Name or address.
+        port: The port; 0 for any.
+        shared: Whether other sockets that do not listen may have the same one.
+
+    Raises:
+        ConfigurationError: It cannot be had.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigurationError(
+            f"{host}:{port} cannot be had: {error.strerror}",
+            hint="Engines that stand in for one another can share a port with the gate port; with the gate 503 each needs one of its own.",
+        ) from error
+    return listener
+
+
 def take_path(listener: socket.socket, path: Path, backlog: int | None = None) -> None:
     """Bind a Unix socket to a path, and let it listen if that is wanted, in one step with taking the path from whoever had it."""
     temporary = beside(path)
@@ -73,7 +103,7 @@ def take_path(listener: socket.socket, path: Path, backlog: int | None = None) -
 
 
 class Gate:
-    """The listening socket of one API server, from standby to the end.
+    """The listening socket of one API server, from standby to the end. It belongs to the event loop that serves.
 
     Attributes:
         address: For people and notifications.

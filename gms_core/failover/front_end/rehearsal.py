@@ -3,8 +3,8 @@
 An engine's warm-up ends at its ranks. What the first request passes besides, from HTTP over the tokenizer and the scheduler to the detokenizer, is
 code that has never run in this process, and takes several times as long as for the second one.
 
-The requests compute on scratch memory, so nothing of them may stay: they have a salt of their own, with which nobody finds their blocks in the prefix
-cache, and that cache is emptied before the engine stands by.
+The requests compute on scratch memory, so nothing of them may stay: the prefix cache is emptied before the engine stands by. Those of OpenAI's API
+have a salt of their own besides, with which nobody finds their blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ PATIENCE_S = 300.0
 _AGAIN_S = 0.01
 _TEXT = "hello"
 _TOKENS = {"max_tokens": 2, "temperature": 0, "ignore_eos": True}
-_REQUESTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+Request = tuple[str, Mapping[str, Any]]
+"""Path and body."""
+_REQUESTS: tuple[Request, ...] = (
     ("/v1/completions", {"prompt": _TEXT, **_TOKENS}),
     ("/v1/completions", {"prompt": _TEXT, **_TOKENS, "stream": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": _TEXT}], **_TOKENS, "stream": True}),
@@ -35,14 +37,15 @@ _REQUESTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 """What clients ask for most. A model that has no such endpoint, or no chat template, refuses."""
 
 
-async def rehearse(app: Any, stack: App, engine: EngineCalls, api_keys: Sequence[str] = ()) -> None:
-    """Ask the engine, and make it forget what it was asked. Nobody else may be able to ask it meanwhile.
+async def rehearse(app: Any, stack: App, engine: EngineCalls, api_keys: Sequence[str] = (), own: Sequence[Request] = ()) -> None:
+    """Ask the engine, and make it forget what it was asked. Nobody else may be able to ask it meanwhile. To be run in the event loop that serves.
 
     Args:
         app: The engine's ``FastAPI`` or ``Starlette``, which speaks the API of OpenAI.
         stack: Its middleware and all that is in it, without what holds requests back.
         engine: Lets its ranks compute meanwhile, and forgets.
         api_keys: That the app wants one of.
+        own: Requests of the engine's own API, which come first.
 
     Raises:
         EngineFailed: It does not answer in time, or does not forget.
@@ -51,15 +54,15 @@ async def rehearse(app: Any, stack: App, engine: EngineCalls, api_keys: Sequence
         async with asyncio.timeout(PATIENCE_S):
             await engine.rehearse(True)
             statuses = []
-            for path, body in _REQUESTS:
-                statuses.append(await _ask(app, stack, path, {**body, "cache_salt": secrets.token_hex(16)}, api_keys))
+            for path, body in (*own, *((path, {**body, "cache_salt": secrets.token_hex(16)}) for path, body in _REQUESTS)):
+                statuses.append(await _ask(app, stack, path, body, api_keys))
             if HTTPStatus.OK not in statuses:
                 log().info("no rehearsed request was answered (%s): the first one after a promotion may be slow", ", ".join(map(str, statuses)))
             while not await engine.forget():  # the last request's blocks are still being given back
                 await asyncio.sleep(_AGAIN_S)
             await engine.rehearse(False)
     except TimeoutError:
-        raise EngineFailed(f"this engine has not answered and forgotten {len(_REQUESTS)} short requests within {PATIENCE_S:g} s") from None
+        raise EngineFailed(f"this engine has not answered and forgotten {len(own) + len(_REQUESTS)} short requests within {PATIENCE_S:g} s") from None
 
 
 async def _ask(app: Any, stack: App, path: str, body: Mapping[str, Any], api_keys: Sequence[str]) -> int:

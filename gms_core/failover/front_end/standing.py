@@ -18,6 +18,7 @@ from gms_core.failover.notifications import Notifier
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.promotion import Promotion
 from gms_core.failover.status import EngineState, Promoted, RoleChange
+from gms_core.failover.steps import Steps
 from gms_core.failover.threads import from_thread
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ class Standing(Protocol):
         """The engine has let go of its memory: finish what else there is to do. Blocks for some seconds at most."""
 
 
-async def beat(engine: EngineCalls) -> None:
-    """Come back once every rank has answered that it makes progress.
+async def beat(engine: EngineCalls, http: HttpServer) -> None:
+    """Come back once the HTTP server and every rank have answered that they make progress.
 
     Raises:
-        GmsError: One of them does not.
+        GmsError: A rank does not.
     """
+    await http.beat()
     stalled = [rank for rank, moves in enumerate(await engine.beat()) if not moves]
     if stalled:
         raise GmsError(f"the device of rank {', '.join(map(str, stalled))} has not finished what it was given before the last look")
@@ -112,7 +114,7 @@ class Leader:
         state.listen(self._changed)
         self._notifier = Notifier(state, on_promoted=failover.on_promoted, webhook=failover.webhook)
         loop = asyncio.get_running_loop()
-        check = from_thread(loop, lambda: beat(engine)) if process.deadline_s else None
+        check = from_thread(loop, lambda: beat(engine, http)) if process.deadline_s else None
         self._control = Control(process, state, lock, check=check, on_found=lambda _: rejoin())
         self._promotion = Promotion(
             process,
@@ -132,11 +134,12 @@ class Leader:
 
     async def become_primary(self) -> None:
         """As `Standing.become_primary`. With a bridge, the scheduler gives out its blocks alone from here on, until `become_whole`."""
-        ranks = await self._engine.stand_by()
+        steps = Steps(self._state)
+        ranks = await steps.take(self._engine.stand_by())
         if reasons := [f"rank {rank}: {stood.refusal}" for rank, stood in enumerate(ranks) if stood.refusal]:
             raise EngineFailed(f"this engine cannot stand by for another: {'; '.join(reasons)}", hint="Start it again.")
         if self._failover.bridge_bytes != 0 and (blocks := min(stood.blocks for stood in ranks)):
-            self._bridges = await self._engine.withhold(blocks)
+            self._bridges = await steps.take(self._engine.withhold(blocks))
         self._state.ready()
         await self._promotion.run()
 
@@ -190,18 +193,19 @@ def _status_page(state: EngineState, address: str) -> StatusPage:
 class Sibling:
     """A further API server of the engine."""
 
-    def __init__(self, process: EngineProcess, state: EngineState, engine: EngineCalls) -> None:
+    def __init__(self, process: EngineProcess, state: EngineState, engine: EngineCalls, http: HttpServer) -> None:
         """Prepare, in the event loop; `start` connects.
 
         Args:
             process: This one.
             state: This process's own.
             engine: Its ranks, which are asked for their progress.
+            http: Of this process, which is asked for its own.
         """
         self._process = process
         self._state = state
         loop = asyncio.get_running_loop()
-        check = from_thread(loop, lambda: beat(engine)) if process.deadline_s else None
+        check = from_thread(loop, lambda: beat(engine, http)) if process.deadline_s else None
         self._follower = Follower(process, state, check=check)
 
     def start(self, *, on_demote: Callable[[], None], on_lost: Callable[[GmsError], None]) -> None:
@@ -211,7 +215,7 @@ class Sibling:
     async def become_primary(self) -> None:
         """As `Standing.become_primary`."""
         self._state.ready()
-        await self._follower.follow()
+        await Steps(self._state).take(self._follower.follow())
 
     def gate_opened(self) -> None:
         """As `Standing.gate_opened`."""

@@ -1,0 +1,164 @@
+"""Processes of an engine that no rank can speak to: the first API server names them the device servers, over sockets that only the engine knows.
+
+They are in the abstract namespace, under the cohort's name: nothing is left of them, and nobody else knows what they are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from gms_core.config import settings
+from gms_core.errors import ConnectionLost, GmsError, PermissionRefused
+from gms_core.failover.cohort import settle, take_place
+from gms_core.protocol.peer import peer_credentials
+
+PATIENCE_S = 120.0
+"""Seconds until a process has to answer: on a busy machine it may still be importing its engine."""
+_AGAIN_S = 0.05
+_MOST_BYTES = 2**20
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What such a process is told.
+
+    Attributes:
+        sockets: Of the servers on which it has to join the cohort.
+        connect_timeout_s: Seconds to connect to each.
+        settle: Whether it has to put its host memory into huge pages.
+    """
+
+    sockets: tuple[str, ...] = ()
+    connect_timeout_s: float = 10.0
+    settle: bool = False
+
+
+def be_told(who: str, *, serves: bool) -> None:
+    """Do in this process what the first API server says, whenever it does. Returns at once.
+
+    Args:
+        who: Which of the engine's processes this is, and its name in the cohort. A further process of the same name gets a number.
+        serves: Whether clients can reach it.
+
+    Raises:
+        OSError: It cannot listen.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    number = 0
+    try:
+        while not _bound(listener, _address(who, number)):
+            number += 1
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    name = f"{who} {number}" if number else who
+    threading.Thread(target=_serve, args=(listener, name, serves), name="gms-told", daemon=True).start()
+
+
+def tell(who: str, number: int, order: Order) -> None:
+    """Say something to such a process; returns once it has done it. Blocks until the process has come so far that it listens.
+
+    Args:
+        who: Which of the engine's processes.
+        number: Which of those of this name, from 0.
+        order: What it has to do.
+
+    Raises:
+        PermissionRefused: It could not; the message says why.
+        ConnectionLost: It does not answer.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            refusal = _ask(_address(who, number), order)
+            break
+        except ConnectionRefusedError as error:
+            if time.monotonic() >= deadline:
+                raise ConnectionLost(f"the engine's process {who} does not answer: {error}") from error
+            time.sleep(_AGAIN_S)
+        except OSError as error:
+            raise ConnectionLost(f"the engine's process {who} does not answer: {error}") from error
+    if refusal:
+        raise PermissionRefused(f"the engine's process {who} could not do as it was told: {refusal}")
+
+
+def of_this_user(connection: socket.socket) -> bool:
+    """Whether the other end of a connection is a process of the user who runs this one. In the abstract namespace everybody can connect."""
+    return peer_credentials(connection).uid == os.geteuid()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the other end has said all.
+
+    Raises:
+        ValueError: It is more than anybody has to say here.
+    """
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+        if len(data) > _MOST_BYTES:
+            raise ValueError("too much was said")
+    return data
+
+
+def _address(who: str, number: int) -> str:
+    return f"\0gms-{who}-{number}-{settings().cohort}"
+
+
+def _bound(listener: socket.socket, address: str) -> bool:
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def _ask(address: str, order: Order) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(PATIENCE_S)
+        connection.connect(address)
+        connection.sendall(msgspec.json.encode(order))
+        connection.shutdown(socket.SHUT_WR)
+        return read_all(connection).decode()
+
+
+def _serve(listener: socket.socket, name: str, serves: bool) -> None:
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                connection.settimeout(PATIENCE_S)
+                answer = _answer(connection, name, serves)
+            except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+                answer = str(error)
+            with contextlib.suppress(OSError):
+                connection.sendall(answer.encode())
+
+
+def _answer(connection: socket.socket, name: str, serves: bool) -> str:
+    """Do what is asked; an empty answer says that it was done."""
+    if not of_this_user(connection):
+        return "only this user's processes may ask"
+    order = msgspec.json.decode(read_all(connection), type=Order)
+    try:
+        take_place(name, _paths(order.sockets), serves=serves, connect_timeout_s=order.connect_timeout_s)
+    except GmsError as error:
+        return str(error)
+    if order.settle:
+        settle(name)
+    return ""
+
+
+def _paths(sockets: Sequence[str]) -> list[Path]:
+    return [Path(socket) for socket in sockets]
