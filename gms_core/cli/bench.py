@@ -121,7 +121,7 @@ def _restarts(_: click.Context, __: click.Parameter, value: str) -> tuple[str, .
 @click.option(
     "--kill",
     "kind",
-    type=click.Choice(["group", "front-end", "engine-core", "worker", "mixed"]),
+    type=click.Choice(["group", "front-end", "engine-core", "worker", "detokenizer", "mixed"]),
     default="group",
     show_default=True,
     help="What of it: all its processes, one of them, or something else each time.",
@@ -192,7 +192,7 @@ def failover_command(
     """
     from gms_core.cli.failover_benchmark import Wanted, measure
     from gms_core.cli.failover_benchmark_client import endpoint_of
-    from gms_core.cli.failover_benchmark_restart import command_without_gms
+    from gms_core.cli.failover_benchmark_restart import command_without_gms, default_port
     from gms_core.cli.failover_benchmark_result import INTERRUPTED, document, read
     from gms_core.cli.failover_benchmark_table import lines
     from gms_core.cli.serve import resolve
@@ -207,7 +207,7 @@ def failover_command(
         wanted = Wanted(
             command=command,
             restart_command=command_without_gms(command, restart_command) if restarts else (),
-            endpoint=endpoint_of(command),
+            endpoint=endpoint_of(command, default_port(command)),
             kills=kills,
             kill=None if kind == "mixed" else kind,  # type: ignore[arg-type]  # one of the choices
             load=load,

@@ -16,10 +16,10 @@ import msgspec
 
 from gms_core import __version__
 from gms_core.cli.failover_benchmark_client import Endpoint, FirstAnswer, Tokens, check_unused, complete, first_answer, model_name, prompt
-from gms_core.cli.failover_benchmark_fleet import RUN_LOG, Fleet, Lookout, kill
+from gms_core.cli.failover_benchmark_fleet import RUN_LOG, Fleet, Lookout, kill, kinds
 from gms_core.cli.failover_benchmark_load import Load, Task, load
 from gms_core.cli.failover_benchmark_restart import restart
-from gms_core.cli.failover_benchmark_result import INTERRUPTED, KINDS, Failover, Kind, Requests, Restart, Result, differences
+from gms_core.cli.failover_benchmark_result import INTERRUPTED, Failover, Kind, Requests, Restart, Result, differences
 from gms_core.devices import HOST, list_gpus
 from gms_core.errors import AcquireTimeout, DriverUnavailable, EngineFailed, GmsError, InvalidArgument
 from gms_core.fleet.engines import Engine
@@ -230,8 +230,8 @@ class _Benchmark:
         return lookout.max_primaries <= 1
 
     def _kill(self, number: int, fleet: Fleet, lookout: Lookout, flow: Load | None, right: list[Tokens]) -> Failover:
-        kind = self._wanted.kill if self._wanted.kill is not None else self._choice.choice(KINDS)
         primary = next(engine for engine in lookout.engines() if engine.standing == "primary")
+        kind = self._wanted.kill if self._wanted.kill is not None else self._choice.choice(kinds(primary))
         if flow is not None:
             self._tell(f"kill {number} of {self._wanted.kills}: requests flow")
             flow.begin()

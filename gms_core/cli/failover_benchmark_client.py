@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from gms_core.errors import AcquireTimeout, InvalidArgument
 
-DEFAULT_PORT = 8000
 REPLY_S = 120.0
 """Seconds that a connection may be silent."""
 RETRY_S = 0.001
@@ -74,15 +73,19 @@ class FirstAnswer:
     failures: Counter[Outcome] = field(default_factory=Counter)
 
 
-def endpoint_of(command: Sequence[str]) -> Endpoint:
+def endpoint_of(command: Sequence[str], default_port: int) -> Endpoint:
     """Where the engine of a command line will answer, by its ``--host`` and ``--port``.
+
+    Args:
+        command: All its words.
+        default_port: Where it does if it says nothing of a port.
 
     Raises:
         InvalidArgument: It has no port that all engines could share.
     """
     if next(_values(command, "--uds"), None) is not None:
         raise InvalidArgument("the benchmark measures a TCP port, and the command has --uds", hint="Give the engine a --port instead.")
-    port = next(_values(command, "--port"), str(DEFAULT_PORT))
+    port = next(_values(command, "--port"), str(default_port))
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise InvalidArgument(f"the command's port is {port!r}", hint="All engines share one port here: write a number.")
     host = next(_values(command, "--host"), "")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gms_core.cli.failover_benchmark_result import Kind
+from gms_core.cli.failover_benchmark_result import KINDS, Kind
 from gms_core.client import Session, connect
 from gms_core.config import child_environment
 from gms_core.errors import AcquireTimeout, EngineFailed, GmsError, rebuild
@@ -46,6 +46,7 @@ _PARTS: dict[Kind, tuple[str, ...]] = {
     "front-end": ("api-server",),
     "engine-core": ("engine-core", "rank"),
     "worker": ("rank", "engine-core"),
+    "detokenizer": ("detokenizer",),
 }
 """How the processes of an engine begin their names; where one process is two of these, it has joined as the one that it was first."""
 
@@ -272,6 +273,11 @@ def _said(log: Path, ending: str) -> GmsError:
         return rebuild(failure["code"], failure["message"], failure["hint"], failure["details"])
     except (ValueError, KeyError, TypeError):
         return EngineFailed(f"gms run {ending}: {line}", hint=f"Look at {log}.")
+
+
+def kinds(engine: Engine) -> list[Kind]:
+    """What of an engine can be killed: not every engine has all of these processes."""
+    return [kind for kind in KINDS if kind == "group" or any(member.process.startswith(_PARTS[kind]) for member in engine.members)]
 
 
 def kill(engine: Engine, kind: Kind, choice: random.Random) -> float:

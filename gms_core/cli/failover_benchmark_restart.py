@@ -18,13 +18,23 @@ from gms_core.config import child_environment
 from gms_core.errors import EngineFailed, InvalidArgument
 from gms_core.exit_words import how
 from gms_core.fleet.groups import Group, last_line
-from gms_core.plugins.engines import EngineAdapter
+from gms_core.plugins.engines import USUAL_PORT, EngineAdapter
 from gms_core.plugins.loading import load
 
 PAUSE_S = 0.02
 """Seconds between two tries while it starts: seldom enough not to slow it down, and little beside its start."""
 SETTLE_S = 0.02
 GONE_S = 60.0
+
+
+def default_port(command: Sequence[str]) -> int:
+    """Where the engine of a command line answers if that has no ``--port``.
+
+    Raises:
+        ConfigurationError: An engine's adapter refuses the command.
+    """
+    adapters = load().collect("gms_engines", EngineAdapter)
+    return next((adapter.port for adapter in adapters if adapter.command is not None and adapter.command(command) is not None), USUAL_PORT)
 
 
 def command_without_gms(command: Sequence[str], instead: str | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from gms_core.errors import InvalidArgument
 SCHEMA = "gms-bench-failover/1"
 INTERRUPTED = "it was interrupted"
 
-Kind = Literal["group", "front-end", "engine-core", "worker"]
+Kind = Literal["group", "front-end", "engine-core", "worker", "detokenizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MEANINGS = {

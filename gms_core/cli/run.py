@@ -27,7 +27,7 @@ NUMBER = "{n}"
 """What stands for the engine's number in the command."""
 UNKNOWN_COMMAND = (
     "gms: the command is of no engine that an adapter knows, and is run as it is\n"
-    "hint: If it starts no engine that uses GMS, it never joins a server. In a script, vLLM needs --load-format gms."
+    "hint: If it starts no engine that uses GMS, it never joins a server. In a script, an engine needs --load-format gms."
 )
 
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from gms_core.errors import EngineFailed
 
 TAIL_BYTES = 4096
-_SECRETS = re.compile(r"(?<![\w-])(--(?:api[-_]k|hf[-_]t)[\w-]*)(?:(=)\S*|(\s+)[^-\s]\S*(?:\s+[^-\s]\S*)*)")
-"""vLLM's options for keys and tokens, abbreviated or not, and their values: several keys may follow one option."""
+_SECRETS = re.compile(r"(?<![\w-])(--(?:(?:admin[-_])?api[-_]k|hf[-_]t|ssl[-_]keyfile[-_]p)[\w-]*)(?:(=)\S*|(\s+)[^-\s]\S*(?:\s+[^-\s]\S*)*)")
+"""Engines' options for keys, tokens and passwords, abbreviated or not, and their values: several keys may follow one option."""
 
 
 class _Stat(NamedTuple):

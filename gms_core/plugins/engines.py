@@ -34,6 +34,10 @@ class EngineSource(Protocol):
         """Source of a module, such as ``vllm.config.load``; None if it has no such module."""
 
 
+USUAL_PORT = 8000
+"""Where an engine's server answers if nobody says anything of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineAdapter:
     """What an adapter says of the engine that it serves.
@@ -46,6 +50,7 @@ class EngineAdapter:
         requirements: Each looks at a source and says whether one symbol, or one patch's target, is as the adapter expects.
         command: Called with a command line; returns it with what the engine needs to share weights and to fail over, or None if it does not start
             this engine. It raises `ConfigurationError` if the command line says something else.
+        port: Where its server answers if the command line has no ``--port``.
     """
 
     name: str
@@ -54,6 +59,7 @@ class EngineAdapter:
     tested: str
     requirements: Sequence[Callable[[EngineSource], Verdict]] = field(default=())
     command: Callable[[Sequence[str]], list[str] | None] | None = None
+    port: int = USUAL_PORT
 
     def check(self, source: EngineSource) -> list[Verdict]:
         """Verdicts on the version, then on every requirement."""

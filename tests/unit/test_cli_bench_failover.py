@@ -21,6 +21,7 @@ from gms_core.cli.exit_codes import ExitCode
 from gms_core.cli.failover_benchmark import Wanted, _Benchmark
 from gms_core.cli.failover_benchmark_client import Endpoint, endpoint_of
 from gms_core.cli.failover_benchmark_fleet import promotions
+from gms_core.cli.failover_benchmark_restart import default_port
 from gms_core.cli.failover_benchmark_result import Failover, Requests, Restart, bars, differences, document, moments, read, spread
 from gms_core.cli.failover_benchmark_result import Result as Measured
 from gms_core.errors import InvalidArgument
@@ -219,16 +220,18 @@ def test_it_asks_for_the_other_command_when_the_command_uses_gms() -> None:
         (["vllm", "serve", "any", "--port", "81", "--host", "0.0.0.0"], Endpoint("127.0.0.1", 81)),
         (["vllm", "serve", "any", "--port=82", "--host=::"], Endpoint("::1", 82)),
         (["vllm", "serve", "any", "--host", "10.0.0.7"], Endpoint("10.0.0.7", 8000)),
+        (["any", "program"], Endpoint("127.0.0.1", 8000)),
+        (["python", "-m", "sglang.launch_server", "--model-path", "any"], Endpoint("127.0.0.1", 30000)),
     ],
 )
 def test_endpoint_is_that_of_the_command_when_it_names_one(command: list[str], endpoint: Endpoint) -> None:
-    assert endpoint_of(command) == endpoint
+    assert endpoint_of(command, default_port(command)) == endpoint
 
 
 @pytest.mark.parametrize("option", [["--port", "800{n}"], ["--port", "0"], ["--uds", "/tmp/any"]])
 def test_endpoint_is_refused_when_engines_cannot_share_it(option: list[str]) -> None:
     with pytest.raises(InvalidArgument):
-        endpoint_of(["vllm", "serve", "any", *option])
+        endpoint_of(["vllm", "serve", "any", *option], 8000)
 
 
 def failover(number: int, first_token: float, **changes: Any) -> Failover:

@@ -159,6 +159,7 @@ def test_end_is_told_in_words_when_it_is_shown(tmp_path: Path) -> None:
         ("vllm serve M --api-key s3cret s3cret2", "vllm serve M --api-key ***"),
         ("vllm serve --api_key=s3cret M --hf-token=s3cret", "vllm serve --api_key=*** M --hf-token=***"),
         ("sh -c 'vllm serve M --hf_token s3cret'", "sh -c 'vllm serve M --hf_token ***"),
+        ("sglang serve M --admin-api-key s3cret --ssl-keyfile-password=s3cret", "sglang serve M --admin-api-key *** --ssl-keyfile-password=***"),
         ("vllm serve M --api-key --hf-token --port 1", "vllm serve M --api-key --hf-token --port 1"),
     ],
 )
