@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import logging
 import sys
 import types
@@ -12,9 +13,11 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from engine_wheels import SGLANG
 
 from gms_core.plugins.engines import EngineSource
+from gms_core.sleep import TAGS
 from gms_patches.patch import Kind, Patch
 from gms_sglang.hooks import Hook, is_in_place
 
@@ -29,6 +32,10 @@ class Saver:
     @staticmethod
     def create(enable):
         return enable
+
+    @classmethod
+    def launch(cls):
+        return cls
 """
 
 
@@ -109,15 +116,18 @@ def _hook(target: str) -> Hook:
     return Hook(patch, "after", lambda result, *_, **__: None)
 
 
+METHODS = ("hooked_origin:Saver.create", "hooked_origin:Saver.launch")
+
+
 def test_a_hook_is_seen_to_be_in_place_when_it_was_applied(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
-    hooks = [_hook("hooked_origin:gone"), _hook("hooked_origin:answer"), _hook("hooked_origin:Saver.create")]
+    hooks = [_hook("hooked_origin:gone"), _hook("hooked_origin:answer"), *map(_hook, METHODS)]
     for hook in hooks:
         registry.hooks.register(hook.target, hook.function, registry.kind.AFTER)
         registry.hooks.register(hook.target, lambda *_, **__: None, registry.kind.BEFORE)
     assert not any(map(is_in_place, hooks))
     with caplog.at_level(logging.CRITICAL):
         registry.hooks.apply_hooks()
-    assert [is_in_place(hook) for hook in hooks] == [False, True, True]
+    assert [is_in_place(hook) for hook in hooks] == [False, True, True, True]
 
 
 def test_a_hook_is_not_in_place_when_it_comes_after_those_that_were_applied(registry: Any) -> None:
@@ -186,3 +196,60 @@ def test_the_table_has_every_way_to_write_new_weights_that_is_to_be_refused(sour
     ordinary = {"init_weights_update_group", "destroy_weights_update_group", "flush_cache_after_weight_update"}
     assert {name for name in methods if "weight" in name and "update" in name and "version" not in name} - ordinary == writing
     assert writing | {"check_weights"} <= known(f"{module}:SchedulerWeightUpdaterManager.")
+
+
+POOLS = [("MHATokenToKVPool", "_create_buffers_normal", {"k_buffer", "v_buffer"}), ("MLATokenToKVPool", "_create_buffers", {"kv_buffer"})]
+
+
+@pytest.mark.parametrize(("name", "method", "made"), POOLS)
+def test_a_pool_makes_only_its_values_and_on_the_device_that_it_names(source: EngineSource, name: str, method: str, made: set[str]) -> None:
+    module = tree(source, "sglang.srt.mem_cache.memory_pool")
+    create = run_alone(
+        defined(defined(module, name), method),
+        torch=torch,
+        nullcontext=contextlib.nullcontext,
+        ceil_align=lambda number, step: -(-number // step) * step,
+        GPU_MEMORY_TYPE_KV_CACHE="kv_cache",
+    )
+    regions: list[str] = []
+    asked: dict[str, Any] = {
+        "memory_saver_adapter": SimpleNamespace(region=lambda tag: regions.append(tag) or contextlib.nullcontext()),
+        "_kv_buffer_shapes": lambda: ((80, 2, 4), (80, 2, 4)),
+        "enable_custom_mem_pool": False,
+        "custom_mem_pool": None,
+        "kv_cache_layout": "nhd",
+        "use_hnd": False,
+        "store_dtype": torch.int8,
+        "device": "meta",
+        "layer_num": 3,
+        "size": 64,
+        "page_size": 16,
+        "kv_cache_dim": 8,
+    }
+    pool = SimpleNamespace(**asked)
+    create(pool)
+    assert regions == ["kv_cache"]
+    assert set(vars(pool)) - set(asked) == made
+    tensors = [tensor for attribute in made for tensor in getattr(pool, attribute)]
+    assert len(tensors) == 3 * len(made)
+    assert all(tensor.is_meta and tensor.shape[0] == 80 for tensor in tensors)
+
+
+def test_release_and_resume_know_the_kinds_of_memory_that_an_adapter_does(source: EngineSource) -> None:
+    constants: dict[str, Any] = {}
+    text = source.text("sglang.srt.constants")
+    assert text is not None
+    exec(text, constants)
+    assert set(constants["GPU_MEMORY_ALL_TYPES"]) == {*TAGS, "cuda_graph"}
+
+
+def test_every_request_comes_to_the_queue_by_the_function_that_is_hooked(source: EngineSource) -> None:
+    scheduler = defined(tree(source, "sglang.srt.managers.scheduler"), "Scheduler")
+    adding = {
+        method.name
+        for method in scheduler.body
+        if isinstance(method, ast.FunctionDef)
+        for call in ast.walk(method)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in {f"self.waiting_queue.{way}" for way in ("append", "extend", "insert")}
+    }
+    assert adding == {"_add_request_to_queue"}

@@ -37,14 +37,17 @@ ARGUMENTS: tuple[Symbol, ...] = (
     *_options(_REFUSED, "model", "Model", "modelopt_quant", "quantization", "quantize_and_serve", "rl_quant_profile"),
     *_new_options(_REFUSED, "model", "Model", "weight_cache_mode", "startup_weight_load_mode"),
     Symbol("sglang.srt.server_args:ServerArgs.torchao_config", _REFUSED, (), "<0.5.18"),
-    *_options(_REFUSED, "memory", "Memory", "enable_hisparse"),
+    *_options(_REFUSED, "memory", "Memory", "enable_hierarchical_cache", "enable_hisparse", "enable_lmcache", "enable_unified_memory"),
     # Ways to serve that never come to the function which the gate hooks.
     *_options(_REFUSED, "disagg", "Disagg", "disaggregation_mode", "encoder_only"),
     *_options(_REFUSED, "device", "Device", "use_ray"),
-    *_options(_REFUSED, "serving", "Serving", "smg_grpc_mode", "grpc_mode"),
-    *_new_options(_REFUSED, "parallel", "Parallel", "gated_launch_port"),
-    *_options(_GATE, "serving", "Serving", "host", "port", "skip_server_warmup", "tokenizer_worker_num"),
-    *_options(_GATE, "parallel", "Parallel", "nnodes", "node_rank", "dist_init_addr", "enable_dp_attention"),
+    *_options(
+        _REFUSED, "serving", "Serving", "smg_grpc_mode", "grpc_mode", "grpc_port", "sidecar", "enable_http2", "tokenizer_worker_num", "warmups"
+    ),
+    *_options(_REFUSED, "model", "Model", "checkpoint_engine_wait_weights_before_ready"),
+    *_options(_REFUSED, "parallel", "Parallel", "nnodes"),
+    *_options(_GATE, "serving", "Serving", "host", "port", "skip_server_warmup", "skip_tokenizer_init", "detokenizer_worker_num"),
+    *_options(_GATE, "serving", "Serving", "api_key", "admin_api_key"),
     *_options(_IDENTITY, "device", "Device", "device"),
     *_options(_IDENTITY, "parallel", "Parallel", "tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "moe_dense_tp_size"),
     *_options(_IDENTITY, "parallel", "Parallel", "attn_cp_size", "dcp_size", "enable_dp_attention", "enable_dp_lm_head"),

@@ -82,15 +82,42 @@ RUN_HTTP_SERVER = Patch(
     upstream="--gated-launch-port waits before the weights are loaded, and --warmups is for one tokenizer process alone.",
 )
 
-CHECK_PROCESSES = Patch(
-    name="sglang-check-processes",
-    target="sglang.srt.utils.watchdog:SubprocessWatchdog._check_processes",
+LAUNCH_SERVER = Patch(
+    name="sglang-launch-server",
+    target="sglang.srt.entrypoints.http_server:launch_server",
     kind=Kind.WRAP,
     distributions=DISTRIBUTIONS,
     versions=TESTED,
-    signatures=("self",),
-    reason="An engine that has lost a scheduler must let go of its port and its lock at once, not after its crash dumps.",
-    upstream="The watchdog's only answer is SIGQUIT, whose handler writes dumps before it ends anything (TokenizerManager, SignalHandler).",
+    signatures=(
+        (
+            "server_args, init_tokenizer_manager_func=, run_scheduler_process_func=, run_detokenizer_process_func=, "
+            "execute_warmup_func=, launch_callback="
+        ),
+    ),
+    reason="Of the ways to start an engine this is the one with a server: its lock and its address have to be had before anything is started.",
+    upstream="The options do not say what they are resolved for.",
+)
+
+LAUNCH_DETOKENIZERS = Patch(
+    name="sglang-launch-detokenizers",
+    target="sglang.srt.entrypoints.engine:Engine._launch_detokenizer_subprocesses",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("cls, server_args, port_args, run_detokenizer_process_func",),
+    reason="A detokenizer is a process of its engine: if it dies, the engine's servers have to know at once.",
+    upstream="Before 0.5.23 its process loads no plugins.",
+)
+
+WAIT_AND_WARM_UP = Patch(
+    name="sglang-wait-and-warm-up",
+    target="sglang.srt.entrypoints.http_server:_wait_and_warmup",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("server_args, launch_callback=, execute_warmup_func=", "server_args, launch_callback=, execute_warmup_func=, post_warmup_callback="),
+    reason="It makes requests to the server's own address, at which another engine answers while this one is a shadow.",
+    upstream="--skip-server-warmup leaves out some of these requests, not all.",
 )
 
 PROFILE_AVAILABLE_BYTES = Patch(
@@ -140,27 +167,95 @@ IMPORT_STATIC_STATE = Patch(
     upstream="Buffers are copied whatever the memory saver keeps (weight_updater.py, resume_memory_occupation).",
 )
 
-CREATE_REQ_TO_TOKEN = Patch(
-    name="sglang-create-req-to-token",
-    target="sglang.srt.mem_cache.memory_pool:ReqToTokenPool.__init__",
+
+def _creating(name: str, pool: str, method: str) -> Patch:
+    return Patch(
+        name=f"sglang-create-{name}-buffers",
+        target=f"sglang.srt.mem_cache.memory_pool:{pool}.{method}",
+        kind=Kind.WRAP,
+        distributions=DISTRIBUTIONS,
+        versions=TESTED,
+        signatures=("self",),
+        reason="Values of the KV cache may lie on memory that other pages share until an engine is promoted, and nothing else may.",
+        upstream="The KV cache and tables of indices are allocated with the same tag (sglang/srt/mem_cache/memory_pool.py).",
+    )
+
+
+CREATE_MHA_BUFFERS = _creating("mha", "MHATokenToKVPool", "_create_buffers_normal")
+CREATE_MLA_BUFFERS = _creating("mla", "MLATokenToKVPool", "_create_buffers")
+
+CONFIGURE_KV_CACHE = Patch(
+    name="sglang-configure-kv-cache",
+    target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator.configure",
     kind=Kind.WRAP,
     distributions=DISTRIBUTIONS,
     versions=TESTED,
-    signatures=("self, size, max_context_len, device, enable_memory_saver",),
-    reason="The table of slots is allocated as KV memory is, but it holds indices: it must never lie on memory that other pages share.",
-    upstream="The table and the KV cache have the same tag (sglang/srt/mem_cache/memory_pool.py).",
+    signatures=("self, *, pre_model_load_memory",),
+    reason="Engines that stand in for one another have one plan of the KV memory: it is asked for before this, and provided or compared after it.",
+    upstream="There is no call to plugins around the KV cache.",
 )
 
-INIT_WEIGHT_UPDATER = Patch(
-    name="sglang-init-weight-updater",
-    target="sglang.srt.managers.scheduler:Scheduler.init_weight_updater",
+ADD_REQUEST = Patch(
+    name="sglang-add-request",
+    target="sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
     kind=Kind.WRAP,
     distributions=DISTRIBUTIONS,
     versions=TESTED,
-    signatures=("self",),
-    reason="Here a scheduler has its memory and its groups: it gets the calls of a promotion, and its updates of weights are refused.",
-    upstream="A remote call names a method of the scheduler, and there is no seam to add one.",
+    signatures=("self, req, is_retracted=",),
+    reason="A scheduler whose memory is scratch, or is not mapped, refuses a request before it becomes a part of a batch.",
+    upstream="A scheduler that is asleep computes what it is asked all the same.",
 )
+
+RUN_BATCH = Patch(
+    name="sglang-run-batch",
+    target="sglang.srt.managers.scheduler:Scheduler.run_batch",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, batch, pp_proxy_tensors=",),
+    reason="Whatever came to a batch by another way than a new request must not be computed on scratch or on no memory either.",
+    upstream="A scheduler that is asleep computes what it is asked all the same.",
+)
+
+HANDLE_RPC = Patch(
+    name="sglang-handle-rpc",
+    target="sglang.srt.managers.scheduler:Scheduler.handle_rpc_request",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, recv_req",),
+    reason="The calls of a promotion reach all schedulers here, and are answered by each.",
+    upstream="A remote call names a method of the scheduler, there is no seam to add one, and the answer has no value.",
+)
+
+
+def _occupation(action: str) -> tuple[Patch, Patch]:
+    """What the scheduler does, and what the process that was asked makes of its answer."""
+    scheduler = Patch(
+        name=f"sglang-{action}-memory-occupation",
+        target=f"sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager.{action}_memory_occupation",
+        kind=Kind.WRAP,
+        distributions=DISTRIBUTIONS,
+        versions=TESTED,
+        signatures=("self, recv_req",),
+        reason="Memory is given up and taken back by GMS; what cannot be done is refused, where an assertion would end the engine.",
+        upstream="weight_updater.py asserts that the engine is idle, and takes tags out of a set in which they may not be.",
+    )
+    tokenizer = Patch(
+        name=f"sglang-{action}-memory-occupation-answer",
+        target=f"sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.{action}_memory_occupation",
+        kind=Kind.WRAP,
+        distributions=DISTRIBUTIONS,
+        versions=TESTED,
+        signatures=("self, obj, request=",),
+        reason="A refusal of the scheduler becomes an error of the request.",
+        upstream="The answer of a scheduler has no field for one, and is thrown away (tokenizer_control_mixin.py).",
+    )
+    return scheduler, tokenizer
+
+
+RELEASE_OCCUPATION, RELEASE_ANSWER = _occupation("release")
+RESUME_OCCUPATION, RESUME_ANSWER = _occupation("resume")
 
 GET_MODEL_LOADER_BEFORE = Patch(
     name=f"sglang-get-model-loader-before-{_CLASS_FIRST}",
@@ -224,18 +319,26 @@ UPDATE_PATCHES = (
 
 RESOLVE_PATCHES = (RESOLVE_ARGUMENTS, RESOLVE_ARGUMENTS_BEFORE)
 STATIC_STATE_PATCHES = (EXPORT_STATIC_STATE, IMPORT_STATIC_STATE)
+OCCUPATION_PATCHES = (RELEASE_OCCUPATION, RESUME_OCCUPATION, RELEASE_ANSWER, RESUME_ANSWER)
 
 PATCHES = (
     VERIFY_LOAD_FORMAT,
     *RESOLVE_PATCHES,
     CREATE_MEMORY_SAVER,
     RUN_HTTP_SERVER,
-    CHECK_PROCESSES,
+    LAUNCH_SERVER,
+    LAUNCH_DETOKENIZERS,
+    WAIT_AND_WARM_UP,
     PROFILE_AVAILABLE_BYTES,
     ALLOC_MEMORY_POOL_BEFORE,
     *STATIC_STATE_PATCHES,
-    CREATE_REQ_TO_TOKEN,
-    INIT_WEIGHT_UPDATER,
+    CREATE_MHA_BUFFERS,
+    CREATE_MLA_BUFFERS,
+    CONFIGURE_KV_CACHE,
+    ADD_REQUEST,
+    RUN_BATCH,
+    HANDLE_RPC,
+    *OCCUPATION_PATCHES,
     GET_MODEL_LOADER_BEFORE,
     INITIALIZE_MODEL,
     RUN_EVENT_LOOP,

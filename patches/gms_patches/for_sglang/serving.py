@@ -5,8 +5,10 @@ from __future__ import annotations
 from gms_patches.patch import Symbol, group
 
 _CALLS = "calls from the main process to all ranks"
+_END = "an orderly end"
 _DEATH = "the death of an engine"
 _CRASH = "a crash that is noticed at once"
+_LEFT = "nothing that is left behind"
 _REFUSED = "refusals"
 _BALANCE = "ranks beside neighbours of different size"
 
@@ -21,17 +23,25 @@ SERVING: tuple[Symbol, ...] = (
             "RpcReqOutput": (),
             "RpcReqOutput.success": (),
             "RpcReqOutput.message": (),
-            "sock_send": ("socket, obj, flags=",),
-            "sock_recv": ("socket, flags=",),
+            "async_sock_send": ("socket, obj, flags=",),
+            "async_sock_recv": ("socket, flags=",),
         },
     ),
     Symbol("sglang.srt.utils.network:get_zmq_socket", _CALLS, ("context, socket_type, endpoint=, bind=",)),
     Symbol("sglang.srt.server_args:PortArgs.rpc_ipc_name", _CALLS),
     Symbol("sglang.srt.managers.scheduler:Scheduler.handle_rpc_request", _CALLS, ("self, recv_req",)),
-    # An engine in a program of the user has no HTTP server to hold: the program makes the same call.
-    Symbol("sglang.srt.entrypoints.engine:Engine", _CALLS),
-    Symbol("sglang.srt.entrypoints.engine:Engine.collective_rpc", _CALLS, ("self, method, **kwargs",)),
-    Symbol("sglang.srt.entrypoints.http_server:app", "a server that answers 503 until it is the primary"),
+    Symbol("sglang.srt.entrypoints.http_server:app", "a server that is held until its engine is the primary"),
+    *group(
+        _END,
+        "sglang.srt.managers.tokenizer_manager",
+        {
+            "TokenizerManager.auto_create_handle_loop": ("self",),
+            "TokenizerManager.sigterm_watchdog": ("self",),
+            "TokenizerManager.gracefully_exit": (),
+            "TokenizerManager.signal_handler_class": (),
+            "SignalHandler.sigterm_handler": ("self, signum=, frame=",),
+        },
+    ),
     Symbol("sglang.srt.utils.common:kill_itself_when_parent_died", _DEATH, ("",)),
     Symbol("sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler", _DEATH, ("self, signum=, frame=",)),
     *group(
@@ -39,7 +49,13 @@ SERVING: tuple[Symbol, ...] = (
         "sglang.srt.environ",
         {"Envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH": (), "Envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH": ()},
     ),
-    Symbol("sglang.srt.utils.watchdog:SubprocessWatchdog._processes", _CRASH),
+    *group(
+        _LEFT,
+        "sglang.srt.managers.load_snapshot",
+        {"shm_path_for": ("ipc_name",), "ShmLoadSnapshotReader.read_all": ("self",), "ZmqShmLoadSnapshotReader.read_all": ("self",)},
+    ),
+    Symbol("sglang.srt.server_args:PortArgs.instance_id", _LEFT),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.load_snapshot_reader", _LEFT),
     Symbol("sglang.srt.environ:Envs.SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", _BALANCE),
     Symbol("sglang.srt.environ:envs", _REFUSED),
     *group(
