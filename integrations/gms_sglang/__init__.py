@@ -18,5 +18,6 @@ def register() -> None:
     from gms_sglang.hooks import register_hooks
     from gms_sglang.load_format import HOOKS, add_load_format
 
+    log_as(LOG)
     register_hooks(HOOKS)
     add_load_format()

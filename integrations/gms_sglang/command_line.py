@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from gms_core.plugins.command_lines import server_options, with_load_format
 
 SERVER_MODULE = "sglang.launch_server"
+PORT = 30000
+"""Where a server answers if the command line does not say."""
 
 
 def with_gms(command: Sequence[str]) -> list[str] | None:

@@ -70,7 +70,8 @@ def is_in_place(hook: Hook) -> bool:
         found = pkgutil.resolve_name(hook.target)
     except (AttributeError, ImportError):
         return False
-    return any(layer is hook.function or hook.function in _enclosed(layer) for layer in _layers(found))
+    function = getattr(found, "__func__", found)  # of a class method
+    return any(layer is hook.function or hook.function in _enclosed(layer) for layer in _layers(function))
 
 
 def _needed(hooks: Sequence[Hook]) -> list[Hook]:

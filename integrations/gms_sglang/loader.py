@@ -18,7 +18,20 @@ from gms_core.weights.leases import Granted, acquire
 from gms_core.weights.loading import publish_or_attach
 from gms_core.weights.options import LoaderOptions
 from gms_patches.for_sglang import GET_MODEL_LOADER_BEFORE, RUN_EVENT_LOOP
-from gms_sglang import accounting, building, load_format, reader, updates, writer
+from gms_sglang import (
+    accounting,
+    building,
+    kv_pools,
+    load_format,
+    memory_saver,
+    reader,
+    scheduler_calls,
+    shadow,
+    sleep,
+    standing,
+    updates,
+    writer,
+)
 from gms_sglang.arguments import argument
 from gms_sglang.files import check_checkpoint, weight_files
 from gms_sglang.hooks import Hook, engage
@@ -57,6 +70,8 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         files = weight_files(model_config, inner, self.load_config.download_dir)
         content = known_content(files, inner)
         identity = expected_identity(model_config, self.load_config, content=content, extra=options.identity)
+        if not model_config.is_draft_model:
+            shadow.begin(identity)
         session = connect(options)
 
         def publish(holding: Holding, granted: Granted) -> torch.nn.Module:
@@ -98,6 +113,12 @@ HOOKS = (
     *building.HOOKS,
     *updates.HOOKS,
     *accounting.HOOKS,
+    *memory_saver.HOOKS,
+    *kv_pools.HOOKS,
+    *shadow.HOOKS,
+    *standing.HOOKS,
+    *sleep.HOOKS,
+    *scheduler_calls.HOOKS,
     Hook(RUN_EVENT_LOOP, "before", _publish_first),
     Hook(GET_MODEL_LOADER_BEFORE, "around", _class_first),
 )

@@ -9,13 +9,15 @@ import torch
 
 from gms_core.config import settings
 from gms_core.errors import ConfigurationError, EngineUnsupported
+from gms_core.failover.config import failover_config
 from gms_core.weights.identity import DUMMY
-from gms_core.weights.options import WHERE, LoaderOptions, loader_options
+from gms_core.weights.options import LoaderOptions, loader_options
 from gms_patches.apply import installed_version
 from gms_patches.check import in_range
 from gms_patches.for_sglang import DISTRIBUTIONS, TESTED
 from gms_sglang.arguments import Option
 from gms_sglang.load_format import asks_for_gms
+from gms_sglang.shadow_options import check_shadow
 
 STOCK = "Use SGLang's own --load-format for this engine."
 
@@ -76,11 +78,8 @@ def check_options(option: Option, *, asked: bool) -> None:
         ConfigurationError: The block for GMS is wrong.
     """
     options = engine_options(option("model_loader_extra_config"))
-    if options.gms.failover is not None or settings().failover:
-        raise EngineUnsupported(
-            f"{WHERE}: failover: SGLang engines share weights, but do not fail over yet",
-            hint="Leave failover out of the block gms (and out of GMS_FAILOVER) for this engine.",
-        )
+    if failover_config(options.gms) is not None:
+        check_shadow(option)
     for refused, what, fix in (*_loading(option, asked), *_writing(option), *_elsewhere(option), *_allocators(option), *_drafts(option)):
         if refused:
             raise EngineUnsupported(f"--load-format gms: {what}", hint=fix)
@@ -185,7 +184,7 @@ def _allocators(option: Option) -> tuple[_Refusal, ...]:
         (
             option("enable_memory_saver"),
             "torch_memory_saver would take away what is not in the server's memory",
-            "Start without --enable-memory-saver.",
+            "Start without --enable-memory-saver: memory is released and resumed without it.",
         ),
         (
             envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get(),

@@ -1,0 +1,52 @@
+"""What is changed of SGLang's main process where an engine fails over: what it starts, when it warms up, and how it comes to serve."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from gms_patches.for_sglang import LAUNCH_DETOKENIZERS, LAUNCH_SERVER, RUN_HTTP_SERVER, WAIT_AND_WARM_UP
+from gms_sglang.detokenizer import run_detokenizer
+from gms_sglang.failover import begin_server, begun
+from gms_sglang.hooks import Hook
+from gms_sglang.load_file import expect_load_file, unname_load_file
+
+
+def _begin_server(*_: Any, **__: Any) -> None:
+    """SGLang is about to start an engine, and then the server of this process. One that a program starts has no server, and nobody elects it."""
+    begin_server()
+
+
+def _launch_detokenizers(original: Callable[..., Any], cls: Any, server_args: Any, port_args: Any, run_detokenizer_process_func: Any) -> Any:
+    if begun() is None:
+        return original(cls, server_args, port_args, run_detokenizer_process_func)
+    expect_load_file(port_args)  # the schedulers have been started just now, and are still importing
+    return original(cls, server_args, port_args, functools.partial(run_detokenizer, run_detokenizer_process_func))
+
+
+def _warm_up(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    engine = begun()
+    if engine is None:
+        original(*args, **kwargs)
+    else:
+        engine.warm_up.run(original, *args, **kwargs)
+
+
+def _run_http_server(original: Callable[..., Any], server_args: Any, manager: Any, templates: Any, port_args: Any, *args: Any, **kwargs: Any) -> Any:
+    engine = begun()
+    if engine is None or engine.listener is None:
+        return original(server_args, manager, templates, port_args, *args, **kwargs)
+    from gms_sglang.http_server import held
+
+    unname_load_file(port_args, manager)
+    with held(engine, engine.listener, manager, port_args):
+        return original(server_args, manager, templates, port_args, *args, **kwargs)
+
+
+HOOKS = (
+    Hook(LAUNCH_SERVER, "before", _begin_server),
+    Hook(LAUNCH_DETOKENIZERS, "around", _launch_detokenizers),
+    Hook(WAIT_AND_WARM_UP, "around", _warm_up),
+    Hook(RUN_HTTP_SERVER, "around", _run_http_server),
+)
