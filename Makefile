@@ -9,6 +9,7 @@ SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
 PYTEST_ARGS ?=
 WORKERS ?= 0
+ENGINE ?=
 SEED ?=
 KILLS ?= 100
 FAULTS ?= $(KILLS)
@@ -22,7 +23,7 @@ BENCH_ARGS ?=
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment sglang-environment sglang-versions clean
+.PHONY: help demo test test-long lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment sglang-environment sglang-versions clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -32,7 +33,10 @@ demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serve
 
 test: export PYTHONDONTWRITEBYTECODE = # thousands of processes would compile everything anew
 test: lint wheels sglang-environment ## Lint, types, and all tests that need no GPU, real engines on CPU included; WORKERS=logical runs as many at once as there are processors
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu and not long"
+
+test-long: wheels sglang-environment environment ## Further tests with real engines on CPU, of minutes each.
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m long
 
 lint: environment ## ruff, mypy, the import contracts and shellcheck.
 	$(VENV)/bin/ruff check .
@@ -48,8 +52,8 @@ format: environment ## Format the code.
 test-gpu: ## The tests that need an NVIDIA GPU, in an environment that has one: make test-gpu RUN=python3
 	$(RUN) -m pytest $(PYTEST_ARGS) -m gpu tests
 
-chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill real engines at random while requests flow, then a soak: make chaos SEED=7 KILLS=100 SOAK_S=600; writes build/chaos.json and build/soak.json.
-	PYTHONPATH=tests:tests/engine $(RUN) -m chaos $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
+chaos: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) $(if $(filter sglang,$(ENGINE)),sglang-environment) ## Kill real engines at random while requests flow, then a soak: make chaos ENGINE=sglang SEED=7 KILLS=100 SOAK_S=600; writes build/chaos.json and build/soak.json.
+	PYTHONPATH=tests:tests/engine $(RUN) -m chaos $(if $(ENGINE),--engine $(ENGINE)) $(if $(SEED),--seed $(SEED)) --kills $(KILLS)
 	PYTHONPATH=.:tests $(RUN) -m chaos.soak $(if $(SEED),--seed $(SEED)) --seconds $(SOAK_S)
 
 restarts: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Kill a device server under its clients, and do them other harm: make restarts SEED=7 KILLS=200 FAULTS=200; writes build/restarts.json.

@@ -22,8 +22,7 @@ LOOK_S = 0.02
 NAMES_S = 10.0
 """Seconds after the end of an engine in which the names of its shared memory have to be gone."""
 GROUP = "group"
-PARTS = (GROUP, "api-server 0", "engine-core", "rank 0")
-"""What of an engine can be killed: all of its processes at once, or one of them, by the name with which it has joined its cohort."""
+"""All processes of an engine at once."""
 
 
 class StuckError(Exception):
@@ -110,6 +109,11 @@ class Fleet:
 
     # What there is
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of an engine can be killed: all of its processes at once, or one of them, by the name with which it has joined its cohort."""
+        return (GROUP, *self.story.parts)
+
     def report(self) -> StatusReport | None:
         """What the server says; None if it does not answer."""
         try:
@@ -135,7 +139,7 @@ class Fleet:
     def whole(self, *roles: Role) -> list[Life]:
         """Such engines all of whose processes have joined, so that any of them can be named."""
         found = self.seen()
-        return [life for life in self.having(*roles) if life.name in found and set(PARTS[1:]) <= parts(found[life.name]).keys()]
+        return [life for life in self.having(*roles) if life.name in found and set(self.story.parts) <= parts(found[life.name]).keys()]
 
     def starting(self) -> list[Life]:
         """Engines that are on their way to be a shadow."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chaos.fleet import GROUP, PARTS, Fleet, Life, StuckError
+from chaos.fleet import GROUP, Fleet, Life, StuckError
 from chaos.leftovers import WEIGHTS
 from chaos.load import Load, Probe
 from chaos.squatter import squatting
@@ -119,7 +119,7 @@ def kill_shadow(number: signal.Signals = signal.SIGKILL) -> Callable[[Scene, str
     """Kill some process of an engine that stands by: the primary serves on."""
 
     def kill(scene: Scene, kind: str) -> None:
-        part = scene.chance.choice(PARTS)
+        part = scene.chance.choice(scene.fleet.parts)
         scene.standby()
         scene.moment()
         primary = scene.primary()
@@ -136,7 +136,7 @@ def kill_shadow(number: signal.Signals = signal.SIGKILL) -> Callable[[Scene, str
 def kill_starting(scene: Scene, kind: str) -> None:
     """Kill some process of an engine that is being loaded, warmed up, or has only just been started: the primary serves on."""
     early = scene.chance.random() < 0.3
-    part = scene.chance.choice(PARTS)
+    part = scene.chance.choice(scene.fleet.parts)
     delay_s = scene.chance.uniform(0.0, 5.0)
     primary = scene.primary()
     life = (scene.fleet.starting() or [scene.fleet.start()])[-1]
@@ -161,7 +161,7 @@ def kill_starting(scene: Scene, kind: str) -> None:
 
 def kill_promoting(scene: Scene, kind: str) -> None:
     """Kill the primary, and the elected engine while it waits for the memory, which somebody else holds: the shadow after that one serves."""
-    parts = scene.chance.choice(PARTS), scene.chance.choice(PARTS)
+    parts = scene.chance.choice(scene.fleet.parts), scene.chance.choice(scene.fleet.parts)
     scene.standby(2)
     primary = scene.primary()
     report = scene.fleet.report()
@@ -182,7 +182,7 @@ def kill_promoting(scene: Scene, kind: str) -> None:
 
 def kill_two(scene: Scene, kind: str) -> None:
     """Kill the primary, and after a moment whoever has been elected in its place, promoted or not."""
-    parts = scene.chance.choice(PARTS), scene.chance.choice(PARTS)
+    parts = scene.chance.choice(scene.fleet.parts), scene.chance.choice(scene.fleet.parts)
     delay_s = scene.chance.uniform(0.0, 0.4)
     scene.standby(2)
     primary = scene.primary()
@@ -234,7 +234,7 @@ def lose_everything(scene: Scene, kind: str) -> None:
 
 def kill_writer(scene: Scene, kind: str) -> None:
     """Kill some process of the engine that is about to publish the weights: another one does that instead."""
-    part = scene.chance.choice(PARTS)
+    part = scene.chance.choice(scene.fleet.parts)
     serves = scene.fleet.having("primary")
 
     def writer() -> Life | None:
@@ -320,6 +320,8 @@ def _same(primary: Life, blow: Blow) -> None:
         raise StuckError(f"{primary.name} had to serve on, but {blow.serves} does, after {blow}")
 
 
+PARTS = (GROUP, "api-server 0", "engine-core", "rank 0", "detokenizer")
+"""Of any engine."""
 KINDS: dict[str, Callable[[Scene, str], None]] = {
     **{f"kill {part}": kill_primary(part) for part in PARTS},
     **{f"stop {part}": kill_primary(part, signal.SIGSTOP) for part in PARTS},

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from failover_story import KV_BYTES, Client, Story
+from failover_story import Client, Story
 
-from chaos.fleet import Fleet, StuckError
-from chaos.kills import KINDS, Blow, Scene
+from chaos.fleet import GROUP, Fleet, StuckError
+from chaos.kills import KINDS, PARTS, Blow, Scene
 from chaos.leftovers import Memory, memory, wrong_descriptors, wrong_memory
 from chaos.load import Load
 from chaos.reference import ask_stock
@@ -29,7 +29,6 @@ from chaos.watch import Watch
 from tests.ports import free_port
 
 RARE = {"lose everything", "kill writer"}
-COMMON = tuple(kind for kind in KINDS if kind not in RARE)
 LOSE_EVERY = 15
 """Common kinds after which the server is killed with its keeper, and then the next engine that loads the weights."""
 COSTS = {"kill promoting": 2, "kill two": 2}
@@ -40,22 +39,29 @@ DEADLINE_S = 8.0
 SETTLE_S = 30.0
 
 
-def dealt(chance: random.Random) -> Iterator[str]:
+def possible(story: Story) -> list[str]:
+    """Kinds that an engine of a story has processes for."""
+    others = set(PARTS) - {GROUP, *story.parts}
+    return [kind for kind in KINDS if kind.partition(" ")[2] not in others]
+
+
+def dealt(chance: random.Random, story: Story) -> Iterator[str]:
     """Kinds without end: every common one comes before any comes again, in an order left to chance; now and then everything is lost."""
+    common = [kind for kind in possible(story) if kind not in RARE]
     yield "kill writer"
     count = 0
     while True:
-        for kind in chance.sample(COMMON, len(COMMON)):
+        for kind in chance.sample(common, len(common)):
             yield kind
             count += 1
             if count % LOSE_EVERY == LOSE_EVERY // 2:
                 yield from ("lose everything", "kill writer")
 
 
-def first_kinds(chance: random.Random, kills: int) -> list[str]:
+def first_kinds(chance: random.Random, kills: int, story: Story) -> list[str]:
     """As many dealt kinds as have that many kills, or one more."""
     kinds: list[str] = []
-    for kind in dealt(chance):
+    for kind in dealt(chance, story):
         if sum(COSTS.get(chosen, 1) for chosen in kinds) >= kills:
             break
         kinds.append(kind)
@@ -101,9 +107,7 @@ class Run:
     """Kills, and looks.
 
     Args:
-        server: As `failover_story.Story` needs it.
-        model: Its folder.
-        folder: For logs.
+        story: Whose engines are killed.
         seed: Decides everything that is left to chance.
         tell: Called with a line about each step.
         shadows: How many there are to be.
@@ -111,11 +115,9 @@ class Run:
         nice: Of a primary's rank, as `Fleet` has it.
     """
 
-    def __init__(
-        self, server: Any, model: Path, folder: Path, seed: int, tell: Callable[[str], None], *, shadows: int = 2, at_once: int = 2, nice: int = 0
-    ) -> None:
+    def __init__(self, story: Story, seed: int, tell: Callable[[str], None], *, shadows: int = 2, at_once: int = 2, nice: int = 0) -> None:
         self.result = Result(seed)
-        self._server, self._model, self._folder, self._tell = server, model, folder, tell
+        self._story, self._server, self._tell = story, story.server, tell
         self._shadows, self._at_once, self._nice = shadows, at_once, nice
         self._first: Memory | None = None
 
@@ -125,12 +127,12 @@ class Run:
         Args:
             kinds: Of `KINDS`, in their order.
             warden: Of all that is started.
-            stock: What a stock engine answers, if that is known already.
+            stock: What a stock engine answers, if that is known already; else vLLM is asked.
         """
+        story = self._story
         began = time.monotonic()
         port = free_port()
         temporary = tempfile.mkdtemp(prefix="gms-")
-        story = Story(self._server, self._model, self._folder)
         failover = {"deadline_s": DEADLINE_S, "bridge_bytes": BRIDGE_BYTES if self.result.seed % 2 else 0}
         options: dict[str, Any] = {"at_once": self._at_once, "failover": failover, "temporary": temporary, "nice": self._nice}
         with contextlib.ExitStack() as stack:
@@ -138,8 +140,8 @@ class Run:
             fleet = stack.enter_context(Fleet(story, port, warden, **options))
             watch = stack.enter_context(Watch(self._server, port, lambda: running(fleet)))
             asking = stack.enter_context(ThreadPoolExecutor(1))
-            expected = asking.submit(lambda: stock if stock is not None else ask_stock(self._model, self._folder))
-            with Load(Client(self._model, port), expected) as load:
+            expected = asking.submit(lambda: stock if stock is not None else ask_stock(story.model, story.folder))
+            with Load(Client(story.model, port), expected) as load:
                 scene = Scene(fleet, load, random.Random(self.result.seed))
                 self._carry_out(scene, kinds)
             self._note(scene, watch)
@@ -170,7 +172,7 @@ class Run:
         first = self._first
         if first is None:
             return
-        if first.retained < KV_BYTES:
+        if first.retained < self._story.kv_bytes:
             self.result.findings.append(f"the retained pool is too small: {first}")
 
         def settled() -> bool:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,27 @@ class Story:
     lock: str = "gms:primary"
     _count: int = 0
 
+    @property
+    def command(self) -> Sequence[str]:
+        """What starts an engine, but for what is said of it here."""
+        program = str(Path(sys.executable).with_name("vllm"))
+        return (program, "serve", str(self.model), *OPTIONS, "--kv-cache-memory-bytes", str(KV_BYTES))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names with which an engine's processes join their cohort."""
+        return ("api-server 0", "engine-core", "rank 0")
+
+    @property
+    def kv_bytes(self) -> int:
+        """What an engine's KV memory has at least."""
+        return KV_BYTES
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of every engine."""
+        return ENVIRONMENT
+
     @contextlib.contextmanager
     def engine(
         self,
@@ -147,20 +168,19 @@ class Story:
 
         Args:
             name: What it is called.
-            options: Further ones of `vllm serve`.
+            options: Further ones of the command.
             failover: Further keys of its failover block.
-            load_format: ``auto`` for stock vLLM.
+            load_format: ``auto`` for a stock engine.
             environment: Further variables.
         """
         self._count += 1
         log = self.folder / f"{self._count}-{name}.log"
         block = {"failover": {"lock": self.lock, "alias_bytes": 2**20, **(failover or {})}}
         gms = ("--model-loader-extra-config", json.dumps({"gms": block})) if load_format == "gms" else ()
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(self.model), "--load-format", load_format, *gms, *OPTIONS]
-        command += ["--kv-cache-memory-bytes", str(KV_BYTES), "--host", "127.0.0.1", *options]
+        command = [*self.command, "--load-format", load_format, *gms, "--host", "127.0.0.1", *options]
         variables = {
             **os.environ,
-            **ENVIRONMENT,
+            **self.environment,
             "GMS_RUNTIME_DIR": str(self.server.directory),
             "GMS_CACHE_DIR": str(self.folder / "cache"),
             "GMS_ENGINE": name,
@@ -274,13 +294,17 @@ class Client:
             return answer.status, json.loads(text) if text.startswith((b"{", b"[")) else text
 
     def tokens(self, count: int = TOKENS) -> list[str]:
-        """The tokens with which the engine continues the prompt, greedily.
+        """The tokens with which the engine continues the usual prompt; see `continuation`."""
+        return self.continuation(PROMPT, count)
+
+    def continuation(self, prompt: Sequence[int], count: int = TOKENS) -> list[str]:
+        """The tokens with which the engine continues a prompt, greedily.
 
         Raises:
             OSError, http.client.HTTPException: Nobody answered.
             AssertionError: It was no answer.
         """
-        body = {"model": str(self.model), "prompt": PROMPT, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        body = {"model": str(self.model), "prompt": list(prompt), "max_tokens": count, "temperature": 0, "ignore_eos": True}
         status, answer = self.request("POST", "/v1/completions", body)
         assert status == 200, (status, answer)
         return str(answer["choices"][0]["text"]).split()

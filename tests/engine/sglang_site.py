@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,11 @@ OPTIONS = (
     *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+RENDEZVOUS = "--nccl-port"
+"""Where an engine's ranks meet. SGLang would look for a port of the kernel's, and take it seconds later, when somebody else may have it."""
+MEMORY = r"memfd:gms-\d"
+"""In the name of a memory file of the driver."""
+PROGRAM = Path(__file__).with_name("sglang_engine.py")
 PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
 TOKENS = 24
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -79,24 +84,86 @@ class Server:
         (line,) = re.findall(r"\[gms (event=.*)\]", self.log.read_text())
         return dict(pair.split("=", 1) for pair in line.split())
 
-    def shared_mappings(self) -> list[str]:
-        """Rights of what its processes have mapped of the server's memory."""
-        lines = [line for pid in living(self.process.pid) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-        return [line.split()[1] for line in lines if "memfd:gms" in line]
+    def mapped(self) -> dict[str, list[str]]:
+        """Rights with which its processes have mapped memory of a driver, by the file's inode."""
+        found: dict[str, list[str]] = {}
+        for pid in living(self.process.pid):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if re.search(MEMORY, line):
+                    _, rights, _, _, inode = line.split()[:5]
+                    found.setdefault(inode, []).append(rights)
+        return found
 
-    def share(self) -> int:
-        """Bytes of its processes' shares in the server's memory."""
+    def share(self, inodes: Collection[str]) -> int:
+        """Bytes of its processes' shares in these files."""
         total, counted = 0, False
         for pid in living(self.process.pid):
             for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
                 if "-" in line.split(" ", 1)[0]:
-                    counted = "memfd:gms" in line
+                    counted = re.search(MEMORY, line) is not None and line.split()[4] in inodes
                 elif counted and line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
         return total
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of memory files that its processes have mapped, and that they keep through mappings or descriptors."""
+        return memory_of(self.process.pid)
+
     def tail(self) -> str:
         return "\n".join(self.log.read_text().splitlines()[-60:])
+
+
+@dataclass
+class Program:
+    """One engine in a program, in a session of its own."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def answer(self) -> dict[str, Any]:
+        """Its next line."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the engine ended without an answer:\n{self.log.read_text()[-6000:]}"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def ask(self, what: str, *arguments: Any, **keywords: Any) -> Any:
+        """What it answers; for an error its code and its message."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, *arguments, keywords] if keywords else [what, *arguments]) + "\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        return answer["answer"] if "answer" in answer else (answer["error"], answer["message"])
+
+    def refusal(self) -> str:
+        """Its log, once it has ended by itself."""
+        assert self.process.wait(240) != 0
+        return self.log.read_text()
+
+    def memory(self) -> tuple[int, int]:
+        """As `Server.memory`."""
+        return memory_of(self.process.pid)
+
+    def kill(self) -> None:
+        """End all of its processes at once."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def memory_of(session: int) -> tuple[int, int]:
+    """Bytes of a driver's memory that a session's processes have mapped, and that they keep through mappings or descriptors."""
+    mapped, kept = 0, {}
+    for pid in living(session):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if re.search(MEMORY, line):
+                    start, end = (int(address, 16) for address in line.split(" ", 1)[0].split("-"))
+                    mapped += end - start
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if re.search(MEMORY, os.readlink(descriptor)):
+                        kept[descriptor.stat().st_ino] = descriptor.stat().st_size
+    return mapped, sum(kept.values())
 
 
 @dataclass
@@ -134,26 +201,52 @@ class Site:
         extra = {**(rest or {}), **({"gms": gms} if gms else {})}
         more = ["--model-loader-extra-config", json.dumps(extra)] if extra else []
         command = [str(PYTHON), "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), "--load-format", load_format]
-        log = self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
+        log = self._log()
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, *OPTIONS, *more, *options],
+                [*command, *OPTIONS, RENDEZVOUS, str(free_port()), *more, *options],
                 stdout=output,
                 stderr=output,
                 env=self.environment(environment),
                 start_new_session=True,
             )
-        try:
+        with _ending(process):
             yield Server(process, port, log)
-        finally:
-            with without_named_memory(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                deadline = time.monotonic() + 30
-                while living(process.pid):
-                    assert time.monotonic() < deadline
-                    time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def program(
+        self, model: Path, gms: Mapping[str, Any] | None = NOTHING, environment: Mapping[str, str] = NOTHING, **options: Any
+    ) -> Iterator[Program]:
+        """Start an engine in a program; it ends with the context.
+
+        Args:
+            model: Its folder.
+            gms: The block for GMS; None for stock SGLang.
+            environment: Further variables.
+            options: Further arguments of ``sglang.Engine``.
+        """
+        log = self._log()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [
+                    str(PYTHON),
+                    str(PROGRAM),
+                    str(model),
+                    json.dumps(gms if gms is None else dict(gms)),
+                    json.dumps({"nccl_port": free_port(), **options}),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=self.environment(environment),
+                start_new_session=True,
+            )
+        with _ending(process):
+            yield Program(process, log)
+
+    def _log(self) -> Path:
+        return self.folder / f"engine-{len(list(self.folder.glob('engine-*')))}.log"
 
     def ask(self, script: Path, *arguments: str) -> Any:
         """Run a script in SGLang's environment, and take the JSON that it prints last."""
@@ -161,6 +254,22 @@ class Site:
             [str(PYTHON), str(script), *arguments], env=self.environment(), stdout=subprocess.PIPE, text=True, check=True, timeout=240
         )
         return json.loads(found.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def _ending(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """End a process with its session, and wait until nothing of it is left."""
+    try:
+        yield
+    finally:
+        with without_named_memory(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            deadline = time.monotonic() + 30
+            while living(process.pid):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
 
 
 def ready(*servers: Server) -> Sequence[list[list[int]]]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from chaos.run import Run
 from chaos.warden import Warden
+from failover_story import Story
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2700)]
 
@@ -40,7 +41,7 @@ def test_one_engine_serves_rightly_when_engines_and_their_server_are_killed_in_e
     warden: Warden, server: Any, failover_model: Path, stock_answers: list[list[str]], tmp_path: Path, record_property: Any
 ) -> None:
     kinds = [FIRST, *random.Random(SEED).sample(CASES, len(CASES)), *LAST]
-    run = Run(server, failover_model, tmp_path, SEED, lambda line: sys.stdout.write(f"{line}\n"), nice=NICE)
+    run = Run(Story(server, failover_model, tmp_path), SEED, lambda line: sys.stdout.write(f"{line}\n"), nice=NICE)
     result = run.go(kinds, warden, stock_answers)
     for kind, seconds in result.recovery_s.items():
         record_property(kind, seconds)

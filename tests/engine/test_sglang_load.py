@@ -40,9 +40,10 @@ def test_updates_are_refused_and_weights_are_there_once_when_two_engines_share_t
             assert (writer.figures()["event"], reader.figures()["event"]) == ("published", "attached")
             assert int(writer.figures()["bytes"]) == int(reader.figures()["bytes"]) >= 0.9 * size
             assert (int(writer.figures()["checkpoint_bytes"]), int(reader.figures()["checkpoint_bytes"])) == (size, 0)
-            for engine in (writer, reader):
-                assert set(engine.shared_mappings()) == {"r--s"}
-            assert 0 < writer.share() + reader.share() <= int(writer.figures()["bytes"]) + 2**20
+            mine, other = writer.mapped(), reader.mapped()
+            shared = mine.keys() & other.keys()  # and not the KV memory, which is each engine's own
+            assert {rights for inode in shared for rights in (*mine[inode], *other[inode])} == {"r--s"}
+            assert 0 < writer.share(shared) + reader.share(shared) <= int(writer.figures()["bytes"]) + 2**20
             for path, body in UPDATES.items():
                 status, answer = reader.post(path, body)
                 assert status == 400, answer
@@ -96,8 +97,8 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--startup-weight-load-mode", "overlap"], {}, "while CUDA graphs are captured"),
     ([], {"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}, "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
     ([], {"SGLANG_MOONCAKE_CUSTOM_MEM_POOL": "NVLINK"}, "SGLANG_MOONCAKE_CUSTOM_MEM_POOL"),
-    ([], {"GMS_FAILOVER": "{}"}, "do not fail over yet"),
-    (["--model-loader-extra-config", '{"gms": {"failover": {}}}'], {}, "do not fail over yet"),
+    (["--enable-hierarchical-cache"], {"GMS_FAILOVER": "{}"}, "--enable-hierarchical-cache cannot hand its KV memory over"),
+    (["--speculative-algorithm", "NGRAM", "--model-loader-extra-config", '{"gms": {"failover": {}}}'], {}, "--speculative-algorithm cannot hand"),
     (["--model-loader-extra-config", '{"gms": {"tagg": "x"}}'], {}, "tagg: no such option"),
     (["--model-loader-extra-config", '{"gms": {"inner": "flash_rl"}}'], {}, "it writes new weights"),
 ]

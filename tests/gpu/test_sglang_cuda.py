@@ -86,3 +86,36 @@ def test_reader_adds_no_weights_when_it_answers_as_the_stock_engine_does(
     sys.stdout.write(f"{shape}: loading took {stock_s:.2f} s (stock), {writer_s:.2f} (writer), {reader_s:.2f} (reader); ")
     sys.stdout.write(f"GPU memory {stock_gib:.2f} GiB (stock), {alone:.2f} (server and writer), {both - alone:.2f} more for the reader\n")
     assert both - alone < alone - 0.9 * size / 2**30
+
+
+def test_memory_is_given_back_when_an_engine_sleeps_and_answers_are_equal_after_it(
+    tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import processes
+
+    processes.write_model("0.6b", tmp_path / "model")
+    variables = processes.environment(runtime_dir, tmp_path / "cache")
+    with (
+        processes.serving(runtime_dir, tmp_path / "gms.log", variables),
+        engine("sleeper", tmp_path, variables, processes, "--load-format", "gms") as (sleeper, port),
+    ):
+        right, awake = answers(port), used_gib()
+        found = re.search(r"K size: ([0-9.]+) GB, V size: ([0-9.]+) GB", sleeper.log.read_text(errors="replace"))
+        assert found is not None
+        kv_gib = sum(map(float, found.groups()))
+        for _ in range(2):
+            occupy(port, "release")
+            asleep = used_gib()
+            assert awake - asleep > 0.9 * kv_gib
+            occupy(port, "resume")
+            assert answers(port) == right
+            assert abs(used_gib() - awake) < 0.5 * kv_gib
+    sys.stdout.write(f"GPU memory {awake:.2f} GiB awake, {asleep:.2f} asleep, with {kv_gib:.2f} of KV memory\n")
+
+
+def occupy(port: int, what: str) -> None:
+    """Have an engine release or resume its memory."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{what}_memory_occupation", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert answer.status == 200

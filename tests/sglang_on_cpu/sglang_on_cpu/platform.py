@@ -35,14 +35,14 @@ class PlainTorchPlatform(CpuDeviceMixin, SRTPlatform):
         # Prompts too are read from the pool as it has them: PyTorch's backend takes no keys and values beside it.
         AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
         pool: Any = _found("memory_pool", "MLATokenToKVPool")
+        if not hasattr(_found("kv_cache_configurator", "KVCacheConfigurator"), "_build_oot_mla_kv_pool"):
+            return pool
 
-        class Pool(pool):
-            """SGLang gives the pools of other platforms what only those for sparse attention need."""
+        def made(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> Any:
+            """Before 0.5.21 SGLang gives the pools of other platforms what only those for sparse attention need."""
+            return pool(*args, **kwargs)
 
-            def __init__(self, *args: Any, index_head_dim: int | None = None, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-
-        return Pool
+        return made
 
     def get_paged_allocator_cls(self) -> Any:
         return _found("allocator", "PagedTokenToKVPoolAllocator")
