@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.engine,
     pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("driver"),  # the model is written on the GPU, too
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang beside gms"),
 ]
 OPTIONS = ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--context-length", "2048"]
