@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -16,7 +17,7 @@ import uvicorn
 
 from gms_core.engine_config import FailoverConfig
 from gms_core.errors import ConfigurationError
-from gms_core.failover.front_end.gate import Gate, ListenLast
+from gms_core.failover.front_end.gate import Gate, ListenLast, bind_port
 from gms_core.failover.http import Receive, Scope, Send
 from gms_vllm.gate import is_set_up, set_up
 
@@ -123,6 +124,30 @@ def test_nobody_listens_early_when_middleware_knows_nothing_of_starting(middlewa
             assert await asked(port) == "late"
 
     asyncio.run(test())
+
+
+@in_a_loop
+async def test_port_is_free_when_an_engine_has_gone_and_a_child_that_it_forked_lives_on() -> None:
+    listener = bind_port("127.0.0.1", 0, shared=True)
+    gate = Gate(listener, None, 10)
+    gate.open()
+    here, there = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        here.close()
+        there.send(b"running")
+        there.recv(1)
+        os._exit(0)
+    there.close()
+    try:
+        assert here.recv(7) == b"running"
+        listener.close()
+        port = int(gate.address.rpartition(":")[2])
+        with contextlib.closing(bind_port("127.0.0.1", port, shared=True)) as next_one:
+            Gate(next_one, None, 10).check_alone()
+    finally:
+        here.close()
+        assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

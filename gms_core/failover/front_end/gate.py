@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import stat
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ def take_path(listener: socket.socket, path: Path, backlog: int | None = None) -
     os.replace(temporary, path)
 
 
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
 class Gate:
     """The listening socket of one API server, from standby to the end. It belongs to the event loop that serves.
 
@@ -122,6 +126,7 @@ class Gate:
         self._backlog = backlog
         self._open = asyncio.Event()
         self._ready = asyncio.Event()
+        _gates.add(self)
         self.address = f"unix:{path}" if path is not None else _host_and_port(listener)
 
     def open(self) -> None:
@@ -157,6 +162,10 @@ class Gate:
                 raise ConfigurationError(
                     f"another server listens at {self.address}", hint="Engines that do not stand in for one another need ports of their own."
                 ) from error
+
+    def forget(self) -> None:
+        """In a forked child: have nothing of the socket. Were it open there, connections could be made that nobody accepts."""
+        self._listener.close()
 
     def let_go(self) -> None:
         """The HTTP server has ended: nobody has to wait for the gate any more."""
@@ -224,3 +233,11 @@ class ListenLast:
 def _host_and_port(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _after_fork() -> None:
+    for gate in list(_gates):
+        gate.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
