@@ -71,10 +71,8 @@ class GmsMemorySaver(TorchMemorySaverAdapter):  # type: ignore[misc]
         return contextlib.nullcontext()
 
     def pause(self, tag: str) -> None:
-        """Unmap memory of one kind. Idempotent."""
-        if tag in TAGS:
-            this_rank().suspend([tag])
-        else:
+        """Nothing yet: SGLang says so before it forgets what is in the memory, and some of that it overwrites with zeros. See `gms_sglang.sleep`."""
+        if tag not in TAGS:
             log().info("memory of the kind %s stays: it is no part of what GMS gives up", tag)
 
     def resume(self, tag: str) -> None:

@@ -19,7 +19,7 @@ from gms_patches.for_sglang import EXPORT_STATIC_STATE, IMPORT_STATIC_STATE, REL
 from gms_sglang.hooks import Hook
 from gms_sglang.memory_saver import CUDA_GRAPH
 from gms_sglang.rank import this_rank
-from gms_sglang.refusals import read, written
+from gms_sglang.refusals import written
 
 KINDS = (*TAGS, CUDA_GRAPH)
 """Tags that a request can have."""
@@ -40,8 +40,10 @@ def _release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
 def _resume(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Take memory back, before SGLang uses it. Without tags that is all that was given up."""
     start = time.perf_counter()
+    asleep = this_rank().asleep
     refusal = _agreed(manager, lambda: _take_back(manager, request))
     if refusal:
+        this_rank().suspend(asleep)  # on this rank too: requests go to all of them, and one that refuses would be waited for
         return _refused("ResumeMemoryOccupationReqOutput", refusal)
     answer = original(manager, request)
     _say(start)
@@ -86,8 +88,6 @@ def _agreed(manager: Any, attempt: Callable[[], None]) -> str:
     found: list[Any] = [None] * torch.distributed.get_world_size(manager.tp_cpu_group)
     torch.distributed.all_gather_object(found, refusal, group=manager.tp_cpu_group)
     refusals: list[str] = [one for one in found if one]
-    if refusals:
-        log().warning("refused: %s", read(refusals[0]))
     return next(iter(refusals), "")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+from gms_core.engine_log import log
 from gms_core.errors import EngineBusy, GmsError
 from gms_patches.for_sglang import RELEASE_ANSWER, RESUME_ANSWER
 from gms_sglang.hooks import Hook
@@ -35,6 +36,7 @@ async def _answer(communicator: str, original: Callable[..., Any], tokenizer: An
     deadline = time.monotonic() + PATIENCE_S
     while (refusal := await _asked(getattr(tokenizer, communicator), request)) is not None:
         if not isinstance(refusal, EngineBusy) or time.monotonic() > deadline:
+            log().warning("refused: %s", refusal)
             raise refusal
         await asyncio.sleep(_LOOK_S)
 

@@ -18,7 +18,7 @@ def _add(original: Callable[..., None], scheduler: Any, request: Any, is_retract
     try:
         this_rank().check_ready()
     except GmsError as error:
-        log().warning("request %s is refused: %s", request.rid, error.message)
+        log().debug("request %s is refused: %s", request.rid, error.message)  # probes are requests too, of which there are many
         _abort(scheduler, request, str(error))
     else:
         original(scheduler, request, is_retracted)
