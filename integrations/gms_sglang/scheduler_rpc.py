@@ -20,13 +20,15 @@ import zmq.asyncio
 from sglang.srt.managers.io_struct import RpcReqInput, async_sock_recv, async_sock_send
 from sglang.srt.utils.network import get_zmq_socket
 
-from gms_core.errors import EngineFailed, PermissionRefused, rebuild
+from gms_core.errors import EngineFailed, rebuild
 from gms_core.failover.front_end.named import of_this_user
 
 METHOD = "gms_call"
 """Of SGLang's scheduler; `scheduler_calls` attaches it."""
 ANSWER_S = 30.0
 """Seconds that an answer may be on its way; it was sent before it is waited for."""
+MOST_BYTES = 2**20
+"""Of an answer; more is none."""
 ABSTRACT = "@"
 """How the name of a socket begins that is in no directory."""
 
@@ -93,7 +95,7 @@ def _listen(name: str) -> socket.socket:
     try:
         listener.setblocking(False)
         listener.bind(f"\0{name}")
-        listener.listen(1)
+        listener.listen()
     except BaseException:
         listener.close()
         raise
@@ -101,16 +103,17 @@ def _listen(name: str) -> socket.socket:
 
 
 async def _receive(listener: socket.socket) -> bytes:
-    """All that the first rank says."""
+    """All that the first rank says. Everybody can see the socket's name, so whoever else connects is let go."""
     loop = asyncio.get_running_loop()
-    connection, _ = await loop.sock_accept(listener)
-    with connection:
-        if not of_this_user(connection):
-            raise PermissionRefused("another user's process has answered in the place of the engine's schedulers")
-        data = b""
-        while piece := await loop.sock_recv(connection, 65536):
-            data += piece
-        return data
+    while True:
+        connection, _ = await loop.sock_accept(listener)
+        with connection:
+            if not of_this_user(connection):
+                continue
+            data = b""
+            while len(data) <= MOST_BYTES and (piece := await loop.sock_recv(connection, 65536)):
+                data += piece
+            return data
 
 
 def _answers(data: bytes, call: int) -> list[Any]:
