@@ -14,7 +14,6 @@ LOG = "sglang.gms"
 
 def register() -> None:
     """Entry point of the group ``sglang.srt.plugins``. Without ``--load-format gms`` it changes nothing that can be seen."""
-    log_as(LOG)
     from gms_sglang.hooks import register_hooks
     from gms_sglang.load_format import HOOKS, add_load_format
 

@@ -1,4 +1,4 @@
-"""The calls of an API server to SGLang's schedulers and detokenizers."""
+"""The calls of an API server to SGLang's schedulers and its detokenizer."""
 
 from __future__ import annotations
 
@@ -21,27 +21,25 @@ class Ranks(Protocol):
 
 
 class SglangCalls:
-    """`EngineCalls` over SGLang's own remote calls: what the ranks do is in `scheduler_calls`, what detokenizers do in `detokenizer`.
+    """`EngineCalls` over SGLang's own remote calls: what the ranks do is in `scheduler_calls`, what the detokenizer does in `detokenizer`.
 
     A shadow of SGLang has no bridge, so `withhold` and `give_all` have nothing to do.
     """
 
-    def __init__(self, ranks: Ranks, detokenizers: int) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         """Prepare.
 
         Args:
             ranks: All of the engine's.
-            detokenizers: How many there are.
         """
         self._ranks = ranks
-        self._detokenizers = detokenizers
 
     async def place_ranks(self) -> Sequence[Path]:
         """As `EngineCalls.place_ranks`."""
         return [Path(place["socket"]) for place in await self._ranks.ask("place")]
 
     async def join(self, sockets: Sequence[Path], connect_timeout_s: float) -> None:
-        """As `EngineCalls.join`, for the detokenizers."""
+        """As `EngineCalls.join`, for the detokenizer."""
         await self._tell(Order(tuple(map(str, sockets)), connect_timeout_s))
 
     async def settle(self) -> None:
@@ -83,5 +81,4 @@ class SglangCalls:
         return int(max(await self._ranks.ask("unfinished"))) + answering
 
     async def _tell(self, order: Order) -> None:
-        for number in range(self._detokenizers):
-            await in_thread(lambda number=number: tell(DETOKENIZER, number, order), name="gms-tell")  # type: ignore[misc]
+        await in_thread(lambda: tell(DETOKENIZER, 0, order), name="gms-tell")

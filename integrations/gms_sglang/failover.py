@@ -94,8 +94,11 @@ def begin_failover(record: Any, option: Option, gms: GmsConfig) -> None:
         EngineUnsupported: It cannot; the message says why.
     """
     global _begun
+    if not _begins_with(record):
+        return
+    _begun = None
     failover = failover_config(gms)
-    if failover is None or not _begins_with(record):
+    if failover is None:
         return
     check_failover(option)
     begin_cohort("sglang")

@@ -167,7 +167,7 @@ class Serving:
         ending = Ending(self._server, self._manager)
         http = SglangHttp(self._server, self._manager, gate, _keys(option), _requests(option), ending)
         ranks = SchedulerRpc(self._port_args.rpc_ipc_name)
-        calls = SglangCalls(ranks, option("detokenizer_worker_num") or 1)
+        calls = SglangCalls(ranks)
         grace_s = GRACE_S + engine.failover.drain_timeout_s
         api_server = ApiServer(calls, http, ApiPlace(), engine.failover, connect_timeout_s=engine.gms.connect_timeout_s, grace_s=grace_s)
         self._api_server = api_server

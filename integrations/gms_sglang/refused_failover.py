@@ -42,6 +42,11 @@ def _front_ends(option: Option) -> tuple[_Refusal, ...]:
             "several tokenizer workers are not held until their engine is promoted yet",
             "Start it without --tokenizer-worker-num.",
         ),
+        (
+            (option("detokenizer_worker_num") or 1) > 1,
+            "the process between several detokenizers and the schedulers is none of the engine's that are watched",
+            "Start it without --detokenizer-worker-num.",
+        ),
     )
 
 

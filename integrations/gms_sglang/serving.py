@@ -35,10 +35,13 @@ def _warm_up(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 def _run_http_server(original: Callable[..., Any], server_args: Any, manager: Any, templates: Any, port_args: Any, *args: Any, **kwargs: Any) -> Any:
     engine = begun()
-    if engine is None or engine.listener is None:
+    if engine is None:
         return original(server_args, manager, templates, port_args, *args, **kwargs)
     from gms_sglang.http_server import held
 
+    if engine.listener is None:  # a program has called what comes after the beginning
+        begin_server()
+    assert engine.listener is not None
     unname_load_file(port_args, manager)
     with held(engine, engine.listener, manager, port_args):
         return original(server_args, manager, templates, port_args, *args, **kwargs)

@@ -75,6 +75,8 @@ MEMORY: tuple[Symbol, ...] = (
             "KVCacheConfigurator.is_hybrid_swa": (),
             "KVCacheConfigurator.is_draft_worker": (),
             "KVCacheConfigurator.mambaish_config": (),
+            "KVCacheConfigurator.post_capture_kv_active": (),
+            "KVCacheConfigurator.spec_algorithm": (),
             "KVCacheConfigResult.max_total_num_tokens": (),
             "KVCacheConfigResult.token_to_kv_pool": (),
             "KVCacheConfigResult.req_to_token_pool": (),
