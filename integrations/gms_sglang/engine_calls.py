@@ -63,9 +63,9 @@ class SglangCalls:
         """As `EngineCalls.withhold`: no scheduler of SGLang can."""
         return False
 
-    async def promote(self, timeout_s: float, bridge: bool) -> Sequence[RankMemory]:
+    async def promote(self, timeout_s: float, bridge: bool) -> Sequence[RankMemory]:  # noqa: ARG002 - there is none
         """As `EngineCalls.promote`."""
-        return [RankMemory(**answer) for answer in await self._ranks.ask("promote", {"timeout_s": timeout_s, "bridge": bridge})]
+        return [RankMemory(**answer) for answer in await self._ranks.ask("promote", {"timeout_s": timeout_s})]
 
     async def give_all(self) -> tuple[Step, str]:
         """As `EngineCalls.give_all`: nothing was withheld."""

@@ -71,12 +71,11 @@ class Calls:
         """See `gms_core.kv.rank.RankKv.stand_by`."""
         return self._kv().stand_by()
 
-    def promote(self, *, timeout_s: float, bridge: bool = False) -> dict[str, Any]:
+    def promote(self, *, timeout_s: float) -> dict[str, Any]:
         """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
 
         Args:
             timeout_s: Seconds to wait at most.
-            bridge: It says nothing: there is none.
 
         Returns:
             The fields of `RankMemory`.
@@ -85,7 +84,6 @@ class Calls:
             EngineBusy: A request is under way, on scratch memory.
             GmsError: See `gms_core.kv.rank.RankKv.promote`.
         """
-        del bridge
         kv = self._kv()
         if self._taken is None:
             if not self._scheduler.is_fully_idle():
