@@ -43,7 +43,7 @@ def refused(answer: Any, words: str) -> bool:
 
 
 def promoted(engine: Program, epoch: int) -> None:
-    (told,) = engine.ask("front_end_call", "promote", timeout_s=60.0, bridge=True)
+    (told,) = engine.ask("front_end_call", "promote", timeout_s=60.0)
     assert (told["answer"]["rank"], told["answer"]["epoch"]) == (0, epoch)
 
 
