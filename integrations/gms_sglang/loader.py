@@ -11,10 +11,11 @@ import torch
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.model_loader.loader import BaseModelLoader, get_model_loader
 
+from gms_core.client import WriteLease
 from gms_core.pytorch.device import free_memory
-from gms_core.weights.holdings import Holding, commit_due, defer_commits
+from gms_core.weights.holdings import commit_due, defer_commits
 from gms_core.weights.identity import known_content
-from gms_core.weights.leases import Granted, acquire
+from gms_core.weights.leases import acquire
 from gms_core.weights.loading import publish_or_attach
 from gms_core.weights.options import LoaderOptions
 from gms_patches.for_sglang import GET_MODEL_LOADER_BEFORE, RUN_EVENT_LOOP
@@ -68,15 +69,14 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         check_quantisation(model_config, inner)
         request = LoadRequest(model_config, device_config, self._inner_config())
         files = weight_files(model_config, inner, self.load_config.download_dir)
-        content = known_content(files, inner)
-        identity = expected_identity(model_config, self.load_config, content=content, extra=options.identity)
+        identity = expected_identity(model_config, self.load_config, content=known_content(files, inner), extra=options.identity)
         if not model_config.is_draft_model:
             shadow.begin(identity)
         session = connect(options)
 
-        def publish(holding: Holding, granted: Granted) -> torch.nn.Module:
+        def publish(lease: WriteLease) -> tuple[torch.nn.Module, bytes]:
             check_checkpoint(model_config, inner)
-            return writer.load(request, self._inner(model_config), holding, granted, files=files, identity=identity)
+            return writer.load(request, self._inner(model_config), lease)
 
         model, holding = publish_or_attach(
             session,
@@ -84,7 +84,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
             publish=publish,
             attach=partial(reader.attach, request),
             free_memory=free_memory,
-            content=content,
+            identity=identity,
             files=files,
         )
         self.preloaded_weights_bytes = accounting.preloaded_bytes(holding)

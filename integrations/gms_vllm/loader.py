@@ -11,6 +11,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from gms_core.client import WriteLease
 from gms_core.errors import EngineUnsupported
 from gms_core.weights.options import LOAD_FORMAT, LoaderOptions
 from gms_vllm.config import inner_load_config, loader_options
@@ -54,9 +55,8 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
             GmsError: Neither was possible; the message says why. Nothing of this engine is left in the server.
         """
         from gms_core.pytorch.device import free_memory
-        from gms_core.weights.holdings import Holding
         from gms_core.weights.identity import known_content
-        from gms_core.weights.leases import Granted, acquire
+        from gms_core.weights.leases import acquire
         from gms_core.weights.loading import publish_or_attach
         from gms_vllm import reader, writer
         from gms_vllm.files import check_checkpoint, weight_files
@@ -74,13 +74,12 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
         options = self.options.gms
         inner = options.inner.lower()
         files = weight_files(model_config, inner, self.load_config.download_dir)
-        content = known_content(files, inner)
-        identity = expected_identity(vllm_config, model_config, content=content, extra=options.identity)
+        identity = expected_identity(vllm_config, model_config, content=known_content(files, inner), extra=options.identity)
         session = connect(options, rank=vllm_config.parallel_config.rank)
 
-        def publish(holding: Holding, granted: Granted) -> torch.nn.Module:
+        def publish(lease: WriteLease) -> tuple[torch.nn.Module, bytes]:
             check_checkpoint(model_config, inner)
-            return writer.load(request, self._inner(), holding, granted, files=files, identity=identity)
+            return writer.load(request, self._inner(), lease)
 
         model, _ = publish_or_attach(
             session,
@@ -88,7 +87,7 @@ class GmsModelLoader(BaseModelLoader):  # type: ignore[misc]
             publish=publish,
             attach=partial(reader.attach, request),
             free_memory=free_memory,
-            content=content,
+            identity=identity,
             files=files,
         )
         return model

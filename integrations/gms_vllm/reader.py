@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
 
 import torch
 import vllm.model_executor.model_loader.utils as loader_utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from gms_core.client import ReadLease
-from gms_core.errors import EngineUnsupported, LeaseConflict
+from gms_core.errors import EngineUnsupported
 from gms_core.pytorch import Slot, check_no_meta, materialise
 from gms_core.pytorch.manifest import decode
 from gms_core.pytorch.slots import read
 from gms_core.tensor_manifest import StorageRecord
-from gms_core.weights.holdings import Figures, Holding, report
-from gms_core.weights.leases import Granted
 from gms_vllm.cpu import shared_kernels
 from gms_vllm.place import LoadRequest
 from gms_vllm.processed import already_processed, check_model
@@ -29,21 +26,16 @@ DERIVED = ("W_UV", "W_UK_T", "W_K", "W_K_scale", "W_V", "W_V_scale", "W_UK_T_dcp
 already (vllm/model_executor/layers/attention/mla_attention.py): into memory that must not be written."""
 
 
-def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn.Module:
+def attach(request: LoadRequest, lease: ReadLease) -> torch.nn.Module:
     """Make the model on top of a committed layout.
 
     Args:
         request: What to load.
-        holding: What keeps the lease.
-        granted: The read lease.
+        lease: Of the layout.
 
     Raises:
         GmsError: The model that this engine builds does not fit what is published, or cannot take it over.
     """
-    lease = granted.lease
-    if not isinstance(lease, ReadLease):
-        raise LeaseConflict("attaching to a layout needs a read lease")
-    start = time.perf_counter()
     arena, manifest, device = lease.map(), lease.layout.manifest, request.device
     storages = decode(manifest)
     follow_publication(request.model_config, storages)
@@ -60,10 +52,6 @@ def attach(request: LoadRequest, holding: Holding, granted: Granted) -> torch.nn
         # What post-processing has made anew in private memory, or what can be reached only now, comes from the layout too.
         materialise(model, manifest, arena, device=device, rebuilt=_is_attribute, allow_changes=True)
     check_no_meta(model)
-    layout = lease.layout
-    holding.external_bytes = layout.size
-    seconds = time.perf_counter() - start
-    report(holding, Figures("attached", lease.pool, layout.generation, layout.size, seconds, granted.wait_seconds, checkpoint_bytes=0))
     return model.eval()
 
 

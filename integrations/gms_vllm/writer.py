@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +11,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from gms_core.client import WriteLease
-from gms_core.errors import LeaseConflict
-from gms_core.layout import Identity
 from gms_core.pytorch import capture, publish
-from gms_core.vmm.driver import Access
-from gms_core.weights.holdings import Due, Holding, commit
-from gms_core.weights.identity import final_identity
-from gms_core.weights.leases import Granted
 from gms_vllm.cpu import shared_kernels
 from gms_vllm.place import LoadRequest
 from gms_vllm.processed import check_model
@@ -29,41 +20,26 @@ COMMUNICATION = (GroupCoordinator, DeviceCommunicatorBase, All2AllManagerBase)
 """What layers and their kernels hold of vLLM's ranks: buffers and addresses that mean something to one process only."""
 
 
-def load(
-    request: LoadRequest, inner: BaseModelLoader, holding: Holding, granted: Granted, *, files: Sequence[Path], identity: Identity
-) -> torch.nn.Module:
+def load(request: LoadRequest, inner: BaseModelLoader, lease: WriteLease) -> tuple[torch.nn.Module, bytes]:
     """Load with the inner loader and make the result ready to be published.
-
-    From here on the parameters are read-only. They are published now, or once the engine is ready (see `gms_core.weights.holdings`).
 
     Args:
         request: What to load.
         inner: vLLM's own loader.
-        holding: What keeps the lease.
-        granted: The write lease.
-        files: The checkpoint, as far as it lies on this machine; its digest is computed meanwhile.
-        identity: What was promised when the lease was asked for.
+        lease: The model's tensors lie in its arena.
+
+    Returns:
+        The model, and its manifest.
 
     Raises:
-        GmsError: A layer cannot be shared, or the memory does not suffice. Nothing is published.
+        GmsError: A layer cannot be shared, or the memory does not suffice.
     """
-    lease = granted.lease
-    if not isinstance(lease, WriteLease):
-        raise LeaseConflict("loading into GMS needs a write lease")
-    start = time.perf_counter()
-    checkpoint_bytes = sum(path.stat().st_size for path in files) if files else -1
-    final = final_identity(identity, files)
     _check_before_reading(inner)
     with shared_kernels(writer=True), capture(lease.arena, request.device):
         model = inner.load_model(vllm_config=request.config, model_config=request.model_config, prefix=request.prefix)
     check_model(model)
     gc.collect()
-    manifest = publish(model, lease.arena, device=request.device, opaque=COMMUNICATION)
-    lease.trim()
-    lease.arena.set_access(Access.READ)
-    seconds = time.perf_counter() - start
-    commit(Due(holding, lease, manifest, final, seconds, granted.wait_seconds, checkpoint_bytes))
-    return model
+    return model, publish(model, lease.arena, device=request.device, opaque=COMMUNICATION)
 
 
 def _check_before_reading(inner: BaseModelLoader) -> None:

@@ -90,16 +90,21 @@ def test_other_ranks_do_not_wait_when_the_first_one_is_refused(sessions, ranks):
     held.release()
 
 
-def load(session, mode, *, content="bytes", files=(), attach=None):
+def load(session, mode, *, identity=MODEL, files=(), attach=None):
     """Load as an adapter does; what took the device's memory while the lease was waited for is one byte of five."""
     free = iter((5, 4))
+
+    def publish(lease):
+        lease.arena.allocate(4096)
+        return "published", b"manifest"
+
     return publish_or_attach(
         session,
         lambda: acquire(session, "weights", MODEL, GmsConfig(mode=mode, acquire_timeout_s=5), no_ranks),
-        publish=lambda holding, granted: ("published", granted.lease, holding.neighbours),
-        attach=attach or (lambda holding, granted: ("attached", granted.lease, holding.neighbours)),
+        publish=publish,
+        attach=attach or (lambda lease: ("attached", lease.map(), lease.layout.manifest)),
         free_memory=lambda: next(free),
-        content=content,
+        identity=identity,
         files=files,
     )
 
@@ -107,12 +112,13 @@ def load(session, mode, *, content="bytes", files=(), attach=None):
 def test_model_is_published_or_attached_as_the_lease_says(sessions, monkeypatch):
     kept = []
     monkeypatch.setattr(loading, "keep", kept.append)
-    (what, lease, neighbours), holding = load(sessions[0], "rw")
-    assert (what, neighbours, kept) == ("published", 1, [holding])
-    lease.arena.allocate(4096)
-    lease.commit(b"", MODEL).release()
-    (what, lease, _), holding = load(sessions[1], "ro")
-    assert (what, lease, kept[1:]) == ("attached", holding.lease, [holding])
+    what, first = load(sessions[0], "rw")
+    assert (what, first.neighbours, first.external_bytes, kept) == ("published", 1, 0, [first])
+    (what, arena, manifest), second = load(sessions[1], "ro")
+    assert (what, arena, manifest) == ("attached", second.lease.arena, b"manifest")
+    assert (second.external_bytes, kept[1:]) == (second.lease.layout.size, [second])
+    for holding in kept:
+        holding.lease.release()
 
 
 def test_session_is_closed_and_nothing_is_kept_when_a_load_fails(sessions, tmp_path, monkeypatch):
@@ -121,7 +127,7 @@ def test_session_is_closed_and_nothing_is_kept_when_a_load_fails(sessions, tmp_p
     published(sessions[0], "weights")
     (tmp_path / "other.bin").write_bytes(b"other")
     with pytest.raises(IdentityMismatch, match="is not what is published"):
-        load(sessions[0], "ro", content="", files=[tmp_path / "other.bin"], attach=pytest.fail)
+        load(sessions[0], "ro", identity=Identity({"content": ""}), files=[tmp_path / "other.bin"], attach=pytest.fail)
     with pytest.raises(SessionClosed):
         sessions[0].status()
 
