@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 
 from gms_core.snapshot.buffers import Buffer
-from gms_core.snapshot.worker import Channel, Chunk, Worker
+from gms_core.snapshot.chunks import Channel, Chunk
+from gms_core.snapshot.worker import Worker
 
 _UNREADABLE = memoryview(b"")
 """Of a device's memory the CPU has no view."""

@@ -16,9 +16,10 @@ from typing import NamedTuple, Protocol
 
 from gms_core.errors import DriverError, TransferCancelled, TransferFailed
 from gms_core.snapshot.buffers import Buffer, Ring
+from gms_core.snapshot.chunks import Channel, OpenFiles
 from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.transfer import Direct, Job, Memory, Moved, Phase
-from gms_core.snapshot.worker import Channel, OpenFiles, Orders, Worker
+from gms_core.snapshot.worker import Orders, Worker
 from gms_core.vmm.undo import UndoStack
 
 _kept: list[object] = []

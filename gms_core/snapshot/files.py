@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gms_core.errors import SnapshotDamaged, SnapshotError, TransferFailed
+from gms_core.snapshot.chunks import OpenFile
 from gms_core.snapshot.folders import HINTS
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.page_cache import share_in_memory
 from gms_core.snapshot.transfer import Direct, Direction, File, Job
-from gms_core.snapshot.worker import OpenFile
 from gms_core.vmm.undo import UndoStack
 
 _MOSTLY = 0.5
@@ -69,7 +69,7 @@ class ShardFile:
         while done < len(view):
             was_direct = self.is_direct
             try:
-                count = os.preadv(self.descriptor, [view[done:]], position + done)
+                count = os.preadv(self.descriptor, [view[done:] if done else view], position + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not was_direct:
                     raise self.failed(position + done, error) from error

@@ -14,19 +14,23 @@ from typing import Any
 import xxhash
 
 from gms_core.errors import DriverError, InvalidArgument
-from gms_core.snapshot.kernels import MOST_RANGES, THREADS, TILE_BYTES
+from gms_core.snapshot.kernels import MOST_BLOCKS, MOST_RANGES, THREADS, TILE_BYTES
 from gms_core.vmm.cuda_calls import checked, cuda
 from gms_core.vmm.undo import UndoStack
 
-_SLOTS = 16384
-"""Blocks whose checksums may be under way at once: sixteen for each of the 1024 threads that a transfer may have."""
+_BATCHES = 2048
+"""That may be under way at once: two for each of the 1024 threads that a transfer may have."""
 
-_STREAMS = 16
-"""Blocks that are hashed at once. One takes longer to be hashed than to be copied, as a single multiprocessor does it."""
+_STREAMS = 4
+"""Batches that are hashed at once. Each takes a millisecond, in which as much as three of them are copied at most."""
 
 
-class _Ranges(ctypes.Structure):
-    _fields_ = (("end", ctypes.c_uint64 * MOST_RANGES), ("base", ctypes.c_uint64 * MOST_RANGES))
+class _Block(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_uint64), ("end", ctypes.c_uint64 * MOST_RANGES), ("base", ctypes.c_uint64 * MOST_RANGES))
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = (("block", _Block * MOST_BLOCKS),)
 
 
 class DeviceHash:
@@ -44,10 +48,10 @@ class DeviceHash:
             self._module: Any = checked("cuModuleLoadData", ctypes.addressof(ptx))
             undo.push(checked, "cuModuleUnload", self._module)
             self._kernel: Any = checked("cuModuleGetFunction", self._module, b"gms_xxh3_64")
-            self._page = int(checked("cuMemHostAlloc", 8 * _SLOTS, 0))
+            self._page = int(checked("cuMemHostAlloc", 8 * MOST_BLOCKS * _BATCHES, 0))
             undo.push(checked, "cuMemFreeHost", self._page)
-            self._found = (ctypes.c_uint64 * _SLOTS).from_address(self._page)
-            self._idle = deque(range(_SLOTS))
+            self._found = (ctypes.c_uint64 * (MOST_BLOCKS * _BATCHES)).from_address(self._page)
+            self._idle = deque(range(_BATCHES))
             self._streams: list[Any] = []
             for _ in range(_STREAMS):
                 self._streams.append(checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)))
@@ -55,41 +59,39 @@ class DeviceHash:
             self._try()
             undo.commit()
 
-    def begin(self, after: Any, ranges: Sequence[tuple[int, int]]) -> tuple[int, Any]:
-        """Hash a block; returns where its checksum will be, for `end`, and the stream that will have it then.
+    def begin(self, after: Any, blocks: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, Any]:
+        """Hash some blocks; returns the number of the batch, for `end`, and the stream that will have hashed it.
 
         Args:
-            after: The event before which the block is not there.
-            ranges: Address and bytes of each contiguous part, in the block's order; the bytes are multiples of `TILE_BYTES`.
+            after: The event before which the blocks are not there.
+            blocks: `MOST_BLOCKS` at most. Of each, address and bytes of its contiguous parts, in its order; the bytes are multiples of `TILE_BYTES`.
 
         Raises:
-            InvalidArgument: There are too many parts, or one is no such multiple.
+            InvalidArgument: There are too many blocks or parts, or one is no such multiple.
             DriverError: The driver refuses.
         """
-        if not 0 < len(ranges) <= MOST_RANGES or any(size <= 0 or size % TILE_BYTES for _, size in ranges):
-            raise InvalidArgument(f"a block in {len(ranges)} parts, of {', '.join(str(size) for _, size in ranges)} bytes, cannot be hashed by a GPU")
-        told, size = _Ranges(), 0
-        for number, (address, length) in enumerate(ranges):
-            told.base[number] = address - size
-            size += length
-            told.end[number] = size
-        slot = self._idle.popleft()
-        stream = self._streams[slot % _STREAMS]
-        arguments = (told, ctypes.c_uint64(size), ctypes.c_uint64(self._page + 8 * slot))
+        told = _batch(blocks)
+        batch = self._idle.popleft()
+        stream = self._streams[batch % _STREAMS]
+        arguments = (told, ctypes.c_uint64(self._page + 8 * MOST_BLOCKS * batch))
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         with UndoStack() as undo:
-            undo.push(self._idle.append, slot)
+            undo.push(self._idle.append, batch)
             checked("cuStreamWaitEvent", stream, after, 0)
-            checked(
-                "cuLaunchKernel", self._kernel, 1, 1, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(pointers), 0, about=f"the hash of {size} bytes"
-            )
+            grid, threads, about = (len(blocks), 1, 1), (THREADS, 1, 1), f"the hash of {len(blocks)} blocks"
+            checked("cuLaunchKernel", self._kernel, *grid, *threads, 0, stream, ctypes.addressof(pointers), 0, about=about)
             undo.commit()
-        return slot, stream
+        return batch, stream
 
-    def end(self, slot: int) -> int:
-        """The checksum that was begun there, once its stream has come past it."""
-        found = int(self._found[slot])
-        self._idle.append(slot)
+    def end(self, batch: int, count: int) -> list[int]:
+        """The checksums of the blocks of a batch, once its stream has come past it.
+
+        Args:
+            batch: Its number.
+            count: Of its blocks.
+        """
+        found = self._found[MOST_BLOCKS * batch : MOST_BLOCKS * batch + count]
+        self._idle.append(batch)
         return found
 
     def _try(self) -> None:
@@ -100,11 +102,12 @@ class DeviceHash:
             undo.push(checked, "cuMemFree", tile)
             checked("cuMemsetD8Async", tile, 1, TILE_BYTES, self._streams[-1])
             checked("cuEventRecord", there, self._streams[-1])
-            slot, stream = self.begin(there, [(tile, TILE_BYTES)])
+            batch, stream = self.begin(there, [[(tile, TILE_BYTES)]] * MOST_BLOCKS)
             checked("cuStreamSynchronize", stream)
-            found, right = self.end(slot), xxhash.xxh3_64_intdigest(b"\1" * TILE_BYTES)
-        if found != right:
-            raise DriverError(f"the GPU finds the checksum {found:016x} in place of {right:016x}")
+            found, right = self.end(batch, MOST_BLOCKS), xxhash.xxh3_64_intdigest(b"\1" * TILE_BYTES)
+        for one in found:
+            if one != right:
+                raise DriverError(f"the GPU finds the checksum {one:016x} in place of {right:016x}")
 
     def close(self) -> None:
         """Give up what it has, once nothing is under way. Needs the context."""
@@ -113,3 +116,20 @@ class DeviceHash:
             undo.push(checked, "cuMemFreeHost", self._page)
             for stream in self._streams:
                 undo.push(checked, "cuStreamDestroy", stream)
+
+
+def _batch(blocks: Sequence[Sequence[tuple[int, int]]]) -> _Blocks:
+    """Blocks as the kernel is told of them."""
+    if not 0 < len(blocks) <= MOST_BLOCKS:
+        raise InvalidArgument(f"{len(blocks)} blocks cannot be hashed at once by a GPU")
+    told = _Blocks()
+    for block, ranges in zip(told.block, blocks, strict=False):
+        if not 0 < len(ranges) <= MOST_RANGES or any(size <= 0 or size % TILE_BYTES for _, size in ranges):
+            raise InvalidArgument(f"a block in {len(ranges)} parts, of {', '.join(str(size) for _, size in ranges)} bytes, cannot be hashed by a GPU")
+        end = 0
+        for number, (address, size) in enumerate(ranges):
+            block.base[number] = address - end
+            end += size
+            block.end[number] = end
+        block.size = end
+    return told

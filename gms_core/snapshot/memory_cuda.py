@@ -6,10 +6,9 @@ Whatever is copied has to be pinned for that: a copy from or to other memory is 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,10 +16,11 @@ from gms_core.devices import DeviceId
 from gms_core.errors import DriverError, GmsError
 from gms_core.snapshot.hash_cuda import DeviceHash
 from gms_core.snapshot.kernels import MOST_RANGES, TILE_BYTES
-from gms_core.snapshot.memories import Arrival, Waiter
+from gms_core.snapshot.lane_cuda import CudaLane
+from gms_core.snapshot.memories import Arrival
 from gms_core.snapshot.plan import Extents
-from gms_core.snapshot.transfer import CopyLane, LaneHash, Place
-from gms_core.vmm.cuda_calls import attribute, checked, cuda, find_device
+from gms_core.snapshot.transfer import CopyLane, Place
+from gms_core.vmm.cuda_calls import attribute, checked, find_device
 from gms_core.vmm.driver import Address
 from gms_core.vmm.undo import UndoStack
 
@@ -34,6 +34,9 @@ class CudaMemory:
     """See `gms_core.snapshot.memories.memory_for`.
 
     It uses the device's primary context, and begins to make it at once: that takes a tenth of a second.
+
+    Attributes:
+        is_pinned: Whether what is copied to it has been pinned.
 
     Args:
         device: UUID, as NVML writes it.
@@ -56,6 +59,7 @@ class CudaMemory:
         self._preparing: threading.Thread | None = None
         self._cannot_hash = False
         self._closed = False
+        self.is_pinned = False
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
 
@@ -69,7 +73,7 @@ class CudaMemory:
 
     def lane(self, *, spin: bool = False) -> CopyLane:
         """See `Memory.lane`."""
-        return _CudaLane(self._retained, self._hashing, self._extents, self._arrival.waiter(), spin)
+        return CudaLane(self, self._extents, self._arrival.waiter(), spin)
 
     def prepare_hash(self, block_bytes: int) -> None:
         """See `Memory.prepare_hash`."""
@@ -86,17 +90,47 @@ class CudaMemory:
             return
         self._preparing = preparing
 
+    @property
+    def can_hash(self) -> bool:
+        """Whether `hashing` may be asked for: not where the host has to find the checksums."""
+        return self._preparing is not None
+
+    @property
+    def hash_is_ready(self) -> bool:
+        """Whether `hashing` would not wait."""
+        return self._preparing is not None and not self._preparing.is_alive()
+
+    def hashing(self) -> DeviceHash:
+        """What finds checksums, once it has been made ready. Called with the context current.
+
+        Raises:
+            DriverError: The device cannot.
+        """
+        if self._preparing is not None:
+            self._preparing.join()
+        with self._lock:
+            if self._hash is None and not self._cannot_hash:
+                try:
+                    self._hash = DeviceHash()
+                except GmsError as error:
+                    self._cannot_hash = True
+                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
+            if self._hash is None:
+                raise DriverError("the GPU cannot find checksums")
+            return self._hash
+
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`."""
         if not writable and not attribute("READ_ONLY_HOST_REGISTER_SUPPORTED", self._device):
             raise DriverError("this GPU's driver cannot pin memory that is mapped for reading alone")
         flags = _PORTABLE if writable else _PORTABLE | _READ_ONLY
-        with _current(self._retained()):
+        with _current(self.context()):
             checked("cuMemHostRegister", address, size, flags, about=f"{size} bytes at {address:#x}")
+        self.is_pinned = True
 
     def unregister(self, address: int) -> None:
         """See `Memory.unregister`."""
-        with _current(self._retained()):
+        with _current(self.context()):
             checked("cuMemHostUnregister", address, about=f"{address:#x}")
 
     def places(self, offset: int, size: int) -> Sequence[Place]:
@@ -125,32 +159,19 @@ class CudaMemory:
 
     def _begin(self) -> None:
         try:
-            self._retained()
+            self.context()
         except GmsError as error:  # whoever needs it first meets the same
             log.debug("no context on device %s yet: %s", self._device, error)
 
     def _prepare_hash(self) -> None:
         try:
-            with _current(self._retained()):
+            with _current(self.context()):
                 self._hash = DeviceHash()
         except GmsError as error:  # a device that is full now may not be once the memory is there: who asks tries again
             log.debug("the GPU cannot find checksums yet: %s", error)
 
-    def _hashing(self) -> DeviceHash | None:
-        """What finds checksums; None if the device cannot. Called with the context current."""
-        if self._preparing is None:
-            return None
-        self._preparing.join()
-        with self._lock:
-            if self._hash is None and not self._cannot_hash:
-                try:
-                    self._hash = DeviceHash()
-                except GmsError as error:
-                    self._cannot_hash = True
-                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
-            return self._hash
-
-    def _retained(self) -> Any:
+    def context(self) -> Any:
+        """The device's primary context; it is made by whoever asks first."""
         with self._lock:
             if self._closed:
                 raise DriverError("this memory was closed")
@@ -165,132 +186,3 @@ def _current(context: Any) -> Iterator[None]:
         checked("cuCtxPushCurrent", context)
         undo.push(checked, "cuCtxPopCurrent")
         yield
-
-
-class _CudaLane:
-    """A stream, and an event for each copy or hash that is under way. Its thread has the context current from the first use to `close`."""
-
-    def __init__(self, context: Callable[[], Any], hashing: Callable[[], DeviceHash | None], extents: Extents, waiter: Waiter, spin: bool) -> None:
-        self._context = context
-        self._hashing = hashing
-        self._extents = extents
-        self._waiter = waiter
-        self._spin = spin
-        self._stream: Any = None
-        self._copied: Any = None
-        self._idle: list[Any] = []
-        self._pending: dict[int, Any] = {}
-        self._tickets = itertools.count(1)
-
-    def arrive(self) -> None:
-        """See `CopyLane.arrive`."""
-        self._open()
-        self._waiter.base()
-
-    def abandon(self) -> None:
-        """See `CopyLane.abandon`."""
-        self._waiter.abandon()
-
-    def to_memory(self, offset: int, source: int, size: int) -> int:
-        """See `CopyLane.to_memory`."""
-        self._open()
-        base = self._waiter.base()
-        for place, inside, length in self._extents.ranges(offset, size):
-            checked("cuMemcpyHtoDAsync", base + place, source + inside, length, self._stream, about=f"{length} bytes to {base + place:#x}")
-        return self._mark(self._stream)
-
-    def from_memory(self, target: int, offset: int, size: int) -> int:
-        """See `CopyLane.from_memory`."""
-        self._open()
-        base = self._waiter.base()
-        for place, inside, length in self._extents.ranges(offset, size):
-            checked("cuMemcpyDtoHAsync", target + inside, base + place, length, self._stream, about=f"{length} bytes from {base + place:#x}")
-        return self._mark(self._stream)
-
-    def wait(self, ticket: int) -> None:
-        """See `CopyLane.wait`."""
-        event = self._pending.get(ticket)
-        if event is not None:
-            checked("cuEventSynchronize", event)
-            del self._pending[ticket]
-            self._idle.append(event)
-
-    def hash(self) -> LaneHash | None:
-        """See `CopyLane.hash`."""
-        self._open()
-        hashing = self._hashing()
-        return None if hashing is None else _CudaHash(self, hashing)
-
-    def begin_hash(self, hashing: DeviceHash, offset: int, size: int) -> tuple[int, int]:
-        """Have a part of the image hashed; returns a ticket for `wait`, and where its checksum will be."""
-        self._open()
-        base = self._waiter.base()
-        if self._copied is None:
-            self._copied = checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING))
-        checked("cuEventRecord", self._copied, self._stream)
-        with UndoStack() as undo:
-            event = self._event()
-            undo.push(self._idle.append, event)
-            slot, stream = hashing.begin(self._copied, [(base + place, length) for place, _, length in self._extents.ranges(offset, size)])
-            undo.push(checked, "cuStreamSynchronize", stream)  # without an event, `close` would not know of it
-            ticket = self._mark(stream, event)
-            undo.commit()
-        return ticket, slot
-
-    def close(self) -> None:
-        """See `CopyLane.close`. If the device does not answer any more, what it was given is left to it."""
-        if self._stream is None:
-            return
-        stream, self._stream = self._stream, None
-        copied, self._copied = self._copied, None
-        with UndoStack() as undo:
-            undo.push(checked, "cuCtxPopCurrent")
-            checked("cuStreamSynchronize", stream)
-            for event in self._pending.values():  # of a hash that nobody waits for any more
-                checked("cuEventSynchronize", event)
-            undo.push(checked, "cuStreamDestroy", stream)
-            for event in (*self._idle, *self._pending.values(), *((copied,) if copied is not None else ())):
-                undo.push(checked, "cuEventDestroy", event)
-            self._idle.clear()
-            self._pending.clear()
-
-    def _open(self) -> None:
-        if self._stream is not None:
-            return
-        with UndoStack(kept=lambda: self._stream is not None) as undo:
-            checked("cuCtxPushCurrent", self._context())
-            undo.push(checked, "cuCtxPopCurrent")
-            self._stream = checked("cuStreamCreate", int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING))
-
-    def _event(self) -> Any:
-        if self._idle:
-            return self._idle.pop()
-        # The interpreter's lock is not held either way.
-        wait = cuda.CUevent_flags.CU_EVENT_DEFAULT if self._spin else cuda.CUevent_flags.CU_EVENT_BLOCKING_SYNC
-        return checked("cuEventCreate", int(cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING | wait))
-
-    def _mark(self, stream: Any, event: Any = None) -> int:
-        event = self._event() if event is None else event
-        ticket = next(self._tickets)
-        checked("cuEventRecord", event, stream)
-        self._pending[ticket] = event
-        return ticket
-
-
-class _CudaHash:
-    """See `LaneHash`."""
-
-    def __init__(self, lane: _CudaLane, hashing: DeviceHash) -> None:
-        self._lane = lane
-        self._hashing = hashing
-        self._slots: dict[int, int] = {}
-
-    def begin(self, offset: int, size: int) -> int:
-        """See `LaneHash.begin`."""
-        ticket, self._slots[ticket] = self._lane.begin_hash(self._hashing, offset, size)
-        return ticket
-
-    def end(self, ticket: int) -> int:
-        """See `LaneHash.end`."""
-        self._lane.wait(ticket)
-        return self._hashing.end(self._slots.pop(ticket))

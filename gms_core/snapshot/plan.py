@@ -113,17 +113,22 @@ class Extents:
             end, last = end + length, place + length
         self._size = end
 
-    def ranges(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+    def ranges(self, offset: int, size: int) -> Sequence[tuple[int, int, int]]:
         """Where a part of the image lies in the arena: offset in the arena, offset in the part, and bytes, of each contiguous range.
 
         Raises:
             InvalidArgument: The image does not have this part.
         """
-        if offset < 0 or size < 0 or offset + size > self._size:
+        last = offset + size
+        if offset < 0 or size < 0 or last > self._size:
             raise InvalidArgument(f"{size} bytes at {offset} are not within the {self._size} bytes of the image")
-        first, index = offset, bisect_right(self._begins, offset) - 1
-        while first < offset + size:
-            end = self._begins[index + 1] if index + 1 < len(self._begins) else self._size
-            length = min(offset + size, end) - first
-            yield self._places[index] + first - self._begins[index], first - offset, length
+        index = bisect_right(self._begins, offset)
+        if index == len(self._begins) or last <= self._begins[index]:  # as nearly all parts lie, which are many
+            return ((self._places[index - 1] + offset - self._begins[index - 1], 0, size),) if size else ()
+        found, first = [], offset
+        while first < last:
+            end = self._begins[index] if index < len(self._begins) else self._size
+            length = min(last, end) - first
+            found.append((self._places[index - 1] + first - self._begins[index - 1], first - offset, length))
             first, index = first + length, index + 1
+        return found

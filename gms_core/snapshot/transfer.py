@@ -102,19 +102,33 @@ class Place(NamedTuple):
 class LaneHash(Protocol):
     """Finds checksums of what lies in the device's memory, without the host. It belongs to a lane, and to that lane's thread."""
 
-    def begin(self, offset: int, size: int) -> int:
-        """Begin to hash a part of the image, once all copies that the lane has begun are done; returns a ticket for `end`.
+    @property
+    def at_once(self) -> int:
+        """Blocks that `begin` takes at most; as many are best."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `begin` would not wait until the device has been made ready."""
+
+    def begin(self, blocks: Sequence[tuple[int, int]]) -> int:
+        """Begin to hash parts of the image, once all copies that the lane has begun are done; returns a ticket for `end`.
+
+        Args:
+            blocks: Offset in the image, and bytes, of each.
 
         Raises:
             DriverError: The device cannot.
         """
 
-    def end(self, ticket: int) -> int:
-        """Wait for a checksum, xxh3_64, and return it. Each ticket is asked for once."""
+    def end(self, ticket: int) -> list[int]:
+        """Wait for the checksums, xxh3_64, and return them in the blocks' order. Each ticket is asked for once."""
 
 
 class CopyLane(Protocol):
-    """One thread's way between host buffers and the device's memory. A lane's copies may go on behind its back; it is used by one thread alone."""
+    """One thread's way between host buffers and the device's memory. It is used by one thread alone.
+
+    Its copies may go on behind its back, one after the other, in the order in which they were begun.
+    """
 
     def arrive(self) -> None:
         """Come back once the memory is there.
@@ -140,7 +154,10 @@ class CopyLane(Protocol):
         """Come back once a copy is done."""
 
     def hash(self) -> LaneHash | None:
-        """What finds checksums on the device; None where the host has to. It is asked for once the lane has arrived; see `Memory.prepare_hash`."""
+        """What finds checksums on the device; None where the host has to. It is asked for once the lane has arrived; see `Memory.prepare_hash`.
+
+        Where it cannot after all, that is known only when it is asked for a checksum.
+        """
 
     def close(self) -> None:
         """Wait for all copies, and all that is hashed, and give up what the lane has. Idempotent."""

@@ -6,106 +6,19 @@ do it hashes what has arrived, and the host does not. Saving: the reverse, and t
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import xxhash
 
-from gms_core.errors import GmsError, TransferFailed
-from gms_core.snapshot.buffers import Buffer, Ring
+from gms_core.snapshot.buffers import Buffer
+from gms_core.snapshot.chunks import Channel, Chunk, OpenFiles
+from gms_core.snapshot.device_checks import DeviceChecks
 from gms_core.snapshot.plan import Piece
-from gms_core.snapshot.transfer import CopyLane, Job, LaneHash, Place, Where
+from gms_core.snapshot.transfer import CopyLane, Job, Place
 from gms_core.vmm.undo import UndoStack
-
-_MOST_HASHED = 8
-"""Blocks that a device hashes for one thread at once, beside the newest one."""
-
-
-class OpenFile(Protocol):
-    """A shard that is open: a file, or an object of a store."""
-
-    @property
-    def path(self) -> Where:
-        """Where it lies."""
-
-    def read(self, view: memoryview, position: int) -> None:
-        """Fill a view from a position on, whatever number of calls that takes.
-
-        Raises:
-            SnapshotDamaged: It ends before.
-            TransferFailed: It could not be read.
-        """
-
-    def write(self, view: memoryview, position: int) -> None:
-        """Write a view to a position.
-
-        Raises:
-            TransferFailed: It could not be written.
-        """
-
-    def damaged(self, position: int, size: int, found: int, saved: int) -> GmsError:
-        """The error for a block that has another checksum than it had."""
-
-
-class OpenFiles(Protocol):
-    """The shards of a job that any of its pieces lies in, open."""
-
-    def __getitem__(self, index: int) -> OpenFile: ...
-
-    def notes(self) -> list[str]:
-        """What a user should know of how they were used."""
-
-    def close(self) -> None:
-        """Close them. Idempotent."""
-
-
-class Chunk(NamedTuple):
-    """What is read or written at once: a block, or a part of one.
-
-    Attributes:
-        piece: The block.
-        offset: Bytes from the image's begin.
-        size: Bytes.
-        file: Where it lies.
-        position: Bytes from the file's begin.
-    """
-
-    piece: Piece
-    offset: int
-    size: int
-    file: OpenFile
-    position: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether its block is whole with it."""
-        return self.offset + self.size == self.piece.offset + self.piece.size
-
-
-class Channel(Protocol):
-    """One thread's way between files and buffers. Chunks end in the order in which they were begun."""
-
-    def begin(self, chunk: Chunk, buffer: Buffer) -> None:
-        """Begin to read a chunk, or to write it; a channel may also do it at once.
-
-        Raises:
-            SnapshotDamaged: The file is too short.
-            TransferFailed: The kernel could not.
-        """
-
-    def end(self) -> Buffer:
-        """Wait for the chunk that was begun first. Returns where its bytes are: in its buffer, or in a place that stays until `close`.
-
-        Raises:
-            SnapshotDamaged: The file is too short.
-            TransferFailed: The kernel could not.
-        """
-
-    def close(self) -> None:
-        """Come back once nothing goes on in any buffer. Copies have ended before. Idempotent."""
 
 
 class Orders(NamedTuple):
@@ -189,8 +102,7 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        hashing = deque[tuple[Chunk, int]]()
-        on_device, is_first = None, True
+        on_device, is_first, is_pinned = None, True, False
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -206,28 +118,27 @@ class Worker:
             chunk, buffer = begun.popleft()
             bytes_at = channel.end()
             self._lap("read")
-            lane.arrive()
-            if bytes_at is buffer:
-                orders.pin()
-            self._lap("arrive")
-            ticket = lane.to_memory(chunk.offset, bytes_at.address, chunk.size)
-            self._lap("copy")
-            copying.append((chunk, buffer, ticket))
             if is_first:
-                is_first = False
-                on_device = lane.hash() if orders.hash_on_device else None
-                self._lap("hash")
+                lane.arrive()
+                on_device, is_first = self._device_checks(), False
+                self._lap("arrive")
+            if bytes_at is buffer and not is_pinned:
+                orders.pin()
+                is_pinned = True
+                self._lap("arrive")
+            copying.append((chunk, buffer, lane.to_memory(chunk.offset, bytes_at.address, chunk.size)))
+            self._lap("copy")
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
             if on_device is None:
                 self._verify(chunk, bytes_at.view)
             elif chunk.is_last:
-                hashing.append((chunk, on_device.begin(chunk.piece.offset, chunk.piece.size)))
-                if len(hashing) > min(orders.depth, _MOST_HASHED):
-                    self._compare(on_device, *hashing.popleft())
+                on_device.add(chunk)
+                self._lap("hash")
         while copying:
             self._copied(*copying.popleft())
-        while on_device is not None and hashing:
-            self._compare(on_device, *hashing.popleft())
+        if on_device is not None:
+            on_device.finish()
+            self._lap("hash")
 
     def _save(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
@@ -280,33 +191,14 @@ class Worker:
         if found is not None and found != (saved := self._orders.job.checksums[chunk.piece.block]):
             raise chunk.file.damaged(chunk.piece.position, chunk.piece.size, found, saved)
 
-    def _compare(self, on_device: LaneHash, chunk: Chunk, ticket: int) -> None:
-        """Compare what a device has found with what was saved. If they differ, say whether it is the file that has changed."""
-        piece = chunk.piece
-        found, saved = on_device.end(ticket), self._orders.job.checksums[piece.block]
-        self._lap("hash")
-        self.checksums[piece.block] = found
-        if found == saved:
-            return
-        try:
-            read = self._read_again(chunk.file, piece)
-        except GmsError as error:
-            raise chunk.file.damaged(piece.position, piece.size, found, saved) from error
-        if read != saved:
-            raise chunk.file.damaged(piece.position, piece.size, read, saved)
-        raise TransferFailed(
-            f"the {piece.size} bytes at position {piece.position} of {chunk.file.path} have the checksum {found:016x} in the device's memory; "
-            f"read once more they have {saved:016x}, with which they were saved: they were read wrongly, or changed on the way",
-            hint="Nothing is published. Try again; if it fails again, look at the kernel's log, and at nvidia-smi -q for ECC errors.",
-            details={"file": str(chunk.file.path), "position": str(piece.position)},
-        )
-
-    def _read_again(self, file: OpenFile, piece: Piece) -> int:
-        """The checksum of a block where it lies."""
-        with contextlib.closing(Ring(1, piece.size)) as ring:
-            view = ring.buffers[0].view[: piece.size]
-            file.read(view, piece.position)
-            return xxhash.xxh3_64_intdigest(view)
+    def _device_checks(self) -> DeviceChecks | None:
+        """What has the device find the checksums, if it shall and can. The lane has arrived."""
+        hashing = self._orders.lane.hash() if self._orders.hash_on_device else None
+        if hashing is None:
+            return None
+        checks = DeviceChecks(self._orders.lane, hashing, self._orders.job.checksums)
+        self.checksums = checks.found
+        return checks
 
     def _digest(self, chunk: Chunk, view: memoryview) -> int | None:
         """Hash a chunk; returns the checksum of its block with the last one."""

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise DriverUnavailable(f"the Python bindings of CUDA cannot be imported: {error}", hint="Install them with: pip install 'gms[cuda]'") from error
 
-__all__ = ["attribute", "checked", "cuda", "device_name", "device_uuid", "find_device", "initialise"]
+__all__ = ["attribute", "checked", "cuda", "device_name", "device_uuid", "failure", "find_device", "initialise"]
 
 _INITIALISATION_HINTS = {
     "CUDA_ERROR_NO_DEVICE": "No GPU is visible to this process: look at nvidia-smi -L and at CUDA_VISIBLE_DEVICES.",
@@ -44,8 +44,22 @@ def checked(call: str, *arguments: Any, about: str = "") -> Any:
     name, words, values = _attempt(call, arguments)
     if not name:
         return values[0] if len(values) == 1 else values or None
-    kind = OutOfMemory if name == "CUDA_ERROR_OUT_OF_MEMORY" else DriverError
-    raise kind(_sentence(call, name, words, about), details={"call": call, "result": name})
+    raise _refused(call, name, words, about)
+
+
+def failure(call: str, result: int, about: str = "") -> DriverError:
+    """The error of a call that was not made by the bindings.
+
+    Args:
+        call: Its name.
+        result: What it gave, which is not success.
+        about: Sizes and addresses, for the message.
+    """
+    try:
+        known = cuda.CUresult(result)
+    except ValueError:
+        return _refused(call, str(result), "", about)
+    return _refused(call, _text("cuGetErrorName", known) or known.name, _text("cuGetErrorString", known), about)
 
 
 def initialise() -> None:
@@ -116,6 +130,11 @@ def _attempt(call: str, arguments: tuple[Any, ...]) -> tuple[str, str, tuple[Any
 def _text(call: str, result: Any) -> str:
     status, text = getattr(cuda, call)(result)
     return text.decode(errors="replace") if int(status) == 0 and text else ""
+
+
+def _refused(call: str, name: str, words: str, about: str) -> DriverError:
+    kind = OutOfMemory if name == "CUDA_ERROR_OUT_OF_MEMORY" else DriverError
+    return kind(_sentence(call, name, words, about), details={"call": call, "result": name})
 
 
 def _sentence(call: str, name: str, words: str, about: str) -> str:

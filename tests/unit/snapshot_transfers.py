@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from gms_core.errors import DriverError
 from gms_core.snapshot import registry
 from gms_core.snapshot.backends import asking
 from gms_core.snapshot.manifest import PAGE_BYTES, Stripe
@@ -135,10 +136,11 @@ class LateMemory:
 
     Attributes:
         hashes: Whether it can find checksums, as a GPU can.
+        refuses: Whether it cannot after all.
         changes: Whether its first copy of all arrives with another byte.
     """
 
-    hashes = changes = False
+    hashes = changes = refuses = False
 
     def __init__(self, device, allocations):
         self.extents, self.arrival = Extents(allocations), Arrival()
@@ -159,6 +161,10 @@ class LateMemory:
 
     def prepare_hash(self, block_bytes):
         self.prepared = block_bytes
+
+    def is_ready(self, lane):
+        """Whether it has been made ready to hash; a lane asks."""
+        return True
 
     def register(self, address, size, *, writable=True):
         with self.lock:
@@ -212,42 +218,50 @@ class LateLane:
         return len(self.copies)
 
     def wait(self, ticket):
-        for copy in self.copies[ticket - 1]:
-            ctypes.memmove(*copy)
-            if self.memory.changes:
-                self.memory.changes = False
-                ctypes.memset(copy[0], (ctypes.string_at(copy[0], 1)[0] + 1) % 256, 1)
-        self.copies[ticket - 1] = []
+        for pending in self.copies[:ticket]:
+            for copy in pending:
+                ctypes.memmove(*copy)
+                if self.memory.changes:
+                    self.memory.changes = False
+                    ctypes.memset(copy[0], (ctypes.string_at(copy[0], 1)[0] + 1) % 256, 1)
+            pending.clear()
 
     def hash(self):
         self.waiter.base()  # it has arrived
         return LateHash(self) if self.memory.hashes and self.memory.prepared else None
 
     def close(self):
-        for ticket in range(1, len(self.copies) + 1):
-            self.wait(ticket)
+        self.wait(len(self.copies))
 
 
 class LateHash:
     """As the hash of a GPU: of what lies in the memory once the copies before it have been made, and no others."""
 
+    at_once = 3
+
     def __init__(self, lane):
         self.lane, self.asked = lane, {}
 
-    def begin(self, offset, size):
+    @property
+    def is_ready(self):
+        return self.lane.memory.is_ready(self.lane)
+
+    def begin(self, blocks):
+        assert 0 < len(blocks) <= self.at_once
+        if self.lane.memory.refuses:
+            raise DriverError("it cannot")
         self.lane.copies.append([])
-        self.lane.hashed += 1
-        self.asked[len(self.lane.copies)] = offset, size
+        self.lane.hashed += len(blocks)
+        self.asked[len(self.lane.copies)] = blocks
         return len(self.lane.copies)
 
     def end(self, ticket):
-        offset, size = self.asked.pop(ticket)
-        for copies in range(1, ticket):
-            self.lane.wait(copies)
+        self.lane.wait(ticket)
         base = self.lane.waiter.base()
-        return xxhash.xxh3_64_intdigest(
-            b"".join(ctypes.string_at(base + place, length) for place, _, length in self.lane.extents.ranges(offset, size))
-        )
+        return [
+            xxhash.xxh3_64_intdigest(b"".join(ctypes.string_at(base + place, length) for place, _, length in self.lane.extents.ranges(offset, size)))
+            for offset, size in self.asked.pop(ticket)
+        ]
 
 
 @functools.cache

@@ -15,13 +15,13 @@ from gms_core.errors import BackendUnavailable, DriverError, InvalidArgument, Sn
 from gms_core.snapshot import registry, system_calls
 from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.buffers import Ring
+from gms_core.snapshot.chunks import Chunk
 from gms_core.snapshot.files import ShardFile
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.memories import memory_for
 from gms_core.snapshot.plan import Piece
 from gms_core.snapshot.running import running
 from gms_core.snapshot.transfer import File, Job
-from gms_core.snapshot.worker import Chunk
 from tests.unit.snapshot_transfers import HashingMemory, LateMemory, Memory, Scene, descriptors, rings, transfer_threads, usable_backends
 
 BACKENDS = usable_backends()

@@ -64,8 +64,44 @@ def test_file_is_named_when_the_device_finds_that_a_block_has_changed(scene, nam
     assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
 
 
-def test_file_is_not_blamed_when_bytes_have_changed_on_the_way(scene):
-    class Changing(HashingMemory):
+class LateHashing(HashingMemory):
+    """As a GPU whose driver compiles for a while: it can hash once a lane has asked some times in vain, or when it is waited for."""
+
+    asked = 0
+
+    def is_ready(self, lane):
+        self.asked += 1
+        return self.asked > 4
+
+
+class NeverHashing(HashingMemory):
+    """As a GPU whose driver cannot compile the kernel."""
+
+    refuses = True
+
+
+@pytest.mark.parametrize("memory", [LateHashing, NeverHashing])
+@pytest.mark.parametrize("name", ["staged", *DEEP])
+def test_every_block_is_compared_when_the_device_can_hash_only_later_or_never(scene, name, memory):
+    target, moved, used = restored(scene, memory, name=name, workers=1)
+    assert scene.holds(target)
+    assert [moved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
+    assert sum(lane.hashed for lane in used.lanes) == (0 if memory is NeverHashing else len(scene.pieces))
+
+
+@pytest.mark.parametrize("memory", [LateHashing, NeverHashing])
+@pytest.mark.parametrize("number", [0, 5, -1])
+def test_file_is_named_when_a_block_has_changed_and_the_device_can_hash_only_later_or_never(scene, memory, number):
+    piece = scene.pieces[number]
+    scene.flip(piece)
+    with pytest.raises(SnapshotDamaged) as caught:
+        restored(scene, memory, workers=1)
+    assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
+
+
+@pytest.mark.parametrize("memory", [HashingMemory, NeverHashing])
+def test_file_is_not_blamed_when_bytes_have_changed_on_the_way(scene, memory):
+    class Changing(memory):
         changes = True
 
     with pytest.raises(TransferFailed, match="changed on the way") as caught:
@@ -80,7 +116,7 @@ def test_damage_is_told_when_the_block_cannot_be_read_again(scene, monkeypatch):
     def gone(*_):
         raise TransferFailed("it is gone")
 
-    monkeypatch.setattr("gms_core.snapshot.worker.Worker._read_again", gone)
+    monkeypatch.setattr("gms_core.snapshot.device_checks._read_again", gone)
     with pytest.raises(SnapshotDamaged, match=f"{scene.checksums[3]:016x}") as caught:
         restored(scene, HashingMemory)
     assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}

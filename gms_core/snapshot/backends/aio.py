@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel
 from gms_core.snapshot.files import JobFiles, ShardFile
 from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.system_calls import needed, refusal, system_call
 from gms_core.snapshot.transfer import Job, Memory, Probe
-from gms_core.snapshot.worker import Channel
 
 _PREAD, _PWRITE = 0, 1
 

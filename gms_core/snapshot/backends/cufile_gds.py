@@ -14,11 +14,11 @@ from gms_core.snapshot.backends.asking import answer, ask
 from gms_core.snapshot.backends.cufile_library import bindings, open_driver, refuse_without_kernel_module
 from gms_core.snapshot.backends.into_memory import all_places, explained
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.direct import DirectWorker
 from gms_core.snapshot.files import JobFiles, ShardFile, shard_file
 from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Job, Memory, Probe
-from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
 
 NAME = "cufile-gds"

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.buffers import Buffer
+from gms_core.snapshot.chunks import Chunk
 from gms_core.snapshot.files import ShardFile, shard_file
 from gms_core.snapshot.manifest import PAGE_BYTES
 from gms_core.snapshot.transfer import Direction
-from gms_core.snapshot.worker import Chunk
 
 _DONE_PLAINLY = frozenset({errno.EINVAL, errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP, errno.ECANCELED})
 """Answers to which the plain call is the remedy: it can leave direct I/O, needs no thread of the kernel's, and tells what is really wrong."""

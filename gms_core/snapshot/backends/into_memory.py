@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from gms_core.errors import BackendUnavailable, GmsError, TransferFailed
 from gms_core.snapshot.buffers import Buffer
+from gms_core.snapshot.chunks import Chunk
 from gms_core.snapshot.files import shard_file
 from gms_core.snapshot.transfer import HOST_MEMORY, Job, Memory, Place
-from gms_core.snapshot.worker import Chunk
 
 
 def all_places(job: Job, memory: Memory, *, of_gpu: bool, backend: str) -> Sequence[Place]:

@@ -18,11 +18,11 @@ from gms_core.snapshot.backends.nixl_posix import PLUGIN, WHOLE_FILE, posix_agen
 from gms_core.snapshot.backends.nixl_posix import probe as probe_posix
 from gms_core.snapshot.backends.nixl_waiting import DEADLINE_S, Patience, Request, hang
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.direct import DirectWorker
 from gms_core.snapshot.files import JobFiles, shard_file
 from gms_core.snapshot.staged import Pace, StagedBackend, deadline
 from gms_core.snapshot.transfer import Job, Memory, Place, Probe
-from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
 
 

@@ -21,10 +21,10 @@ from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.backends.nixl_agents import Agent, Handle, NixlError, Operation, Range, StillUnderWay
 from gms_core.snapshot.backends.nixl_waiting import DEADLINE_S, Patience, hang
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel
 from gms_core.snapshot.files import JobFiles, ShardFile
 from gms_core.snapshot.staged import Pace, StagedBackend, deadline
 from gms_core.snapshot.transfer import Job, Memory, Probe
-from gms_core.snapshot.worker import Channel
 from gms_core.vmm.undo import UndoStack
 
 log = logging.getLogger(__name__)

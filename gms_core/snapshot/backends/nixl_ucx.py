@@ -13,12 +13,12 @@ from gms_core.snapshot.backends.asking import ask
 from gms_core.snapshot.backends.nixl_agents import Agent, NixlError, Range, StillUnderWay
 from gms_core.snapshot.backends.nixl_waiting import DEADLINE_S, Patience, Request, hang
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.engine import StagedTransfer
 from gms_core.snapshot.peers.offers import Offer, Reach, parts
 from gms_core.snapshot.peers.peer import REACH, PeerMemories, PeerMemory
 from gms_core.snapshot.staged import Pace, StagedBackend, check_pieces, deadline
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
-from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
 
 PLUGIN = "UCX"

@@ -15,13 +15,13 @@ from typing import cast
 
 from gms_core.errors import InvalidArgument, TransferFailed
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk, OpenFile
 from gms_core.snapshot.engine import StagedTransfer, Tuning
 from gms_core.snapshot.objects import bucket
 from gms_core.snapshot.objects.bucket import Bucket, ShardObject
 from gms_core.snapshot.objects.urls import MOST_PARTS, locate, smallest_part
 from gms_core.snapshot.staged import BOTH, HASH, LARGEST_CHUNK, check_pieces, choice, cores, number_of
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe, Transfer
-from gms_core.snapshot.worker import Channel, Chunk, OpenFile
 from gms_core.vmm.undo import UndoStack
 
 CHUNK_BYTES = 8 * 2**20

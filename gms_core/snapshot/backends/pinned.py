@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from gms_core.errors import DriverError, TransferFailed
 from gms_core.snapshot.buffers import Buffer, MappedFile
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.files import JobFiles, ShardFile, shard_file
 from gms_core.snapshot.manifest import BLOCK_BYTES
 from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Job, Memory, Probe
-from gms_core.snapshot.worker import Channel, Chunk
 from gms_core.vmm.undo import UndoStack
 
 

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.files import JobFiles
 from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.transfer import Direction, Job, Memory, Probe
-from gms_core.snapshot.worker import Channel, Chunk
 
 
 class PreadvRoute:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from gms_core.errors import TransferFailed
 from gms_core.snapshot.backends.deep import DeepChannel
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel
 from gms_core.snapshot.files import JobFiles, ShardFile
 from gms_core.snapshot.staged import Pace, StagedBackend
 from gms_core.snapshot.system_calls import needed, refusal, system_call
 from gms_core.snapshot.transfer import Job, Memory, Probe
-from gms_core.snapshot.worker import Channel
 from gms_core.vmm.undo import UndoStack
 
 _READ_FIXED, _WRITE_FIXED, _READ, _WRITE = 4, 5, 22, 23

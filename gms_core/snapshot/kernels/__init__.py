@@ -5,6 +5,8 @@ The numbers are those of ``xxh3.cu``.
 
 THREADS = 288
 """Of the thread block that hashes a block: nine warps."""
+MOST_BLOCKS = 8
+"""That are hashed by one launch."""
 MOST_RANGES = 16
 """That a block may lie in."""
 TILE_BYTES = 64 * 2**10

@@ -1,22 +1,28 @@
-// What xxhash's xxh3_64 (seed 0) gives for a block of memory whose size is a multiple of 64 KiB, by one thread block.
+// What xxhash's xxh3_64 (seed 0) gives for each of some blocks of memory whose sizes are multiples of 64 KiB, by one thread block for each.
 //
 // The hash is a chain over pieces of 1 KiB, but what a piece adds to the eight accumulators does not depend on those before it. So eight warps find that
-// for a tile of 64 pieces while a ninth one goes along the chain of the tile before. The chain is what takes the time, so many blocks are to be hashed at
-// once, each by a launch of its own.
+// for a tile of 64 pieces while a ninth one goes along the chain of the tile before. The chain is what takes the time, so several blocks are hashed at
+// once. A launch costs the host as much as several copies do, so they have one together.
 //
 // xxh3.ptx is made from this file: make kernels
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
+#define BLOCKS 8
 #define RANGES 16
 #define WARPS 8
 #define PIECES 64
 #define PIECE 1024
 
-struct Ranges {
+struct Block {
+    u64 size;
     u64 end[RANGES];   // of each range, in bytes from the block's begin
     u64 base[RANGES];  // its address, less the bytes of the block before it
+};
+
+struct Blocks {
+    Block block[BLOCKS];
 };
 
 __constant__ const u64 SECRET[24] = {
@@ -46,9 +52,11 @@ __device__ __forceinline__ u64 folded(u64 value, u64 key)
     return (u64)(u32)mixed * (mixed >> 32);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1)) gms_xxh3_64(Ranges ranges, u64 size, u64* found)
+extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1)) gms_xxh3_64(const __grid_constant__ Blocks blocks, u64* found)
 {
     __shared__ u64 sums[2][PIECES][8];
+    const Block& block = blocks.block[blockIdx.x];
+    const u64 size = block.size;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 pieces = size / PIECE, tiles = pieces / PIECES;
     const u32 pair = lane % 4 * 2, stripe = lane / 4;
@@ -59,9 +67,9 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1)) gms_xxh3_64(Range
     u32 range = 0;
     for (u64 tile = 0; tile <= tiles; tile++) {
         if (warp < WARPS && tile < tiles) {
-            while (tile * PIECES * PIECE >= ranges.end[range])
+            while (tile * PIECES * PIECE >= block.end[range])
                 range++;
-            const ulonglong2* from = (const ulonglong2*)(ranges.base[range] + tile * PIECES * PIECE + warp * PIECE);
+            const ulonglong2* from = (const ulonglong2*)(block.base[range] + tile * PIECES * PIECE + warp * PIECE);
             ulonglong2 first[PIECES / WARPS], second[PIECES / WARPS];
 #pragma unroll
             for (u32 n = 0; n < PIECES / WARPS; n++) {
@@ -110,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 1)) gms_xxh3_64(Range
         if (lane == 0) {
             u64 hash = size * 0x9E3779B185EBCA87ull + product;
             hash = (hash ^ hash >> 37) * 0x165667919E3779F9ull;
-            *found = hash ^ hash >> 32;
+            found[blockIdx.x] = hash ^ hash >> 32;
         }
     }
 }

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gms_core.snapshot.buffers import Buffer, populate
+from gms_core.snapshot.chunks import Channel, Chunk
 from gms_core.snapshot.engine import StagedTransfer, Tuning
 from gms_core.snapshot.manifest import Image
 from gms_core.snapshot.peers.peer import PeerMemories
 from gms_core.snapshot.plan import pieces
 from gms_core.snapshot.staged import cores
 from gms_core.snapshot.transfer import File, Job, Memory
-from gms_core.snapshot.worker import Channel, Chunk
 
 
 def checksums(image: Image, memory: Memory) -> list[int]:
