@@ -44,7 +44,7 @@ def sources(runtime_dir: Path, name: str, devices: Sequence[str], *, ranks: bool
     check_alike([(f"{status.name} on {report.device}", status.identity) for report, status in found])
     order = {device: number for number, device in enumerate(devices)}
     found.sort(key=lambda pair: (order.get(pair[0].device, 0), rank(pair[1].identity, pair[1].name), pair[0].device))
-    return [Place(report.device, socket_path(DeviceId(report.device), runtime_dir), status.name, status.digest) for report, status in found]
+    return [Place(DeviceId(report.device), socket_path(DeviceId(report.device), runtime_dir), status.name, status.digest) for report, status in found]
 
 
 def targets(images: Sequence[Image], runtime_dir: Path, devices: Sequence[str], pool: str) -> list[Place]:
@@ -59,7 +59,10 @@ def targets(images: Sequence[Image], runtime_dir: Path, devices: Sequence[str], 
     chosen = destinations(images, devices, _in_order(reports), pool)
     if lacking := sorted({one.device for one in chosen} - reports.keys()):
         raise ServerUnavailable(f"no server answers in {runtime_dir} for {', '.join(lacking)}", hint="Start it with gms serve.")
-    return [Place(one.device, socket_path(DeviceId(one.device), runtime_dir), one.pool, _digest(reports[one.device], one.pool)) for one in chosen]
+    return [
+        Place(DeviceId(one.device), socket_path(DeviceId(one.device), runtime_dir), one.pool, _digest(reports[one.device], one.pool))
+        for one in chosen
+    ]
 
 
 def _check_once(devices: Sequence[str]) -> None:

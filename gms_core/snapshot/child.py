@@ -1,4 +1,4 @@
-"""A process that moves one image, and nothing else: ``python -m gms_core.snapshot.child``.
+"""A process that moves one image, and nothing else. It begins in `gms_core.snapshot.entry`.
 
 It reads its order from standard input, tells its reports on standard output, and ends when standard input does: whoever started it is gone then, so
 there is nobody to tell anything. It may be killed at any time: the kernel ends what is under way before the process is gone, its leases go with its
@@ -248,15 +248,3 @@ def main() -> int:
         _tell_failure(parent, error)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    ended = 1
-    try:
-        ended = main()
-    except BaseException:
-        log.exception("nobody can be told")
-    finally:
-        logging.shutdown()
-        # Not through the interpreter's end: a library of a backend may wait there for what does not end, or crash (NIXL's UCX does).
-        os._exit(ended)

@@ -17,11 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import msgspec
 
+from gms_core.config import child_environment
+from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, TransferFailed, rebuild
 from gms_core.exit_words import how
+from gms_core.snapshot.entry import CUDA
 from gms_core.snapshot.orders import COMMIT, Arrived, Done, Failed, Order, Progress, Report
 from gms_core.stop_signals import stop_signals
 
@@ -36,6 +40,20 @@ Watch = Callable[[str, Progress], None]
 """Is told how far which image is."""
 
 
+class Task(NamedTuple):
+    """An image's.
+
+    Attributes:
+        name: What people call the image.
+        order: What is to be done with it.
+        device: Whose memory it is in, or is to come to; its process sees no other GPU. None if it needs no device.
+    """
+
+    name: str
+    order: Order
+    device: DeviceId | None = None
+
+
 class _Child:
     """A process with an order, once it is started.
 
@@ -46,32 +64,36 @@ class _Child:
         error: Why it failed.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, task: Task) -> None:
+        self.name = task.name
         self.arrived = False
         self.done: Done | None = None
         self.error: GmsError | None = None
+        self._task = task
         self._line = bytearray()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, order: Order, locks: Collection[int]) -> None:
+    def start(self, locks: Collection[int]) -> None:
         """Start it.
 
         Raises:
             TransferFailed: The machine has no room for it.
         """
+        device = self._task.device
+        on_gpu = device is not None and device != HOST
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gms_core.snapshot.child"],
+                [sys.executable, "-P", "-m", "gms_core.snapshot.entry", *([CUDA] if on_gpu else [])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 process_group=0,
                 pass_fds=tuple(locks),
                 bufsize=0,
+                env=child_environment(CUDA_VISIBLE_DEVICES=device) if device is not None and on_gpu else None,
             )
         except OSError as error:
             raise TransferFailed(f"a process for {self.name} cannot be started: {error.strerror}", hint="Is there memory left?") from error
-        self.send(msgspec.json.encode(order) + b"\n")
+        self.send(msgspec.json.encode(self._task.order) + b"\n")
 
     @property
     def reports(self) -> int:
@@ -127,13 +149,13 @@ class _Child:
         return code
 
 
-def carry_out(orders: Sequence[tuple[str, Order]], watch: Watch, locks: Collection[int] = ()) -> list[Done]:
-    """Carry orders out, all at once.
+def carry_out(tasks: Sequence[Task], watch: Watch, locks: Collection[int] = ()) -> list[Done]:
+    """Carry tasks out, all at once.
 
     What is restored is published only when all of it has arrived. If that then fails for one image, the others are published all the same.
 
     Args:
-        orders: What people call each image, and what is to be done with it.
+        tasks: Of each image.
         watch: Is told how far each is.
         locks: Descriptors of locks that are held as long as one of the processes is there.
 
@@ -147,8 +169,8 @@ def carry_out(orders: Sequence[tuple[str, Order]], watch: Watch, locks: Collecti
     """
     crew = _Crew(watch)
     try:
-        for name, order in orders:
-            crew.start(name, order, locks)
+        for task in tasks:
+            crew.start(task, locks)
         crew.run()
     finally:
         crew.end()
@@ -162,10 +184,10 @@ class _Crew:
         self._selector = selectors.DefaultSelector()
         self._publishing = False
 
-    def start(self, name: str, order: Order, locks: Collection[int]) -> None:
-        child = _Child(name)
+    def start(self, task: Task, locks: Collection[int]) -> None:
+        child = _Child(task)
         self._children.append(child)  # an interrupt may come before there is a process: `end` finds it all the same once there is
-        child.start(order, locks)
+        child.start(locks)
         self._selector.register(child.reports, selectors.EVENT_READ, child)
 
     def run(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from gms_core.devices import DeviceId
 from gms_core.errors import GmsError, InvalidArgument, TransferCancelled
 from gms_core.snapshot.config import SnapshotConfig
 from gms_core.snapshot.control import Control
@@ -16,7 +17,7 @@ from gms_core.snapshot.manifest import BLOCK_BYTES, Image, Manifest
 from gms_core.snapshot.matching import check_alike, check_expected
 from gms_core.snapshot.on_disk import Reference, reference
 from gms_core.snapshot.orders import Done, PullOrder, RestoreOrder, SaveOrder, VerifyOrder
-from gms_core.snapshot.processes import Watch, carry_out
+from gms_core.snapshot.processes import Task, Watch, carry_out
 from gms_core.snapshot.registry import find, usable
 from gms_core.snapshot.running import check, verifies
 from gms_core.snapshot.shelves import open_shelf
@@ -34,7 +35,7 @@ class Place(NamedTuple):
         digest: Of what is committed there; empty if nothing is.
     """
 
-    device: str
+    device: DeviceId
     socket: Path
     pool: str
     digest: str = ""
@@ -95,7 +96,8 @@ def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: Snap
                 for index, place in enumerate(chosen)
             ]
             names = [str(place) for place in chosen]
-            done = carry_out(list(zip(names, orders, strict=True)), watch, staging.locks)
+            tasks = [Task(str(place), order, place.device) for place, order in zip(chosen, orders, strict=True)]
+            done = carry_out(tasks, watch, staging.locks)
             images = [one.image for one in done if one.image is not None]
             check_alike([(who, image.identity) for who, image in zip(names, images, strict=True)])
             manifest = staging.commit(images)
@@ -189,8 +191,8 @@ def publish_together(
         See `Outcome.images`.
     """
     missing = [index for index, place in enumerate(places) if not (if_missing and place.digest == images[index].digest)]
-    orders = [(str(places[index]), order(index, places[index])) for index in missing]
-    done = dict(zip(missing, carry_out(orders, watch), strict=True))
+    tasks = [Task(str(places[index]), order(index, places[index]), places[index].device) for index in missing]
+    done = dict(zip(missing, carry_out(tasks, watch), strict=True))
     return [(str(place), done.get(index)) for index, place in enumerate(places)]
 
 
@@ -227,7 +229,7 @@ def verify_snapshot(wanted: str, config: SnapshotConfig, watch: Watch) -> Outcom
                 snapshot=str(Reference(manifest.name, manifest.version)),
                 id=manifest.id,
             )
-            done.append((name, carry_out([(name, order)], watch)[0]))
+            done.append((name, carry_out([Task(name, order)], watch)[0]))
         return Outcome(manifest, done)
 
 

@@ -269,4 +269,4 @@ def test_interrupt_is_what_is_told_when_it_comes_while_a_process_is_started(monk
 
     monkeypatch.setattr(processes.subprocess, "Popen", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        processes.carry_out([("weights", VerifyOrder(index=0, backend="staged", roots=(), snapshot="x@1", id=""))], lambda *_: None)
+        processes.carry_out([processes.Task("weights", VerifyOrder(index=0, backend="staged", roots=(), snapshot="x@1", id=""))], lambda *_: None)
