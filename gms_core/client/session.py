@@ -196,7 +196,7 @@ class Session:
         write = _expect(WriteGranted, (granted, ()))
         try:
             slab = slab_bytes or SLAB_BYTES.get(self.welcome.driver, 2**30)
-            capacity = round_up(self.driver.memory_info().total, slab)
+            capacity = round_up(self.driver.total_bytes, slab)
             return WriteLease(
                 self,
                 pool,

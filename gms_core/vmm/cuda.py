@@ -117,6 +117,11 @@ class CudaDriver:
         self._memory(handle)
         return False
 
+    @property
+    def total_bytes(self) -> int:
+        """See `PhysicalDriver.total_bytes`."""
+        return self._total
+
     def memory_info(self) -> MemoryInfo:
         """See `PhysicalDriver.memory_info`. NVML tells what is free, since CUDA itself would need a context for that."""
         return MemoryInfo(free=min(free_bytes(self.device_id), self._total), total=self._total)

@@ -78,6 +78,10 @@ class PhysicalDriver(Protocol):
     def seal(self, handle: Handle) -> bool:
         """Refuse every further writable mapping, in any process, where the kernel can. Returns whether it can."""
 
+    @property
+    def total_bytes(self) -> int:
+        """Of the device in all. It asks nobody, and is known at once; `memory_info` may have to load a library first."""
+
     def memory_info(self) -> MemoryInfo:
         """Bytes of the device that are free, and in all."""
 

@@ -159,6 +159,11 @@ class HostDriver:
                 raise _failure("F_ADD_SEALS", error.errno or 0, f"{memory.size} bytes") from error
             return True
 
+    @property
+    def total_bytes(self) -> int:
+        """See `PhysicalDriver.total_bytes`."""
+        return self.memory_info().total
+
     def memory_info(self) -> MemoryInfo:
         """See `PhysicalDriver.memory_info`. Memory that this driver made counts until no process refers to it any more."""
         try:

@@ -108,6 +108,9 @@ class MemoryContract(DriverTests):
             reader.wait()
         assert driver.memory_info().free > before - size // 2
 
+    def test_total_is_that_of_all_memory(self, driver: Driver) -> None:
+        assert driver.total_bytes == driver.memory_info().total
+
     def test_handles_are_released_when_the_driver_is_closed(self, driver: Driver) -> None:
         size = 32 * driver.granularity
         before = driver.memory_info().free
