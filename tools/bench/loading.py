@@ -161,10 +161,10 @@ def _measurements(run: Run, size: int, copy: Limit, disk: Limit) -> tuple[Measur
 def _rounds(run: Run, source: str, place: Place) -> None:
     """Take all samples of a source. Loaders take turns, so that what changes meanwhile on the machine changes for all of them."""
     for number in range(run.wanted.repeat):
-        run.tell(f"{source}, {number + 1} of {run.wanted.repeat}")
         if source == DISK:
             run.fio_s += fio_seconds(place.files, run.tell)
         for name in run.wanted.loaders:
+            run.tell(f"{source}, {number + 1} of {run.wanted.repeat}, {name}")
             _try(run, source, place, name)
 
 
