@@ -27,16 +27,16 @@ class Ending:
         begun: Whether the engine ends.
     """
 
-    def __init__(self, server: uvicorn.Server, manager: Any) -> None:
+    def __init__(self, server: uvicorn.Server) -> None:
         """Prepare.
 
         Args:
             server: The HTTP server.
-            manager: SGLang's ``TokenizerManager``.
         """
         self.begun = False
         self._server = server
-        self._manager = manager
+        self._manager: Any = None
+        self._begin: Callable[[], None]
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.create_future()
         self._work: asyncio.Task[None] | None = None
@@ -57,14 +57,25 @@ class Ending:
         def handle_exit(_: int, __: FrameType | None) -> None:
             self._loop.call_soon_threadsafe(begin)
 
-        class OrderlySignals(self._manager.signal_handler_class):  # type: ignore[misc, name-defined]
-            """SGLang takes the signals from the HTTP server once it answers."""
+        self._begin = begin
+        self._server.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
+
+    def take_signals_of(self, manager: Any) -> None:
+        """The same where SGLang takes the signals from the HTTP server, once it answers. To be called after `take_signals`, and before that.
+
+        Args:
+            manager: SGLang's ``TokenizerManager``.
+        """
+        begin = self._begin
+
+        class OrderlySignals(manager.signal_handler_class):  # type: ignore[misc]
+            """SGLang's, but for the orderly end."""
 
             def sigterm_handler(self, *_: Any, **__: Any) -> None:
                 begin()
 
-        self._server.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
-        self._manager.signal_handler_class = OrderlySignals
+        self._manager = manager
+        manager.signal_handler_class = OrderlySignals
 
     def at_once(self) -> None:
         """Have the process stop to serve now."""
@@ -108,5 +119,9 @@ class Ending:
             self.at_once()
             return
         shut()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Nobody can come any more: finish the requests that run, and end the engine, as SGLang does."""
         self._manager.gracefully_exit = True
         await self._manager.sigterm_watchdog()

@@ -20,7 +20,7 @@ def check_failover(option: Option) -> None:
     Raises:
         EngineUnsupported: Says what, why, and what to do.
     """
-    for refused, what, fix in (*_front_ends(option), *_further_addresses(option), *_ranks(option)):
+    for refused, what, fix in (*_front_ends(option), *_tokenizer_workers(option), *_further_addresses(option), *_ranks(option)):
         if refused:
             raise EngineUnsupported(f"failover: {what}", hint=fix)
 
@@ -38,14 +38,35 @@ def _front_ends(option: Option) -> tuple[_Refusal, ...]:
         (rust is not None and rust.get(), "the front end in Rust cannot be held until its engine is promoted", "Unset SGLANG_RUST_SERVER."),
         (option("enable_http2"), "the front end for HTTP/2 listens before its engine is ready", "Start it without --enable-http2."),
         (
-            (option("tokenizer_worker_num") or 1) > 1,
-            "several tokenizer workers are not held until their engine is promoted yet",
-            "Start it without --tokenizer-worker-num.",
-        ),
-        (
             (option("detokenizer_worker_num") or 1) > 1,
             "the process between several detokenizers and the schedulers is none of the engine's that are watched",
             "Start it without --detokenizer-worker-num.",
+        ),
+    )
+
+
+def _tokenizer_workers(option: Option) -> tuple[_Refusal, ...]:
+    """Several of them are started by GMS, and have one listening socket in common."""
+    from sglang.srt.environ import envs
+
+    if (option("tokenizer_worker_num") or 1) == 1:
+        return ()
+    app = getattr(envs, "SGLANG_HTTP_SERVER_APP_PATH", None)
+    return (
+        (
+            option("enable_http_worker_reuseport"),
+            "tokenizer workers that have a socket each listen before their engine is promoted",
+            "Start it without --enable-http-worker-reuseport.",
+        ),
+        (
+            option("enable_ssl_refresh"),
+            "certificates are not refreshed where there are several tokenizer workers",
+            "Start it without --enable-ssl-refresh, or without --tokenizer-worker-num.",
+        ),
+        (
+            app is not None and app.is_set(),
+            "an app of one's own cannot be held until its engine is promoted",
+            "Unset SGLANG_HTTP_SERVER_APP_PATH, or start it without --tokenizer-worker-num.",
         ),
     )
 

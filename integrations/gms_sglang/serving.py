@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from gms_patches.for_sglang import LAUNCH_DETOKENIZERS, LAUNCH_SERVER, RUN_HTTP_SERVER, WAIT_AND_WARM_UP
 from gms_sglang.detokenizer import run_detokenizer
-from gms_sglang.failover import begin_server, begun
+from gms_sglang.failover import Begun, begin_server, begun
 from gms_sglang.hooks import Hook
 from gms_sglang.load_file import expect_load_file, unname_load_file
 
@@ -33,18 +35,33 @@ def _warm_up(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         engine.warm_up.run(original, *args, **kwargs)
 
 
-def _run_http_server(original: Callable[..., Any], server_args: Any, manager: Any, templates: Any, port_args: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_http_server(
+    original: Callable[..., Any],
+    server_args: Any,
+    tokenizer_manager: Any,
+    template_manager: Any,
+    port_args: Any,
+    scheduler_infos: Any,
+    subprocess_watchdog: Any,
+    **kwargs: Any,
+) -> Any:
     engine = begun()
-    if engine is None:
-        return original(server_args, manager, templates, port_args, *args, **kwargs)
-    from gms_sglang.http_server import held
+    with contextlib.nullcontext() if engine is None else _held(engine, tokenizer_manager, port_args, subprocess_watchdog):
+        return original(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, subprocess_watchdog, **kwargs)
 
+
+def _held(engine: Begun, manager: Any, port_args: Any, watchdog: Any) -> AbstractContextManager[None]:
     if engine.listener is None:  # a program has called what comes after the beginning
         begin_server()
     assert engine.listener is not None
+    if int(engine.option("tokenizer_worker_num") or 1) > 1:
+        from gms_sglang.tokenizer_workers import workers_held
+
+        return workers_held(engine, engine.listener, port_args, watchdog)
+    from gms_sglang.http_server import held
+
     unname_load_file(port_args, manager)
-    with held(engine, engine.listener, manager, port_args):
-        return original(server_args, manager, templates, port_args, *args, **kwargs)
+    return held(engine, engine.listener, manager, port_args)
 
 
 HOOKS = (

@@ -171,7 +171,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--use-ray"], {}, "Ray"),
     ([], {"SGLANG_RUST_SERVER": "1"}, "the front end in Rust"),
     (["--enable-http2"], {}, "HTTP/2"),
-    (["--tokenizer-worker-num", "2"], {}, "several tokenizer workers"),
+    (["--tokenizer-worker-num", "2", "--enable-ssl-refresh"], {}, "certificates are not refreshed"),
     (["--grpc-port", "1234"], {}, "the gRPC server beside the HTTP server"),
     (["--disaggregation-mode", "decode"], {}, "bootstrap"),
     (["--warmups", "mine"], {}, "warm-ups of one's own"),
