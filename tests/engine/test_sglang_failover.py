@@ -6,7 +6,6 @@ What else of a primary can be killed, and when, is in `test_sglang_kills.py`.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -15,9 +14,9 @@ from typing import Any
 
 import pytest
 from chaos.squatter import squatting
-from failover_story import PATIENCE_S, PROMPT, Client, Running, until
+from failover_story import Client, Running, until
 from sglang_site import Site
-from sglang_story import SglangStory
+from sglang_story import SglangStory, Streamed
 
 from tests.ports import free_port
 
@@ -28,28 +27,6 @@ MAIN_AND_CHILDREN = 3
 """A scheduler and a detokenizer."""
 FEW = 3
 """Tokens of an answer where ranks wait for one another at each layer."""
-MANY = 100
-"""Tokens of an answer that takes a while."""
-
-
-class Streamed:
-    """An answer that comes token by token; it has begun to."""
-
-    def __init__(self, client: Client) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE_S)
-        body = {"model": str(client.model), "prompt": PROMPT, "max_tokens": MANY, "temperature": 0, "ignore_eos": True, "stream": True}
-        self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        self._answer = self._connection.getresponse()
-        assert self._answer.status == 200
-        self._lines = [self._answer.readline()]
-
-    def tokens(self) -> list[str]:
-        """All of it, once it is there."""
-        with contextlib.closing(self._connection):
-            self._lines += self._answer.readlines()
-        pieces = [line.removeprefix(b"data:").strip() for line in self._lines if line.strip()]
-        assert pieces.pop() == b"[DONE]"
-        return "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces).split()
 
 
 @pytest.fixture
