@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 SEVERAL = ("--tokenizer-worker-num", "2")
 WHOLE = ["api-server 0", "api-server 1", "detokenizer", "main", "rank 0"]
 ENOUGH = 12
-"""Connections, so many that each worker gets one."""
+"""Connections, so many that each worker should get some; which of them it gets is the kernel's choice."""
 
 
 @pytest.fixture
