@@ -12,6 +12,7 @@ from gms_core.failover.cohort import begin_cohort
 from gms_core.failover.config import failover_config
 from gms_core.failover.front_end.api_server import open_early
 from gms_core.failover.front_end.gate import bind_port
+from gms_core.failover.parent_death import end_forks_with_this
 from gms_sglang.arguments import Option
 from gms_sglang.refused_failover import check_failover
 from gms_sglang.warm_up import WarmUp
@@ -103,6 +104,7 @@ def begin_failover(record: Any, option: Option, gms: GmsConfig) -> None:
     check_failover(option)
     begin_cohort("sglang")
     _end_at_once()
+    end_forks_with_this()  # those that prepare images, from the first image on: they are in no cohort
     _begun = Begun(record, option, gms, failover)
     from gms_sglang.hooks import engage
     from gms_sglang.serving import HOOKS
