@@ -121,6 +121,7 @@ MEMORY: tuple[Symbol, ...] = (
             "Scheduler.ipc_channels": (),
         },
     ),
+    Symbol("sglang.srt.managers.scheduler:Scheduler._release_aborted_request", _PROMOTION, ("self, req",), ">=0.5.20"),
     *group(_PROMOTION, "sglang.srt.managers.io_struct", {"AbortReq": (), "AbortReq.finished_reason": ()}),
     Symbol("sglang.srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", _PROMOTION, ("self, output, recv_obj=",)),
 )
