@@ -57,6 +57,7 @@ MEMORY: tuple[Symbol, ...] = (
         },
     ),
     Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop", _SLEEP, ("self",)),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.server_args", _SLEEP),
     *group(
         _SLEEP,
         "sglang.srt.managers.scheduler",
