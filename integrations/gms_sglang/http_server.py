@@ -87,6 +87,7 @@ class SglangHttp:
     async def open(self) -> None:
         """As `HttpServer.open`."""
         self._gate.open()
+        await self._gate.served_by(self._server)
         self._listens = True
 
     def shut(self) -> None:

@@ -196,6 +196,19 @@ async def test_two_servers_have_one_port_when_only_one_of_them_listens() -> None
 
 
 @in_a_loop
+async def test_nobody_listens_when_a_gate_is_shut_as_soon_as_it_is_served() -> None:
+    _, listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
+    port, gate = listener.getsockname()[1], Gate(listener, None, 16)
+    async with http_server("shut", listener, gate) as server:
+        await gate.reached()
+        gate.open()
+        await gate.served_by(server)
+        gate.shut(server.servers)
+        for _ in range(20):
+            assert await asked(port) == ""
+
+
+@in_a_loop
 async def test_connections_wait_when_the_gate_opens_before_the_server_accepts() -> None:
     _, listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
     gate = Gate(listener, None, 16)

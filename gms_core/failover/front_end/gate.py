@@ -23,6 +23,8 @@ from gms_core.failover.http import App, Event, Receive, Scope, Send
 _listeners: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 """Of this process alone: a copy in a forked child would go on to listen when this process has ended, with nobody who accepts."""
 
+_LOOK_S = 0.001
+"""Seconds between two looks at whether a server has started: it is some steps of its event loop away."""
 _MOST_PATH_BYTES = 107
 """Of a Unix socket's path; one byte more is its end (unix(7))."""
 
@@ -142,6 +144,15 @@ class Gate:
         self._listener.listen(self._backlog)
         self._open.set()
 
+    async def served_by(self, server: Any) -> None:
+        """Wait until an HTTP server has the socket, some steps after `open`. It lets the socket listen once more, so that `shut` lasts from then on.
+
+        Args:
+            server: Uvicorn's.
+        """
+        while not server.started:
+            await asyncio.sleep(_LOOK_S)
+
     def check_alone(self) -> None:
         """Make sure that nobody else listens at a TCP port that is about to be listened at; it could be shared without either of them knowing.
 
@@ -178,7 +189,7 @@ class Gate:
         await self._ready.wait()
 
     def shut(self, servers: Iterable[Any]) -> None:
-        """Listen no more, in any process that shares the socket. What is connected stays.
+        """Listen no more, in any process that shares the socket. What is connected stays. See `served_by`.
 
         Args:
             servers: What the event loop listens with, in this process.
