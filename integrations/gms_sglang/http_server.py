@@ -173,7 +173,7 @@ class Serving:
         api_server = ApiServer(calls, http, ApiPlace(), engine.failover, connect_timeout_s=engine.gms.connect_timeout_s, grace_s=grace_s)
         self._api_server = api_server
         http.hold(api_server.state)
-        ending.take_signals(api_server.depart, http.shut)
+        ending.take_signals(api_server.depart, http.shut, api_server.close)
         coming: asyncio.Future[None] | None = None
         try:
             await api_server.start()

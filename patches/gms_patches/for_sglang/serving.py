@@ -42,6 +42,7 @@ SERVING: tuple[Symbol, ...] = (
             "SignalHandler.sigterm_handler": ("self, signum=, frame=",),
         },
     ),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager._server_stop_hook", _END, (), ">=0.5.20"),
     Symbol("sglang.srt.utils.common:kill_itself_when_parent_died", _DEATH, ("",)),
     Symbol("sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler", _DEATH, ("self, signum=, frame=",)),
     *group(
