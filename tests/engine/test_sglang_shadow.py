@@ -132,6 +132,8 @@ def test_no_rank_computes_when_one_cannot_be_promoted_or_woken_up(server: Any, s
         expected = engine.ask("tokens", FEW)
         assert [len(tokens) for tokens in expected] == [FEW] * 3
 
+        assert refused(engine.ask("call", "promote"), "timeout_s")  # ranks that are all promoted stay so
+        assert engine.ask("tokens", FEW) == expected
         assert engine.ask("release") is None
         with without_new_memory(second):
             for _ in range(2):
