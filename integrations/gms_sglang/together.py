@@ -14,14 +14,6 @@ Outcome = dict[str, Any]
 """What became of a step on one rank: ``answer``, or ``error`` as of `gms_sglang.refusals.told`."""
 
 
-def attempted(step: Callable[[], Any]) -> Outcome:
-    """Try a step on this rank. What it raises is told to the others, who would wait for this rank for ever."""
-    try:
-        return {"answer": step()}
-    except Exception as error:  # noqa: BLE001 - told to whoever asks
-        return {"error": told(error)}
-
-
 def together(step: Callable[[], Any], gather: Callable[[Outcome], list[Outcome]], take_back: Callable[[], None]) -> list[Outcome]:
     """Take a step on every rank.
 
@@ -33,7 +25,15 @@ def together(step: Callable[[], Any], gather: Callable[[Outcome], list[Outcome]]
     Returns:
         What became of it on each rank.
     """
-    outcomes = gather(attempted(step))
+    outcomes = gather(_attempted(step))
     if any("error" in one for one in outcomes):
         take_back()
     return outcomes
+
+
+def _attempted(step: Callable[[], Any]) -> Outcome:
+    """Try a step on this rank. What it raises is told to the others, who would wait for this rank for ever."""
+    try:
+        return {"answer": step()}
+    except Exception as error:  # noqa: BLE001 - told to whoever asks
+        return {"error": told(error)}
