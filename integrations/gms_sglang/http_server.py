@@ -89,6 +89,7 @@ class SglangHttp:
     async def open(self) -> None:
         """As `HttpServer.open`."""
         self._gate.open()
+        await self._gate.served_by(self._server)
         self._listens = True
 
     def shut(self) -> None:
@@ -197,7 +198,7 @@ class Serving(ABC):
         self._api_server = api_server
         self.watch(api_server.state)
         http.hold(api_server.state)
-        ending.take_signals(api_server.depart, http.shut)
+        ending.take_signals(api_server.depart, http.shut, api_server.close)
         coming: asyncio.Future[None] | None = None
         try:
             await api_server.start()

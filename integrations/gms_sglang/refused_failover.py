@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from gms_core.errors import EngineUnsupported
@@ -9,6 +10,31 @@ from gms_sglang.arguments import Option
 
 _HTTP = "Start it with `python -m sglang.launch_server` or `sglang serve`, without this option."
 _ONE = "Start it without failover, or as one group of ranks on one node."
+
+_Refusal = tuple[Any, str, str]
+
+
+def check_memory(option: Option) -> None:
+    """Refuse what puts more into KV memory, or more behind it, than can be handed over. What depends on the model is known later (`shadow`).
+
+    Args:
+        option: The engine's options.
+
+    Raises:
+        EngineUnsupported: Names the option.
+    """
+    refused = {
+        "--enable-hierarchical-cache": option("enable_hierarchical_cache"),
+        "--enable-hisparse": option("enable_hisparse"),
+        "--enable-lmcache": option("enable_lmcache"),
+        "--enable-unified-memory": option("enable_unified_memory"),
+        "--pipeline-parallel-size": (option("pp_size") or 1) > 1,
+        "--speculative-algorithm": option("speculative_algorithm"),
+    }
+    _refuse(
+        (found, f"an engine with {name} cannot hand its KV memory over", f"Start it without {name}, or without failover.")
+        for name, found in refused.items()
+    )
 
 
 def check_failover(option: Option) -> None:
@@ -20,12 +46,13 @@ def check_failover(option: Option) -> None:
     Raises:
         EngineUnsupported: Says what, why, and what to do.
     """
-    for refused, what, fix in (*_front_ends(option), *_tokenizer_workers(option), *_further_addresses(option), *_ranks(option)):
+    _refuse((*_front_ends(option), *_tokenizer_workers(option), *_further_addresses(option), *_ranks(option)))
+
+
+def _refuse(refusals: Iterable[_Refusal]) -> None:
+    for refused, what, fix in refusals:
         if refused:
             raise EngineUnsupported(f"failover: {what}", hint=fix)
-
-
-_Refusal = tuple[Any, str, str]
 
 
 def _front_ends(option: Option) -> tuple[_Refusal, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -99,7 +100,7 @@ class _WorkerServing(Serving):
 class _WorkerEnding(Ending):
     """Of a worker, which ends alone: its main process ends the engine once all of them have. SGLang would end the schedulers with the first one."""
 
-    async def stop(self) -> None:
+    async def stop(self, close: Callable[[], None]) -> None:  # noqa: ARG002 - this end comes back
         """As `Ending.stop`."""
         while self._manager.rid_to_state:
             await asyncio.sleep(_FINISHED_AGAIN_S)

@@ -259,6 +259,13 @@ def test_every_request_comes_to_the_queue_by_the_function_that_is_hooked(source:
     assert adding == {"_add_request_to_queue"}
 
 
+@pytest.mark.parametrize("name", ["release_memory_occupation", "resume_memory_occupation"])
+def test_schedulers_are_asked_for_their_memory_by_the_communicator_that_an_adapter_asks(source: EngineSource, name: str) -> None:
+    mixin = defined(tree(source, "sglang.srt.managers.tokenizer_control_mixin"), "TokenizerControlMixin")
+    attributes = {node.attr for node in ast.walk(defined(mixin, name)) if isinstance(node, ast.Attribute)}
+    assert {"auto_create_handle_loop", f"{name}_communicator"} <= attributes
+
+
 def names(function: ast.FunctionDef) -> set[str]:
     """What a function may take from its module."""
     return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - set(dir(builtins))

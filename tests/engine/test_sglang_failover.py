@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ MAIN_AND_CHILDREN = 3
 """A scheduler and a detokenizer."""
 FEW = 3
 """Tokens of an answer where ranks wait for one another at each layer."""
+LAUNCHER = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.entrypoints.http_server import launch_server
+from sglang.srt.server_args import prepare_server_args
+launch_server(prepare_server_args(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -67,6 +76,28 @@ def test_shadow_tells_the_truth_and_obeys_when_the_gate_is_503(story: SglangStor
         story.until_role(two, "primary")
         assert second.tokens() == right
         assert second.request("GET", "/health")[0] == page.request("GET", "/health")[0] == 200
+
+
+class Launched(SglangStory):
+    """Engines that a program of the user's own launches."""
+
+    @property
+    def command(self) -> Sequence[str]:
+        python, _, _, *options = super().command
+        return (python, "-c", LAUNCHER, *options)
+
+
+def test_engine_is_held_when_a_program_enters_sglang_behind_its_command_line(server: Any, failover_model: Path, tmp_path: Path) -> None:
+    story, client = Launched(server, failover_model, tmp_path), Client(failover_model, free_port())
+    with story.engine("launched", "--port", str(client.port), failover={"autonomous": False}) as engine:
+        story.until_role(engine, "standby")
+        assert not client.listens()
+        story.order(engine, "promote")
+        story.until_role(engine, "primary")
+        assert len(client.tokens(FEW)) == FEW
+        os.kill(engine.process.pid, signal.SIGTERM)
+        engine.until_gone()
+        assert engine.process.returncode == 0
 
 
 @pytest.mark.long

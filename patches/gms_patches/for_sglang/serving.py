@@ -50,6 +50,7 @@ SERVING: tuple[Symbol, ...] = (
     *group(_WORKERS, "sglang.srt.managers.io_struct", {"ShutdownReq": (), "sock_send": ("socket, obj, flags=",)}),
     Symbol("sglang.srt.utils.cudacore_pyspy_dump_utils:collect_scheduler_processes", _WORKERS, ("",)),
     Symbol("sglang.srt.utils.watchdog:SubprocessWatchdog.stop", _WORKERS, ("self",)),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager._server_stop_hook", _END, (), ">=0.5.20"),
     Symbol("sglang.srt.utils.common:kill_itself_when_parent_died", _DEATH, ("",)),
     Symbol("sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler", _DEATH, ("self, signum=, frame=",)),
     *group(
