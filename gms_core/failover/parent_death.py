@@ -8,12 +8,15 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import select
 import signal
 import threading
 
 _guard = threading.Lock()
 _armed_in = 0
 """The process that was armed; a forked child has this variable, but not its parent's threads."""
+_forks_end_with = 0
+"""The process with which those end that it forks; 0 for none."""
 
 
 def end_with_parent() -> bool:
@@ -33,6 +36,41 @@ def end_with_parent() -> bool:
             _armed_in = os.getpid()
             threading.Thread(target=_end_after, args=(parent.sentinel,), name="gms-parent-death", daemon=True).start()
     return True
+
+
+def end_forks_with_this() -> None:
+    """From now on, end every process that this one forks, and those that they fork, with SIGKILL when the one that forked them has ended. Idempotent.
+
+    What was forked keeps the connections of its parent open, so that clients of an engine that was killed would wait for ever.
+    Programs that are executed (`subprocess`) are none of these.
+    """
+    global _forks_end_with
+    _forks_end_with = os.getpid()
+
+
+def _after_fork() -> None:
+    global _forks_end_with
+    if not _forks_end_with:
+        return
+    parent, _forks_end_with = _forks_end_with, os.getpid()
+    try:
+        ended = os.pidfd_open(parent)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return
+    if os.getppid() != parent:  # it had ended before, and its number may be another's now
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_end_after_process, args=(ended,), name="gms-parent-death", daemon=True).start()
+
+
+def _end_after_process(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _end_after(sentinel: int) -> None:

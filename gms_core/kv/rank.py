@@ -132,7 +132,7 @@ class RankKv:
         return not parked
 
     def promote(self, timeout_s: float, *, bridge: bool = False) -> TakenOver:
-        """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
+        """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent; ends `park`.
 
         Args:
             timeout_s: Seconds to wait at most.
@@ -145,6 +145,7 @@ class RankKv:
             FenceFailed: It cannot be ended.
         """
         if self._taken_over is not None:
+            self._parked = False
             return self._taken_over
         if self._asleep():
             raise EngineAsleep("this engine is asleep, and cannot be promoted", hint="Wake it up first.")
@@ -174,6 +175,10 @@ class RankKv:
             taken.map_s * 1e3,
         )
         return taken
+
+    def park(self) -> None:
+        """Compute nothing until the next `promote`: a rank that this one computes with could not be promoted. The memory stays this rank's."""
+        self._parked = True
 
     def proven(self) -> tuple[ProofState, str]:
         """Whether all of the memory may be mapped, since every process of the last holder has exited; with the reason if it never may be.

@@ -11,11 +11,11 @@ from gms_core.failover.parent_death import end_with_parent
 from gms_sglang import LOG
 
 DETOKENIZER = "detokenizer"
-"""What such a process is called."""
+"""What it is called; an engine that fails over has one."""
 
 
 def run_detokenizer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Be a detokenizer's process: SGLang's own function, in one that the first API server can reach. SGLang loads no plugins there."""
+    """Be a detokenizer's process: SGLang's own function, in one that the API server can reach. SGLang loads no plugins there."""
     log_as(LOG)
     end_with_parent()
     be_told(DETOKENIZER, serves=False)

@@ -27,44 +27,56 @@ class Ending:
         begun: Whether the engine ends.
     """
 
-    def __init__(self, server: uvicorn.Server, manager: Any) -> None:
+    def __init__(self, server: uvicorn.Server) -> None:
         """Prepare.
 
         Args:
             server: The HTTP server.
-            manager: SGLang's ``TokenizerManager``.
         """
         self.begun = False
         self._server = server
-        self._manager = manager
+        self._manager: Any = None
+        self._begin: Callable[[], None]
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.create_future()
         self._work: asyncio.Task[None] | None = None
 
-    def take_signals(self, depart: Callable[[], None], shut: Callable[[], None]) -> None:
+    def take_signals(self, depart: Callable[[], None], shut: Callable[[], None], close: Callable[[], None]) -> None:
         """From the start of the server on, have SIGTERM and SIGINT end the engine in order.
 
         Args:
             depart: Tells the servers that the engine ends, from where on requests are refused; it may block.
             shut: Ends the listening. While others can come, those that run would never be the last.
+            close: Waits until all is told that was to be told; it may block. Called where SGLang's end comes back to nobody.
         """
 
         def begin() -> None:
             if not self.begun:
                 self.begun = True
-                self._work = self._loop.create_task(self._end_in_order(depart, shut))
+                self._work = self._loop.create_task(self._end_in_order(depart, shut, close))
 
         def handle_exit(_: int, __: FrameType | None) -> None:
             self._loop.call_soon_threadsafe(begin)
 
-        class OrderlySignals(self._manager.signal_handler_class):  # type: ignore[misc, name-defined]
-            """SGLang takes the signals from the HTTP server once it answers."""
+        self._begin = begin
+        self._server.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
+
+    def take_signals_of(self, manager: Any) -> None:
+        """The same where SGLang takes the signals from the HTTP server, once it answers. To be called after `take_signals`, and before that.
+
+        Args:
+            manager: SGLang's ``TokenizerManager``.
+        """
+        begin = self._begin
+
+        class OrderlySignals(manager.signal_handler_class):  # type: ignore[misc]
+            """SGLang's, but for the orderly end."""
 
             def sigterm_handler(self, *_: Any, **__: Any) -> None:
                 begin()
 
-        self._server.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
-        self._manager.signal_handler_class = OrderlySignals
+        self._manager = manager
+        manager.signal_handler_class = OrderlySignals
 
     def at_once(self) -> None:
         """Have the process stop to serve now."""
@@ -91,14 +103,14 @@ class Ending:
             task.result()
         return cut_short
 
-    async def _end_in_order(self, depart: Callable[[], None], shut: Callable[[], None]) -> None:
+    async def _end_in_order(self, depart: Callable[[], None], shut: Callable[[], None], close: Callable[[], None]) -> None:
         try:
-            await self._end(depart, shut)
+            await self._end(depart, shut, close)
         except Exception:  # noqa: BLE001 - it is logged, and the process ends all the same
             log().exception("this engine could not end in order")
             self.at_once()
 
-    async def _end(self, depart: Callable[[], None], shut: Callable[[], None]) -> None:
+    async def _end(self, depart: Callable[[], None], shut: Callable[[], None], close: Callable[[], None]) -> None:
         try:
             async with asyncio.timeout(DEPART_S):
                 await in_thread(depart, name="gms-depart")
@@ -108,5 +120,15 @@ class Ending:
             self.at_once()
             return
         shut()
+        await self.stop(close)
+
+    async def stop(self, close: Callable[[], None]) -> None:
+        """Nobody can come any more: finish the requests that run, and end the engine, as SGLang does.
+
+        Args:
+            close: As for `take_signals`.
+        """
+        if not hasattr(self._manager, "_server_stop_hook"):  # 0.5.16 does not stop the server in the end: it kills this process
+            await in_thread(close, name="gms-close")
         self._manager.gracefully_exit = True
         await self._manager.sigterm_watchdog()

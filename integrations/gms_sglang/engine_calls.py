@@ -19,6 +19,9 @@ class Ranks(Protocol):
     async def ask(self, method: str, arguments: Mapping[str, Any] | None = None) -> list[Any]:
         """What each rank answers."""
 
+    def close(self) -> None:
+        """Ask no more."""
+
 
 class SglangCalls:
     """`EngineCalls` over SGLang's own remote calls: what the ranks do is in `scheduler_calls`, what the detokenizer does in `detokenizer`.
@@ -79,6 +82,10 @@ class SglangCalls:
     async def unfinished(self, place: ApiPlace, answering: int) -> int:  # noqa: ARG002 - there is one API server
         """As `EngineCalls.unfinished`. Ranks that compute together have the same requests."""
         return int(max(await self._ranks.ask("unfinished"))) + answering
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._ranks.close()
 
     async def _tell(self, order: Order) -> None:
         await in_thread(lambda: tell(DETOKENIZER, 0, order), name="gms-tell")

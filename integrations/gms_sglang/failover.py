@@ -12,6 +12,7 @@ from gms_core.failover.cohort import begin_cohort
 from gms_core.failover.config import failover_config
 from gms_core.failover.front_end.api_server import open_early
 from gms_core.failover.front_end.gate import bind_port
+from gms_core.failover.parent_death import end_forks_with_this
 from gms_sglang.arguments import Option
 from gms_sglang.refused_failover import check_failover
 from gms_sglang.warm_up import WarmUp
@@ -27,7 +28,7 @@ class Begun:
         gms: The engine's block.
         failover: How it fails over.
         warm_up: SGLang's own, which waits for the gate.
-        listener: Bound to the address of the engine's server, at which nobody listens yet; None if it has no server: it is used by a program.
+        listener: As of `take_address`; None before that. An engine that a program uses has no server.
     """
 
     record: Any
@@ -36,6 +37,20 @@ class Begun:
     failover: FailoverConfig
     warm_up: WarmUp = field(default_factory=WarmUp)
     listener: socket.socket | None = None
+
+    def take_address(self) -> socket.socket:
+        """The engine is going to serve HTTP: make sure that it can have its lock and its address. Idempotent.
+
+        Returns:
+            Bound to that address, at which nobody listens yet.
+
+        Raises:
+            GmsError: It cannot.
+        """
+        if self.listener is None:
+            open_early(self.failover)
+            self.listener = bind_port(str(self.option("host")), int(self.option("port")), shared=self.failover.gate == "port")
+        return self.listener
 
 
 _begun: Begun | None = None
@@ -51,15 +66,10 @@ def _begins_with(record: Any) -> bool:
     return multiprocessing.parent_process() is None and (_begun is None or _begun.record is not record)
 
 
-def begin_server() -> None:
-    """The engine that this process has begun is going to serve HTTP: make sure that it can have its lock and its address.
-
-    Raises:
-        GmsError: It cannot.
-    """
-    if _begun is not None:
-        open_early(_begun.failover)
-        _begun.listener = bind_port(str(_begun.option("host")), int(_begun.option("port")), shared=_begun.failover.gate == "port")
+def forget_begun() -> None:
+    """The engine that this process has begun is over: what begins now is another, which does not fail over."""
+    global _begun
+    _begun = None
 
 
 def prepare_record(record: Any, gms: GmsConfig) -> None:
@@ -96,13 +106,14 @@ def begin_failover(record: Any, option: Option, gms: GmsConfig) -> None:
     global _begun
     if not _begins_with(record):
         return
-    _begun = None
+    forget_begun()
     failover = failover_config(gms)
     if failover is None:
         return
     check_failover(option)
     begin_cohort("sglang")
     _end_at_once()
+    end_forks_with_this()  # those that prepare images, from the first image on: they are in no cohort
     _begun = Begun(record, option, gms, failover)
     from gms_sglang.hooks import engage
     from gms_sglang.serving import HOOKS

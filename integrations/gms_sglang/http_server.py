@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import functools
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -18,46 +19,45 @@ from sglang.srt.entrypoints.http_server import app
 
 from gms_core.engine_log import log
 from gms_core.errors import EngineUnsupported
-from gms_core.failover.cohort import GRACE_S, ApiPlace
+from gms_core.failover.cohort import GRACE_S
 from gms_core.failover.front_end.api_server import ApiServer
 from gms_core.failover.front_end.engine import EngineCalls
 from gms_core.failover.front_end.gate import Gate, ListenLast
-from gms_core.failover.front_end.rehearsal import Request, rehearse
+from gms_core.failover.front_end.rehearsal import rehearse
 from gms_core.failover.http import App, HoldMiddleware, wrap_app
 from gms_core.failover.status import EngineState
 from gms_core.failover.threads import in_thread
-from gms_sglang.arguments import Option
 from gms_sglang.ending import Ending
 from gms_sglang.engine_calls import SglangCalls
 from gms_sglang.failover import Begun
+from gms_sglang.part import Part, part_of
 from gms_sglang.scheduler_rpc import SchedulerRpc
+from gms_sglang.warm_up import WarmUp
 
 BACKLOG = 2048
 """Connections that wait to be accepted, as uvicorn has it."""
 APP_S = 5.0
 """Seconds that SGLang's app has to end, where it has not served."""
-_TOKENS = {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True}
 _Serve = Callable[..., Awaitable[None]]
 
 
 class SglangHttp:
     """`HttpServer` over SGLang's ``FastAPI`` and its uvicorn, whose listening socket is a gate's."""
 
-    def __init__(self, server: uvicorn.Server, manager: Any, gate: Gate, keys: Sequence[str], own: Sequence[Request], ending: Ending) -> None:
+    def __init__(self, server: uvicorn.Server, manager: Callable[[], Any], gate: Gate, part: Part, ending: Ending) -> None:
         """Prepare; `hold` is next.
 
         Args:
             server: About to serve SGLang's app.
-            manager: SGLang's ``TokenizerManager``.
+            manager: SGLang's ``TokenizerManager``, once the app is started.
             gate: Of the server's socket.
-            keys: That the app wants one of.
-            own: Requests of SGLang's own API, for the rehearsal.
+            part: What is served.
             ending: Ends the process.
         """
         self._server = server
         self._manager = manager
         self._gate = gate
-        self._keys, self._own = keys, own
+        self._part = part
         self._ending = ending
         self._listens = False
         self._inner: App
@@ -74,11 +74,13 @@ class SglangHttp:
     async def prepared(self) -> None:
         """As `HttpServer.prepared`."""
         await self._gate.reached()
-        self._manager.auto_create_handle_loop()  # signals are for the engine from now on, and not for the HTTP server alone
+        manager = self._manager()
+        self._ending.take_signals_of(manager)
+        manager.auto_create_handle_loop()  # signals are for the engine from now on, and not for the HTTP server alone
 
     async def rehearse(self, engine: EngineCalls) -> None:
         """As `HttpServer.rehearse`."""
-        await rehearse(app, self._inner, engine, self._keys, self._own)
+        await rehearse(app, self._inner, engine, self._part.keys, self._part.requests)
 
     def check_alone(self) -> None:
         """As `HttpServer.check_alone`."""
@@ -87,6 +89,7 @@ class SglangHttp:
     async def open(self) -> None:
         """As `HttpServer.open`."""
         self._gate.open()
+        await self._gate.served_by(self._server)
         self._listens = True
 
     def shut(self) -> None:
@@ -130,7 +133,7 @@ def held(engine: Begun, listener: socket.socket, manager: Any, port_args: Any) -
         if server.config.app is not app:  # such as the status page
             await original(server, *args, **kwargs)
             return
-        begun.append(Serving(engine, listener, server, manager, port_args))
+        begun.append(MainServing(part_of(engine, port_args), listener, server, engine.warm_up, manager))
         await begun[0].run(lambda: original(server, [listener]))
 
     uvicorn.Server.serve = serve  # type: ignore[assignment, method-assign]
@@ -145,13 +148,36 @@ def held(engine: Begun, listener: socket.socket, manager: Any, port_args: Any) -
     begun[0].check()
 
 
-class Serving:
-    """One server's way, from an engine that is up to its end."""
+class Serving(ABC):
+    """One server's way, from an engine that is up to its end. What depends on the process is in the methods that derived classes have."""
 
-    def __init__(self, engine: Begun, listener: socket.socket, server: uvicorn.Server, manager: Any, port_args: Any) -> None:
-        self._engine, self._listener, self._server, self._manager, self._port_args = engine, listener, server, manager, port_args
+    def __init__(self, part: Part, listener: socket.socket, server: uvicorn.Server, warm_up: WarmUp) -> None:
+        """Prepare.
+
+        Args:
+            part: What this process serves.
+            listener: Bound to the engine's address.
+            server: About to serve SGLang's app.
+            warm_up: SGLang's own.
+        """
+        self._part, self._listener, self._server, self._warm_up = part, listener, server, warm_up
         self._api_server: ApiServer
         self._ended = False
+
+    @abstractmethod
+    def manager(self) -> Any:
+        """SGLang's ``TokenizerManager`` of this process, once the app is started."""
+
+    @abstractmethod
+    def connect(self) -> SglangCalls:
+        """The engine's other processes. Called in the event loop."""
+
+    def ending(self) -> Ending:
+        """How this process ends. Called in the event loop."""
+        return Ending(self._server)
+
+    def watch(self, state: EngineState) -> None:  # noqa: B027 - most have nothing to look for
+        """Look at the engine's state. Called before anything of it changes."""
 
     async def run(self, serve: Callable[[], Awaitable[None]]) -> None:
         """Take part in the engine's cohort and in the election, and serve as SGLang does once the gate is open.
@@ -162,33 +188,33 @@ class Serving:
         Raises:
             GmsError: The engine could not take part, or was ended by this error.
         """
-        engine, option = self._engine, self._engine.option
+        part, warm_up = self._part, self._warm_up
         gate = Gate(self._listener, None, BACKLOG)
-        ending = Ending(self._server, self._manager)
-        http = SglangHttp(self._server, self._manager, gate, _keys(option), _requests(option), ending)
-        ranks = SchedulerRpc(self._port_args.rpc_ipc_name)
-        calls = SglangCalls(ranks)
-        grace_s = GRACE_S + engine.failover.drain_timeout_s
-        api_server = ApiServer(calls, http, ApiPlace(), engine.failover, connect_timeout_s=engine.gms.connect_timeout_s, grace_s=grace_s)
+        ending = self.ending()
+        http = SglangHttp(self._server, self.manager, gate, part, ending)
+        calls = self.connect()
+        grace_s = GRACE_S + part.failover.drain_timeout_s
+        api_server = ApiServer(calls, http, part.place, part.failover, connect_timeout_s=part.gms.connect_timeout_s, grace_s=grace_s)
         self._api_server = api_server
+        self.watch(api_server.state)
         http.hold(api_server.state)
-        ending.take_signals(api_server.depart, http.shut)
+        ending.take_signals(api_server.depart, http.shut, api_server.close)
         coming: asyncio.Future[None] | None = None
         try:
             await api_server.start()
             coming = asyncio.ensure_future(self._come_to_serve(api_server))
             cut_short = await ending.unless_ended(serve())
             if cut_short:
-                engine.warm_up.settle(False)
+                warm_up.settle(False)
                 gate.let_go()
                 await self._end_app()
         finally:
             self._ended = ending.begun
-            engine.warm_up.settle(False)
+            warm_up.settle(False)
             gate.let_go()
             if coming is not None:
                 coming.cancel()
-            ranks.close()
+            calls.close()
         if ending.begun:
             await in_thread(api_server.close, name="gms-close")
 
@@ -208,15 +234,22 @@ class Serving:
                     await lifespan.shutdown()
 
     async def _come_to_serve(self, api_server: ApiServer) -> None:
-        self._engine.warm_up.settle(await api_server.come_to_serve())
+        self._warm_up.settle(await api_server.come_to_serve())
         if api_server.failure is None:
             log().debug("%s has come to its gate", api_server.state.engine)
 
 
-def _keys(option: Option) -> list[str]:
-    return [key for key in (option("api_key"), option("admin_api_key")) if key]
+class MainServing(Serving):
+    """That of an engine whose main process serves by itself."""
 
+    def __init__(self, part: Part, listener: socket.socket, server: uvicorn.Server, warm_up: WarmUp, manager: Any) -> None:
+        super().__init__(part, listener, server, warm_up)
+        self._manager = manager
 
-def _requests(option: Option) -> list[Request]:
-    asked = {"input_ids": [1, 2, 3]} if option("skip_tokenizer_init") else {"text": "hello"}
-    return [("/generate", {**asked, "sampling_params": _TOKENS, "stream": stream}) for stream in (False, True)]
+    def manager(self) -> Any:
+        """As `Serving.manager`."""
+        return self._manager
+
+    def connect(self) -> SglangCalls:
+        """As `Serving.connect`."""
+        return SglangCalls(SchedulerRpc(self._part.port_args.rpc_ipc_name))

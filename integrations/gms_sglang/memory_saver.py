@@ -71,13 +71,12 @@ class GmsMemorySaver(TorchMemorySaverAdapter):  # type: ignore[misc]
         return contextlib.nullcontext()
 
     def pause(self, tag: str) -> None:
-        """Nothing yet: SGLang says so before it forgets what is in the memory, and some of that it overwrites with zeros. See `gms_sglang.sleep`."""
+        """Do nothing: SGLang says so before it has forgotten what is in the memory, and `gms_sglang.sleep` unmaps it after that."""
         if tag not in TAGS:
             log().info("memory of the kind %s stays: it is no part of what GMS gives up", tag)
 
     def resume(self, tag: str) -> None:
-        """Map it again. Idempotent."""
-        this_rank().resume([tag])
+        """Do nothing: `gms_sglang.sleep` has mapped it, on all ranks, before SGLang says so."""
 
 
 def _create(original: Callable[[bool], Any], enable: bool) -> Any:  # noqa: ARG001 - SGLang's signature

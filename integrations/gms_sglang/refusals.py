@@ -22,9 +22,9 @@ def as_error(refusal: Mapping[str, str]) -> GmsError:
     return rebuild(refusal["code"], refusal["message"], refusal["hint"], {})
 
 
-def written(error: Exception) -> str:
-    """As `told`, in one string."""
-    return json.dumps(told(error))
+def written(refusal: Mapping[str, str]) -> str:
+    """What `told` has said, in one string."""
+    return json.dumps(refusal)
 
 
 def read(text: str) -> GmsError:

@@ -5,8 +5,6 @@ All ranks do their part and gather what each has to say, so that none waits for 
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -23,16 +21,12 @@ from gms_sglang.hooks import Hook
 from gms_sglang.place import all_ranks, torch_device, world
 from gms_sglang.rank import this_rank
 from gms_sglang.refusals import as_error, told
+from gms_sglang.rpc_answers import CALL, given, send
 from gms_sglang.shadow import take_place
+from gms_sglang.together import Outcome, together
 
-CALL = "gms_call"
-"""The remote call of a front end. ``method`` is one of `Calls`. ``arguments`` are its arguments as a JSON object, to which ``call`` may be added, a
-number that comes back with the answers. ``answer_to`` is the Unix socket that is told these, abstract if it begins with ``@``."""
 PREFIX = "gms_"
 """Before the name of one of `Calls` it makes the remote call of a program: there are no answers, but a refusal fails it."""
-
-_SEND_S = 10.0
-"""Seconds to tell the front end an answer."""
 
 
 class Calls:
@@ -46,6 +40,7 @@ class Calls:
         self._scheduler = scheduler
         self._progress = DeviceProgress(torch_device())
         self._taken: RankMemory | None = None
+        self._promoted = False
 
     def place(self) -> dict[str, Any]:
         """Where this rank computes. Called again, it takes its place in the cohort anew, if the server has been restarted.
@@ -85,10 +80,10 @@ class Calls:
             GmsError: See `gms_core.kv.rank.RankKv.promote`.
         """
         kv = self._kv()
+        if self._taken is None and not self._scheduler.is_fully_idle():
+            raise EngineBusy("a rehearsal is still under way", hint="End it before the promotion.")
+        taken = kv.promote(timeout_s)
         if self._taken is None:
-            if not self._scheduler.is_fully_idle():
-                raise EngineBusy("a rehearsal is still under way", hint="End it before the promotion.")
-            taken = kv.promote(timeout_s)
             self._forget_scratch()
             self._taken = RankMemory(kv.planning.rank, taken.epoch, taken.bytes, taken.hold_s, taken.map_s)
         return self._taken._asdict()
@@ -105,6 +100,11 @@ class Calls:
         if self._scheduler.is_fully_idle():
             return 0
         return max(1, len(self._scheduler.running_batch.reqs) + len(self._scheduler.waiting_queue))
+
+    def _park(self) -> None:
+        """Another rank could not be promoted, so this one must not compute either, unless all have been promoted before."""
+        if not self._promoted and (kv := this_rank().kv) is not None:
+            kv.park()
 
     def _forget_scratch(self) -> None:
         """Nothing that was computed on scratch may be found again: neither tokens nor where they were."""
@@ -143,26 +143,32 @@ def _handle(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
 
 
 def _answer(scheduler: Any, method: str, arguments: str, answer_to: str) -> None:
-    """Do what a front end asks, on all ranks, and tell it their answers; the parameters are as of `CALL`."""
-    given = json.loads(arguments)
-    call = given.pop("call", 0)
-    answers = _gathered(scheduler, method, given)
+    """Do what a front end asks, on all ranks, and tell it their answers; the parameters are as of `gms_sglang.rpc_answers.parameters`."""
+    found, call = given(arguments)
+    answers = _gathered(scheduler, method, found)
     if world().rank_in_group == 0:
-        _send(answer_to, json.dumps({"call": call, "answers": answers}).encode())
+        try:
+            send(answer_to, call, answers)
+        except OSError as error:
+            log().warning("the front end was not told an answer: %s", error)
 
 
-def _gathered(scheduler: Any, method: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    ranks, mine = all_ranks(), _attempted(scheduler, method, given)
-    return [mine] if ranks is None else ranks.all_gather_object(mine)
+def _gathered(scheduler: Any, method: str, arguments: dict[str, Any]) -> list[Outcome]:
+    calls, ranks = _calls_of(scheduler), all_ranks()
 
-
-def _attempted(scheduler: Any, method: str, given: dict[str, Any]) -> dict[str, Any]:
-    try:
+    def step() -> Any:
         if method not in METHODS:
             raise InvalidArgument(f"there is no call {method!r}", hint=f"Calls are {', '.join(sorted(METHODS))}.")
-        return {"answer": getattr(_calls_of(scheduler), method)(**given)}
-    except Exception as error:  # noqa: BLE001 - told to whoever asks
-        return {"error": told(error)}
+        return getattr(calls, method)(**arguments)
+
+    def gather(mine: Outcome) -> list[Outcome]:
+        return [mine] if ranks is None else list(ranks.all_gather_object(mine))
+
+    if method != "promote":
+        return together(step, gather, lambda: None)
+    outcomes = together(step, gather, calls._park)  # noqa: SLF001 - no call of a front end
+    calls._promoted = calls._promoted or not any("error" in one for one in outcomes)  # noqa: SLF001 - as above
+    return outcomes
 
 
 def _calls_of(scheduler: Any) -> Calls:
@@ -170,17 +176,6 @@ def _calls_of(scheduler: Any) -> Calls:
     if found is None:
         found = scheduler._gms_calls = Calls(scheduler)  # noqa: SLF001 - a name that nobody else has
     return found
-
-
-def _send(answer_to: str, message: bytes) -> None:
-    path = "\0" + answer_to[1:] if answer_to.startswith("@") else answer_to
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_SEND_S)
-            connection.connect(path)
-            connection.sendall(message)
-    except OSError as error:
-        log().warning("the front end was not told an answer: %s", error)
 
 
 HOOKS = (Hook(HANDLE_RPC, "around", _handle),)

@@ -13,38 +13,42 @@ from typing import Any
 import torch
 
 from gms_core.engine_log import log
-from gms_core.errors import EngineBusy, GmsError, InvalidArgument
+from gms_core.errors import EngineBusy, InvalidArgument
 from gms_core.sleep import TAGS
 from gms_patches.for_sglang import EXPORT_STATIC_STATE, IMPORT_STATIC_STATE, RELEASE_OCCUPATION, RESUME_OCCUPATION
 from gms_sglang.hooks import Hook
 from gms_sglang.memory_saver import CUDA_GRAPH
 from gms_sglang.rank import this_rank
 from gms_sglang.refusals import written
+from gms_sglang.together import Outcome, together
 
 KINDS = (*TAGS, CUDA_GRAPH)
 """Tags that a request can have."""
 
 
 def _release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Give up memory, once SGLang has forgotten what is in it and its device has finished."""
+    """Give up memory, once SGLang has forgotten what is in it and its device has finished. What is given up already is left alone."""
     start = time.perf_counter()
     refusal = _agreed(manager, lambda: _check_release(manager, request.tags))
     if refusal:
-        return _refused("ReleaseMemoryOccupationReqOutput", refusal)
+        return _answer("ReleaseMemoryOccupationReqOutput", refusal)
+    # SGLang clears some of the KV memory to forget it, which must be mapped then.
+    request.tags = [tag for tag in KINDS if tag in (request.tags or KINDS) and tag not in this_rank().asleep]
+    if not request.tags:
+        return _answer("ReleaseMemoryOccupationReqOutput")
     answer = original(manager, request)
-    this_rank().suspend(request.tags or TAGS)
+    this_rank().suspend(request.tags)
     _say(start)
     return answer
 
 
 def _resume(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Take memory back, before SGLang uses it. Without tags that is all that was given up."""
+    """Take memory back, before SGLang uses it. Without tags that is all that was given up. Where a rank cannot, all stay as they are."""
     start = time.perf_counter()
     asleep = this_rank().asleep
-    refusal = _agreed(manager, lambda: _take_back(manager, request))
+    refusal = _agreed(manager, lambda: _take_back(manager, request), lambda: this_rank().suspend(asleep))
     if refusal:
-        this_rank().suspend(asleep)  # on this rank too: requests go to all of them, and one that refuses would be waited for
-        return _refused("ResumeMemoryOccupationReqOutput", refusal)
+        return _answer("ResumeMemoryOccupationReqOutput", refusal)
     answer = original(manager, request)
     _say(start)
     return answer
@@ -78,24 +82,22 @@ def _is_idle(manager: Any) -> bool:
     return bool(manager.is_fully_idle(ignore_waiting=manager.scheduler is not None and manager.scheduler._engine_paused))  # noqa: SLF001 - as above
 
 
-def _agreed(manager: Any, attempt: Callable[[], None]) -> str:
-    """Do something on every rank; returns the first refusal of any of them, or nothing."""
-    refusal = ""
-    try:
-        attempt()
-    except GmsError as error:
-        refusal = written(error)
-    found: list[Any] = [None] * torch.distributed.get_world_size(manager.tp_cpu_group)
-    torch.distributed.all_gather_object(found, refusal, group=manager.tp_cpu_group)
-    refusals: list[str] = [one for one in found if one]
-    return next(iter(refusals), "")
+def _agreed(manager: Any, step: Callable[[], None], take_back: Callable[[], None] = lambda: None) -> str:
+    """Do something on every rank, or on none; returns the first refusal of any of them, as of `gms_sglang.refusals.written`, or nothing."""
+
+    def gather(mine: Outcome) -> list[Outcome]:
+        found: list[Any] = [None] * torch.distributed.get_world_size(manager.tp_cpu_group)
+        torch.distributed.all_gather_object(found, mine, group=manager.tp_cpu_group)
+        return found
+
+    return next((written(one["error"]) for one in together(step, gather, take_back) if "error" in one), "")
 
 
-def _refused(kind: str, refusal: str) -> Any:
-    """An answer that carries a refusal where others have nothing."""
+def _answer(kind: str, refusal: str = "") -> Any:
+    """An answer of ours, which carries a refusal where SGLang's have nothing."""
     import sglang.srt.managers.io_struct as io_struct
 
-    return getattr(io_struct, kind)(rid=refusal)
+    return getattr(io_struct, kind)(rid=refusal or None)
 
 
 def _say(start: float) -> None:

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from gms_core.engine_log import log
-from gms_core.errors import EngineBusy, GmsError
+from gms_core.errors import EngineBusy, EngineUnsupported, GmsError
 from gms_patches.for_sglang import RELEASE_ANSWER, RESUME_ANSWER
+from gms_sglang.arguments import Option, option_of
 from gms_sglang.hooks import Hook
 from gms_sglang.refusals import read
 
@@ -30,8 +31,10 @@ async def _answer(communicator: str, original: Callable[..., Any], tokenizer: An
         http_request: SGLang has it here, and makes nothing of it either.
 
     Raises:
-        GmsError: One refuses.
+        GmsError: One refuses. None of those that compute together has done it then.
+        EngineUnsupported: There are several groups of ranks that do not compute together, and could not agree.
     """
+    _check_agree(option_of(tokenizer.server_args))
     tokenizer.auto_create_handle_loop()
     deadline = time.monotonic() + PATIENCE_S
     while (refusal := await _asked(getattr(tokenizer, communicator), request)) is not None:
@@ -39,6 +42,14 @@ async def _answer(communicator: str, original: Callable[..., Any], tokenizer: An
             log().warning("refused: %s", refusal)
             raise refusal
         await asyncio.sleep(_LOOK_S)
+
+
+def _check_agree(option: Option) -> None:
+    if (option("dp_size") or 1) > 1 and not option("enable_dp_attention"):
+        raise EngineUnsupported(
+            "an engine with --dp-size does not sleep: a part of its replicas might, and the others answer",
+            hint="Use --enable-dp-attention, or one engine for each replica.",
+        )
 
 
 async def _asked(ask: Callable[[Any], Awaitable[Sequence[Any]]], request: Any) -> GmsError | None:

@@ -14,11 +14,14 @@ from gms_sglang.rank import this_rank
 
 
 def _add(original: Callable[..., None], scheduler: Any, request: Any, is_retracted: bool = False) -> None:
-    """Take a request, or refuse it at once: it never becomes a part of a batch. The probes of SGLang's health endpoints are requests too."""
+    """Take a request, or refuse it at once: it never becomes a part of a batch.
+
+    The probes of SGLang's health endpoints are requests too. To them a refusal is an answer like any other, and a sign of life.
+    """
     try:
         this_rank().check_ready()
     except GmsError as error:
-        log().debug("request %s is refused: %s", request.rid, error.message)  # probes are requests too, of which there are many
+        log().debug("request %s is refused: %s", request.rid, error.message)  # whoever asks is told, and probes are many
         _abort(scheduler, request, str(error))
     else:
         original(scheduler, request, is_retracted)
@@ -29,7 +32,7 @@ def _abort(scheduler: Any, request: Any, message: str) -> None:
 
     reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
     scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=reason), request)
-    if hasattr(scheduler, "_release_aborted_request"):
+    if hasattr(scheduler, "_release_aborted_request"):  # 0.5.16 has nothing to release there
         scheduler._release_aborted_request(request)  # noqa: SLF001 - as SGLang does where it refuses
 
 

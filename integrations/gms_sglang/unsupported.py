@@ -17,7 +17,7 @@ from gms_patches.check import in_range
 from gms_patches.for_sglang import DISTRIBUTIONS, TESTED
 from gms_sglang.arguments import Option
 from gms_sglang.load_format import asks_for_gms
-from gms_sglang.shadow_options import check_shadow
+from gms_sglang.refused_failover import check_memory
 
 STOCK = "Use SGLang's own --load-format for this engine."
 
@@ -79,7 +79,7 @@ def check_options(option: Option, *, asked: bool) -> None:
     """
     options = engine_options(option("model_loader_extra_config"))
     if failover_config(options.gms) is not None:
-        check_shadow(option)
+        check_memory(option)
     for refused, what, fix in (*_loading(option, asked), *_writing(option), *_elsewhere(option), *_allocators(option), *_drafts(option)):
         if refused:
             raise EngineUnsupported(f"--load-format gms: {what}", hint=fix)

@@ -66,6 +66,7 @@ class VllmHttp:
     async def open(self) -> None:
         """As `HttpServer.open`."""
         self._gate.open()
+        await self._gate.served_by(self._app.state.server)
 
     def shut(self) -> None:
         """As `HttpServer.shut`."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
+import inspect
 import logging
 import sys
 import types
@@ -14,12 +16,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import uvicorn
 from engine_wheels import SGLANG
 
 from gms_core.plugins.engines import EngineSource
 from gms_core.sleep import TAGS
 from gms_patches.patch import Kind, Patch
 from gms_sglang.hooks import Hook, is_in_place
+from gms_sglang.tokenizer_workers import APP
 
 pytestmark = pytest.mark.wheels
 
@@ -253,3 +257,58 @@ def test_every_request_comes_to_the_queue_by_the_function_that_is_hooked(source:
         if isinstance(call, ast.Call) and ast.unparse(call.func) in {f"self.waiting_queue.{way}" for way in ("append", "extend", "insert")}
     }
     assert adding == {"_add_request_to_queue"}
+
+
+@pytest.mark.parametrize("name", ["release_memory_occupation", "resume_memory_occupation"])
+def test_schedulers_are_asked_for_their_memory_by_the_communicator_that_an_adapter_asks(source: EngineSource, name: str) -> None:
+    mixin = defined(tree(source, "sglang.srt.managers.tokenizer_control_mixin"), "TokenizerControlMixin")
+    attributes = {node.attr for node in ast.walk(defined(mixin, name)) if isinstance(node, ast.Attribute)}
+    assert {"auto_create_handle_loop", f"{name}_communicator"} <= attributes
+
+
+def names(function: ast.FunctionDef) -> set[str]:
+    """What a function may take from its module."""
+    return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} - set(dir(builtins))
+
+
+def test_several_tokenizer_workers_are_started_by_the_one_call_that_is_stood_in_for(source: EngineSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = defined(tree(source, "sglang.srt.entrypoints.http_server"), "_setup_and_run_http_server")
+    serving = SimpleNamespace(
+        tokenizer_worker_num=2,
+        enable_http2=False,
+        enable_ssl_refresh=False,
+        enable_http_worker_reuseport=False,
+        ssl_certfile=None,
+        host="127.0.0.1",
+        port=8000,
+    )
+    globals_ = {name: MagicMock() for name in (*names(function), "get_serving", "envs")}
+    globals_["get_serving"].return_value = arguments = MagicMock(**vars(serving))
+    globals_["envs"].SGLANG_HTTP_SERVER_APP_PATH.get.return_value = app_path(source)
+    monkeypatch.setitem(sys.modules, "uvicorn.config", MagicMock())
+    run_alone(function, **globals_)(arguments, *(MagicMock() for _ in range(5)))
+    (call,) = globals_["uvicorn"].run.call_args_list
+    assert (call.args, call.kwargs["workers"], call.kwargs["host"], call.kwargs["port"]) == ((APP,), 2, "127.0.0.1", 8000)
+    assert call.kwargs.keys() <= inspect.signature(uvicorn.Config).parameters.keys()
+    assert not globals_["uvicorn"].Server.called
+
+
+def app_path(source: EngineSource) -> str:
+    """The app that workers serve where nobody names another; before 0.5.21 nobody can."""
+    for node in defined(tree(source, "sglang.srt.environ"), "Envs").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SGLANG_HTTP_SERVER_APP_PATH":
+            assert isinstance(node.value, ast.Call)
+            return str(ast.literal_eval(node.value.args[0]))
+    return APP
+
+
+def test_a_tokenizer_worker_finds_its_engine_by_the_process_that_has_started_it(source: EngineSource) -> None:
+    function = defined(tree(source, "sglang.srt.managers.multi_tokenizer_mixin"), "get_main_process_id")
+    process = SimpleNamespace(_parent_pid=7)
+    assert run_alone(function, multiprocessing=SimpleNamespace(current_process=lambda: process))() == 7
+
+
+def test_several_tokenizer_workers_have_an_app_each_that_is_not_started_for_one(source: EngineSource) -> None:
+    module = tree(source, "sglang.srt.entrypoints.http_server")
+    assert "init_multi_tokenizer" in calls(defined(module, "lifespan"))
+    assert {"get_main_process_id", "read_from_shared_memory", "set_global_state"} <= set(calls(defined(module, "init_multi_tokenizer")))

@@ -53,12 +53,13 @@ class Asked:
         """A remote call as a front end makes it, and the answers of all ranks."""
         from sglang.srt.managers.io_struct import RpcReqInput, sock_recv, sock_send
 
+        from gms_sglang.rpc_answers import ABSTRACT, CALL, parameters
+
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind("")
             listener.listen()
-            address = "@" + listener.getsockname()[1:].decode()
-            parameters = {"method": method, "arguments": json.dumps({**arguments, "call": 7}), "answer_to": address}
-            sock_send(self._engine.send_to_rpc, RpcReqInput(method="gms_call", parameters=parameters))
+            address = ABSTRACT + listener.getsockname()[1:].decode()
+            sock_send(self._engine.send_to_rpc, RpcReqInput(method=CALL, parameters=parameters(method, arguments, 7, address)))
             connection, _ = listener.accept()
             with connection, connection.makefile() as file:
                 told = json.load(file)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from chaos.reference import PROMPTS
-from failover_story import Client, Story, until
+from failover_story import PATIENCE_S, PROMPT, Client, Story, until
 from sglang_site import ENVIRONMENT, PYTHON, RENDEZVOUS
 
 from tests.ports import free_port
@@ -17,6 +20,8 @@ OPTIONS = (
 )
 KV_BYTES = 2 * 2 * 2 * 32 * 4 * 4096
 """Keys and values, layers, heads, their size, bytes of a number, tokens."""
+MANY = 100
+"""Tokens of an answer that takes a while."""
 
 
 @dataclass
@@ -50,3 +55,23 @@ class SglangStory(Story):
         with self.engine("stock", "--port", str(client.port), load_format="auto"):
             until(client.listens, "the stock engine listens")
             return [client.continuation(prompt) for prompt in PROMPTS]
+
+
+class Streamed:
+    """An answer that comes token by token; it has begun to."""
+
+    def __init__(self, client: Client) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE_S)
+        body = {"model": str(client.model), "prompt": PROMPT, "max_tokens": MANY, "temperature": 0, "ignore_eos": True, "stream": True}
+        self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        self._answer = self._connection.getresponse()
+        assert self._answer.status == 200
+        self._lines = [self._answer.readline()]
+
+    def tokens(self) -> list[str]:
+        """All of it, once it is there."""
+        with contextlib.closing(self._connection):
+            self._lines += self._answer.readlines()
+        pieces = [line.removeprefix(b"data:").strip() for line in self._lines if line.strip()]
+        assert pieces.pop() == b"[DONE]"
+        return "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces).split()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
 from gms_core.engine_config import FailoverConfig
 from gms_core.errors import ConfigurationError
@@ -126,28 +127,34 @@ def test_nobody_listens_early_when_middleware_knows_nothing_of_starting(middlewa
     asyncio.run(test())
 
 
-@in_a_loop
-async def test_port_is_free_when_an_engine_has_gone_and_a_child_that_it_forked_lives_on() -> None:
-    listener = bind_port("127.0.0.1", 0, shared=True)
-    gate = Gate(listener, None, 10)
-    gate.open()
-    here, there = socket.socketpair()
-    child = os.fork()
-    if child == 0:
-        here.close()
-        there.send(b"running")
-        there.recv(1)
-        os._exit(0)
-    there.close()
-    try:
-        assert here.recv(7) == b"running"
-        listener.close()
-        port = int(gate.address.rpartition(":")[2])
-        with contextlib.closing(bind_port("127.0.0.1", port, shared=True)) as next_one:
-            Gate(next_one, None, 10).check_alone()
-    finally:
-        here.close()
-        assert os.waitpid(child, 0)[1] == 0
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_port_is_free_when_an_engine_has_gone_and_a_child_that_it_forked_lives_on(run: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    async def test() -> None:
+        listener = bind_port("127.0.0.1", 0, shared=True)
+        gate = Gate(listener, None, 10)
+        gate.open()
+        serving = await asyncio.get_running_loop().create_server(asyncio.Protocol, sock=listener)
+        here, there = socket.socketpair()
+        child = os.fork()
+        if child == 0:
+            here.close()
+            there.send(b"running")
+            there.recv(1)
+            os._exit(0)
+        there.close()
+        try:
+            assert here.recv(7) == b"running"
+            serving.close()
+            await serving.wait_closed()
+            listener.close()
+            port = int(gate.address.rpartition(":")[2])
+            with contextlib.closing(bind_port("127.0.0.1", port, shared=True)) as next_one:
+                Gate(next_one, None, 10).check_alone()
+        finally:
+            here.close()
+            assert os.waitpid(child, 0)[1] == 0
+
+    run(test())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -186,6 +193,19 @@ async def test_two_servers_have_one_port_when_only_one_of_them_listens() -> None
         assert await asked(port) == ""
         second.open()
         assert {await asked(port) for _ in range(20)} == {"second"}
+
+
+@in_a_loop
+async def test_nobody_listens_when_a_gate_is_shut_as_soon_as_it_is_served() -> None:
+    _, listener = set_up(bound, Namespace(uds=None, port=0), PORT_FORM, reuse_port=False)
+    port, gate = listener.getsockname()[1], Gate(listener, None, 16)
+    async with http_server("shut", listener, gate) as server:
+        await gate.reached()
+        gate.open()
+        await gate.served_by(server)
+        gate.shut(server.servers)
+        for _ in range(20):
+            assert await asked(port) == ""
 
 
 @in_a_loop

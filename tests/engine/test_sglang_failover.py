@@ -6,18 +6,18 @@ What else of a primary can be killed, and when, is in `test_sglang_kills.py`.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chaos.squatter import squatting
-from failover_story import PATIENCE_S, PROMPT, Client, Running, until
+from failover_story import Client, Running, until
 from sglang_site import Site
-from sglang_story import SglangStory
+from sglang_story import SglangStory, Streamed
 
 from tests.ports import free_port
 
@@ -28,28 +28,14 @@ MAIN_AND_CHILDREN = 3
 """A scheduler and a detokenizer."""
 FEW = 3
 """Tokens of an answer where ranks wait for one another at each layer."""
-MANY = 100
-"""Tokens of an answer that takes a while."""
-
-
-class Streamed:
-    """An answer that comes token by token; it has begun to."""
-
-    def __init__(self, client: Client) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE_S)
-        body = {"model": str(client.model), "prompt": PROMPT, "max_tokens": MANY, "temperature": 0, "ignore_eos": True, "stream": True}
-        self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        self._answer = self._connection.getresponse()
-        assert self._answer.status == 200
-        self._lines = [self._answer.readline()]
-
-    def tokens(self) -> list[str]:
-        """All of it, once it is there."""
-        with contextlib.closing(self._connection):
-            self._lines += self._answer.readlines()
-        pieces = [line.removeprefix(b"data:").strip() for line in self._lines if line.strip()]
-        assert pieces.pop() == b"[DONE]"
-        return "".join(json.loads(piece)["choices"][0]["text"] for piece in pieces).split()
+LAUNCHER = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.entrypoints.http_server import launch_server
+from sglang.srt.server_args import prepare_server_args
+launch_server(prepare_server_args(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -90,6 +76,28 @@ def test_shadow_tells_the_truth_and_obeys_when_the_gate_is_503(story: SglangStor
         story.until_role(two, "primary")
         assert second.tokens() == right
         assert second.request("GET", "/health")[0] == page.request("GET", "/health")[0] == 200
+
+
+class Launched(SglangStory):
+    """Engines that a program of the user's own launches."""
+
+    @property
+    def command(self) -> Sequence[str]:
+        python, _, _, *options = super().command
+        return (python, "-c", LAUNCHER, *options)
+
+
+def test_engine_is_held_when_a_program_enters_sglang_behind_its_command_line(server: Any, failover_model: Path, tmp_path: Path) -> None:
+    story, client = Launched(server, failover_model, tmp_path), Client(failover_model, free_port())
+    with story.engine("launched", "--port", str(client.port), failover={"autonomous": False}) as engine:
+        story.until_role(engine, "standby")
+        assert not client.listens()
+        story.order(engine, "promote")
+        story.until_role(engine, "primary")
+        assert len(client.tokens(FEW)) == FEW
+        os.kill(engine.process.pid, signal.SIGTERM)
+        engine.until_gone()
+        assert engine.process.returncode == 0
 
 
 @pytest.mark.long
@@ -171,7 +179,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["--use-ray"], {}, "Ray"),
     ([], {"SGLANG_RUST_SERVER": "1"}, "the front end in Rust"),
     (["--enable-http2"], {}, "HTTP/2"),
-    (["--tokenizer-worker-num", "2"], {}, "several tokenizer workers"),
+    (["--tokenizer-worker-num", "2", "--enable-ssl-refresh"], {}, "certificates are not refreshed"),
     (["--grpc-port", "1234"], {}, "the gRPC server beside the HTTP server"),
     (["--disaggregation-mode", "decode"], {}, "bootstrap"),
     (["--warmups", "mine"], {}, "warm-ups of one's own"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chaos.squatter import squatting
 from failover_story import until
 from models import write_model
 from sglang_site import Program, Site
@@ -17,6 +22,8 @@ FAILOVER = {"lock": "gms:test", "alias_bytes": 2**20}
 UNCAPPED = {"max_total_tokens": None}
 """An engine that would take a fifth of the machine's memory, if it made a plan of its own."""
 TOKENS = 4096
+FEW = 3
+"""Tokens of an answer where ranks wait for one another at each layer."""
 KV_BYTES = TOKENS * 2 * 2 * 32 * 2 * 4
 """Layers, heads, elements of a head, keys and values, bytes of an element."""
 
@@ -40,6 +47,17 @@ def stock(site: Site, model: Path, **options: Any) -> list[list[int]]:
 
 def refused(answer: Any, words: str) -> bool:
     return words in str(answer)
+
+
+@contextlib.contextmanager
+def without_new_memory(pid: int) -> Iterator[None]:
+    """A process in which no memory of the driver can be made meanwhile: that is a file."""
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 def promoted(engine: Program, epoch: int) -> None:
@@ -92,6 +110,38 @@ def test_tokens_are_right_when_one_engine_after_the_other_is_promoted_and_killed
             assert second.ask("resume") is None
             assert second.memory()[0] == mapped > KV_BYTES
             assert second.ask("tokens") == expected
+
+
+def test_no_rank_computes_when_one_cannot_be_promoted_or_woken_up(server: Any, site: Site, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(map(str, cpus))}
+    with shadow(site, model, environment=variables, tp_size=2) as engine:
+        assert engine.answer() == {"ready": True}
+        with server.connect("test") as session:
+            status = session.status()
+        (pool,) = (pool for pool in status.retained if pool.name.endswith(".1"))
+        (second,) = {member.pid for cohort in status.cohorts for member in cohort.members if member.process.startswith("rank 1")}
+        with squatting(server.socket, "squatter", pool) as squatter:
+            squatter.until_it("holds")
+            for _ in range(2):
+                could, could_not = engine.ask("front_end_call", "promote", timeout_s=0.5)
+                assert (could["answer"]["rank"], could_not["error"]["code"]) == (0, "acquire_timeout")
+                assert refused(engine.ask("tokens", FEW), "this engine is a shadow")
+        assert engine.ask("call", "promote", timeout_s=60.0) is None
+        expected = engine.ask("tokens", FEW)
+        assert [len(tokens) for tokens in expected] == [FEW] * 3
+
+        assert refused(engine.ask("call", "promote"), "timeout_s")  # ranks that are all promoted stay so
+        assert engine.ask("tokens", FEW) == expected
+        assert engine.ask("release") is None
+        with without_new_memory(second):
+            for _ in range(2):
+                assert refused(engine.ask("resume"), "EFBIG")
+                until(lambda: engine.memory()[0] == 0, "all ranks are asleep again")  # the first one answers for those that agreed with it
+                assert refused(engine.ask("tokens", FEW), "this engine is asleep")
+        assert engine.ask("resume") is None
+        assert engine.ask("tokens", FEW) == expected
 
 
 @pytest.mark.long

@@ -157,6 +157,15 @@ def test_rank_is_promoted_once_it_is_awake_when_it_slept(site: Site) -> None:
     assert (rank.proven(), rank.map_rest()) == (("proven", ""), True)
 
 
+def test_rank_computes_nothing_when_it_is_parked_after_its_promotion_until_the_next_one(site: Site) -> None:
+    rank = site.initialised()
+    taken = rank.promote(1.0)
+    rank.park()
+    assert not rank.may_compute(scheduled=False)
+    assert rank.promote(1.0) is taken
+    assert rank.may_compute(scheduled=True)
+
+
 def test_rank_is_refused_when_it_was_never_initialised(site: Site) -> None:
     with pytest.raises(InvalidArgument, match="initialised"):
         site.rank().promote(1.0)

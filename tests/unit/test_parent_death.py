@@ -73,5 +73,34 @@ def test_children_end_when_their_parent_does(start: str, kind: str) -> None:
             os.close(pidfd)
 
 
+FORKS = """
+import os, time
+from gms_core.failover.parent_death import end_forks_with_this
+
+end_forks_with_this()
+for _ in range(2):
+    if os.fork():
+        break
+    print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+
+
+def test_forks_end_when_the_process_that_forked_them_does() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pidfds: list[int] = []
+    try:
+        pidfds.extend(os.pidfd_open(int(parent.stdout.readline())) for _ in range(2))  # a child and a grandchild
+        parent.kill()
+        assert all(until_gone(pidfd) for pidfd in pidfds)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
 def test_nothing_is_watched_when_no_process_of_this_program_has_started_it() -> None:
     assert not end_with_parent()

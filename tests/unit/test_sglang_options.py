@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+import gms_sglang.failover as failover
 import gms_sglang.identity as identity
+import gms_sglang.serving as serving
 import gms_sglang.unsupported as unsupported
+from gms_core.engine_config import FailoverConfig, GmsConfig
 from gms_core.errors import ConfigurationError, EngineUnsupported
 from gms_patches.for_sglang.arguments import ARGUMENTS
+from gms_sglang.refused_failover import check_failover
 from gms_sglang.unsupported import check_engine, check_options, check_quantisation
 
 ADAPTER = Path(inspect.getfile(identity)).parent
@@ -220,3 +224,34 @@ def test_quantisation_is_refused_when_it_replaces_the_model_while_loading(method
             check_quantisation(config, inner)
     else:
         check_quantisation(config, inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"grpc_mode": True}, "gRPC front end"),
+        ({"tokenizer_worker_num": 2, "enable_ssl_refresh": True}, "certificates are not refreshed"),
+        ({"detokenizer_worker_num": 2}, "several detokenizers"),
+        ({"dp_size": 2}, "data parallelism"),
+    ],
+)
+def test_option_is_refused_when_its_engine_could_not_fail_over(options: dict[str, Any], words: str) -> None:
+    check_failover({"tokenizer_worker_num": 1, "detokenizer_worker_num": 1}.get)
+    with pytest.raises(EngineUnsupported, match=words):
+        check_failover(options.get)
+
+
+@pytest.mark.parametrize("options", [{"enable_hierarchical_cache": True}, {"pp_size": 2}, {"speculative_algorithm": "EAGLE"}])
+def test_option_is_refused_when_its_kv_memory_could_not_be_handed_over(options: dict[str, Any]) -> None:
+    asked = {"load_format": "gms", "model_loader_extra_config": '{"gms": {"failover": {"lock": "gms:primary"}}}'}
+    check_options(asked.get, asked=True)
+    with pytest.raises(EngineUnsupported, match="cannot hand its KV memory over"):
+        check_options({**asked, **options}.get, asked=True)
+
+
+def test_engine_is_served_as_ever_when_one_that_fails_over_was_here_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = SimpleNamespace(load_format="gms")
+    monkeypatch.setattr(failover, "_begun", failover.Begun(record, {}.get, GmsConfig(), FailoverConfig(lock="gms:primary")))
+    serving._begin_server(SimpleNamespace(load_format="auto"))
+    assert failover.begun() is None
+    assert serving._run_http_server(lambda *_: "served", *[None] * 6) == "served"

@@ -20,6 +20,11 @@ from typing import Any
 from gms_core.errors import ConfigurationError
 from gms_core.failover.http import App, Event, Receive, Scope, Send
 
+_listeners: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+"""Of this process alone: a copy in a forked child would go on to listen when this process has ended, with nobody who accepts."""
+
+_LOOK_S = 0.001
+"""Seconds between two looks at whether a server has started: it is some steps of its event loop away."""
 _MOST_PATH_BYTES = 107
 """Of a Unix socket's path; one byte more is its end (unix(7))."""
 
@@ -63,7 +68,7 @@ def beside(path: Path) -> Path:
 
 
 def bind_port(host: str, port: int, *, shared: bool) -> socket.socket:
-    """Bind a TCP port, and do not listen at it.
+    """Bind a TCP port, and do not listen at it. Processes that are forked from this one have no part in it.
 
     Args:
         host: Name or address.
@@ -84,6 +89,7 @@ def bind_port(host: str, port: int, *, shared: bool) -> socket.socket:
         except BaseException:
             listener.close()
             raise
+        _listeners.add(listener)
     except OSError as error:
         raise ConfigurationError(
             f"{host}:{port} cannot be had: {error.strerror}",
@@ -103,9 +109,6 @@ def take_path(listener: socket.socket, path: Path, backlog: int | None = None) -
     os.replace(temporary, path)
 
 
-_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
-
-
 class Gate:
     """The listening socket of one API server, from standby to the end. It belongs to the event loop that serves.
 
@@ -114,19 +117,19 @@ class Gate:
     """
 
     def __init__(self, listener: socket.socket, path: Path | None, backlog: int) -> None:
-        """Take over a socket that does not listen yet.
+        """Take over a socket that does not listen yet. Processes that are forked from this one lose it.
 
         Args:
             listener: Of this API server, or shared by all of its engine.
             path: Of a Unix socket.
             backlog: Connections that the kernel keeps until they are accepted.
         """
+        _listeners.add(listener)
         self._listener = listener
         self._path = path
         self._backlog = backlog
         self._open = asyncio.Event()
         self._ready = asyncio.Event()
-        _gates.add(self)
         self.address = f"unix:{path}" if path is not None else _host_and_port(listener)
 
     def open(self) -> None:
@@ -140,6 +143,15 @@ class Gate:
                     raise
         self._listener.listen(self._backlog)
         self._open.set()
+
+    async def served_by(self, server: Any) -> None:
+        """Wait until an HTTP server has the socket, some steps after `open`. It lets the socket listen once more, so that `shut` lasts from then on.
+
+        Args:
+            server: Uvicorn's.
+        """
+        while not server.started:
+            await asyncio.sleep(_LOOK_S)
 
     def check_alone(self) -> None:
         """Make sure that nobody else listens at a TCP port that is about to be listened at; it could be shared without either of them knowing.
@@ -163,10 +175,6 @@ class Gate:
                     f"another server listens at {self.address}", hint="Engines that do not stand in for one another need ports of their own."
                 ) from error
 
-    def forget(self) -> None:
-        """In a forked child: have nothing of the socket. Were it open there, connections could be made that nobody accepts."""
-        self._listener.close()
-
     def let_go(self) -> None:
         """The HTTP server has ended: nobody has to wait for the gate any more."""
         self._open.set()
@@ -181,7 +189,7 @@ class Gate:
         await self._ready.wait()
 
     def shut(self, servers: Iterable[Any]) -> None:
-        """Listen no more, in any process that shares the socket. What is connected stays.
+        """Listen no more, in any process that shares the socket. What is connected stays. See `served_by`.
 
         Args:
             servers: What the event loop listens with, in this process.
@@ -236,8 +244,10 @@ def _host_and_port(listener: socket.socket) -> str:
 
 
 def _after_fork() -> None:
-    for gate in list(_gates):
-        gate.forget()
+    for listener in list(_listeners):
+        if (descriptor := listener.detach()) >= 0:  # close() does nothing while an event loop such as uvloop has the socket
+            os.close(descriptor)
+    _listeners.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -56,4 +56,14 @@ def name_servers(sockets: Sequence[Path], connect_timeout_s: float) -> None:
         PermissionRefused: It could not; the message says why.
         ConnectionLost: It does not answer.
     """
-    tell(_MAIN, 0, Order(tuple(map(str, sockets)), connect_timeout_s))
+    tell_main(Order(tuple(map(str, sockets)), connect_timeout_s))
+
+
+def tell_main(order: Order) -> None:
+    """In an API server: have the main process do something; returns once it has. An empty order asks whether it still does what it is told.
+
+    Raises:
+        PermissionRefused: It could not; the message says why.
+        ConnectionLost: It does not answer.
+    """
+    tell(_MAIN, 0, order)

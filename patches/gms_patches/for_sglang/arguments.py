@@ -41,12 +41,12 @@ ARGUMENTS: tuple[Symbol, ...] = (
     # Ways to serve that never come to the function which the gate hooks.
     *_options(_REFUSED, "disagg", "Disagg", "disaggregation_mode", "encoder_only"),
     *_options(_REFUSED, "device", "Device", "use_ray"),
-    *_options(
-        _REFUSED, "serving", "Serving", "smg_grpc_mode", "grpc_mode", "grpc_port", "sidecar", "enable_http2", "tokenizer_worker_num", "warmups"
-    ),
+    *_options(_REFUSED, "serving", "Serving", "smg_grpc_mode", "grpc_mode", "grpc_port", "sidecar", "enable_http2", "warmups", "enable_ssl_refresh"),
+    *_newest_options(_REFUSED, "serving", "Serving", "enable_http_worker_reuseport"),
     *_options(_REFUSED, "model", "Model", "checkpoint_engine_wait_weights_before_ready"),
     *_options(_REFUSED, "parallel", "Parallel", "nnodes"),
-    *_options(_GATE, "serving", "Serving", "host", "port", "skip_server_warmup", "skip_tokenizer_init", "detokenizer_worker_num"),
+    *_options(_GATE, "serving", "Serving", "host", "port", "skip_server_warmup", "skip_tokenizer_init"),
+    *_options(_GATE, "serving", "Serving", "tokenizer_worker_num", "detokenizer_worker_num"),
     *_options(_GATE, "serving", "Serving", "api_key", "admin_api_key"),
     *_options(_IDENTITY, "device", "Device", "device"),
     *_options(_IDENTITY, "parallel", "Parallel", "tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "moe_dense_tp_size"),

@@ -57,6 +57,7 @@ MEMORY: tuple[Symbol, ...] = (
         },
     ),
     Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.auto_create_handle_loop", _SLEEP, ("self",)),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.server_args", _SLEEP),
     *group(
         _SLEEP,
         "sglang.srt.managers.scheduler",
@@ -121,6 +122,7 @@ MEMORY: tuple[Symbol, ...] = (
             "Scheduler.ipc_channels": (),
         },
     ),
+    Symbol("sglang.srt.managers.scheduler:Scheduler._release_aborted_request", _PROMOTION, ("self, req",), ">=0.5.20"),
     *group(_PROMOTION, "sglang.srt.managers.io_struct", {"AbortReq": (), "AbortReq.finished_reason": ()}),
     Symbol("sglang.srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", _PROMOTION, ("self, output, recv_obj=",)),
 )

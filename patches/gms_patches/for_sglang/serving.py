@@ -6,6 +6,7 @@ from gms_patches.patch import Symbol, group
 
 _CALLS = "calls from the main process to all ranks"
 _END = "an orderly end"
+_WORKERS = "several tokenizer workers"
 _DEATH = "the death of an engine"
 _CRASH = "a crash that is noticed at once"
 _LEFT = "nothing that is left behind"
@@ -42,6 +43,14 @@ SERVING: tuple[Symbol, ...] = (
             "SignalHandler.sigterm_handler": ("self, signum=, frame=",),
         },
     ),
+    # Workers make a tokenizer manager each when their app starts, and are asked to end alone; the engine ends after them.
+    *group(_WORKERS, "sglang.srt.entrypoints.http_server", {"get_global_state": ("",), "_GlobalState.tokenizer_manager": ()}),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager.rid_to_state", _WORKERS),
+    Symbol("sglang.srt.server_args:PortArgs.tokenizer_worker_ipc_name", _WORKERS),
+    *group(_WORKERS, "sglang.srt.managers.io_struct", {"ShutdownReq": (), "sock_send": ("socket, obj, flags=",)}),
+    Symbol("sglang.srt.utils.cudacore_pyspy_dump_utils:collect_scheduler_processes", _WORKERS, ("",)),
+    Symbol("sglang.srt.utils.watchdog:SubprocessWatchdog.stop", _WORKERS, ("self",)),
+    Symbol("sglang.srt.managers.tokenizer_manager:TokenizerManager._server_stop_hook", _END, (), ">=0.5.20"),
     Symbol("sglang.srt.utils.common:kill_itself_when_parent_died", _DEATH, ("",)),
     Symbol("sglang.srt.managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler", _DEATH, ("self, signum=, frame=",)),
     *group(
@@ -63,6 +72,8 @@ SERVING: tuple[Symbol, ...] = (
         "sglang.srt.environ",
         {"Envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": (), "Envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL": ()},
     ),
+    # Another app than the one that workers serve under the rules of failover.
+    Symbol("sglang.srt.environ:Envs.SGLANG_HTTP_SERVER_APP_PATH", _REFUSED, (), ">=0.5.23"),
     # A front end in another language, which never comes to the function that the gate hooks.
     Symbol("sglang.srt.environ:Envs.SGLANG_RUST_SERVER", _REFUSED, (), ">=0.5.17"),
 )
