@@ -22,7 +22,6 @@ from gms_core.errors import GmsError, SnapshotBusy
 from gms_core.snapshot import registry
 from gms_core.snapshot.committed import committed
 from gms_core.snapshot.engine import dedicate_process
-from gms_core.snapshot.numa import stay_near
 from gms_core.snapshot.objects.urls import is_url
 from gms_core.snapshot.orders import (
     COMMIT,
@@ -142,7 +141,6 @@ def carry_out(order: Order, parent: Parent) -> Done:
                 committed(session, order.pool) as lease,
                 Watcher(parent) as watch,
             ):
-                stay_near(session.device)
                 saved = save_image(
                     session, lease, order.target, order.index, backend, workers=order.workers, options=order.options, on_transfer=watch
                 )
@@ -161,7 +159,6 @@ def carry_out(order: Order, parent: Parent) -> Done:
 def _restored(order: RestoreOrder | PullOrder, parent: Parent, images: ImageSource, backend: TransferBackend) -> Done:
     """Publish one image, once the parent says so."""
     with connect(socket_path=Path(order.socket), client=CLIENT) as session, Watcher(parent) as watch:
-        stay_near(session.device)
         restored = restore_image(
             session,
             images,
@@ -174,6 +171,7 @@ def _restored(order: RestoreOrder | PullOrder, parent: Parent, images: ImageSour
             memory_timeout_s=order.memory_timeout_s,
             workers=order.workers,
             options=order.options,
+            at_once=order.at_once,
             on_transfer=watch,
             on_wait=lambda reason: parent.tell(Waiting(reason)),
             before_commit=parent.wait_for_commit,

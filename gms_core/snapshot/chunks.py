@@ -66,6 +66,11 @@ class Chunk(NamedTuple):
     position: int
 
     @property
+    def is_first(self) -> bool:
+        """Whether its block begins with it."""
+        return self.offset == self.piece.offset
+
+    @property
     def is_last(self) -> bool:
         """Whether its block is whole with it."""
         return self.offset + self.size == self.piece.offset + self.piece.size

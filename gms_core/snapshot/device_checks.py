@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import xxhash
 
-from gms_core.errors import DriverError, GmsError, TransferFailed
+from gms_core.errors import GmsError, TransferFailed
 from gms_core.snapshot.buffers import Ring
 from gms_core.snapshot.chunks import Chunk, OpenFile
 from gms_core.snapshot.plan import Piece
@@ -24,6 +24,7 @@ class DeviceChecks:
 
     Attributes:
         found: The checksums of those that were compared, by the block's number.
+        refused: Whether the device hashes nothing after all: the host has to, from the next block on.
 
     Args:
         lane: Its thread's; copies are begun in it.
@@ -33,6 +34,7 @@ class DeviceChecks:
 
     def __init__(self, lane: CopyLane, hashing: LaneHash, saved: Sequence[int]) -> None:
         self.found: dict[int, int] = {}
+        self.refused = False
         self._lane = lane
         self._hashing = hashing
         self._saved = saved
@@ -64,9 +66,9 @@ class DeviceChecks:
     def _begin(self) -> None:
         """Have the next blocks hashed, and compare those before them meanwhile."""
         blocks = [self._gathered.popleft() for _ in range(min(len(self._gathered), self._hashing.at_once))]
-        try:
-            ticket = self._hashing.begin([(piece.offset, piece.size) for piece, _ in blocks])
-        except DriverError:  # whoever makes it ready has said so
+        ticket = self._hashing.begin([(piece.offset, piece.size) for piece, _ in blocks])
+        if ticket is None:
+            self.refused = True
             for piece, file in blocks:
                 self._compare(piece, file, self._read_back(piece))
             return

@@ -192,8 +192,9 @@ class StagedTransfer:
                 seconds[name] += spent
         ended = max(worker.ended for worker in self._workers)
         seconds["clean"] = self._cleaned - ended
+        notes = [*self._notes, *sorted(set[str]().union(*(worker.notes for worker in self._workers)))]
         phases = tuple(Phase(name, spent) for name, spent in sorted(seconds.items()))
-        return Moved(self.poll(), ended - self._began, checksums, phases, tuple(self._notes))
+        return Moved(self.poll(), ended - self._began, checksums, phases, tuple(notes))
 
     def cancel(self) -> None:
         """See `Transfer.cancel`."""

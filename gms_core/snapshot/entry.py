@@ -1,7 +1,8 @@
-"""Where a process that moves one image begins: ``python -m gms_core.snapshot.entry [cuda]``.
+"""Where a process that moves one image begins: ``python -m gms_core.snapshot.entry [GPU]``.
 
-A GPU's context takes a tenth of a second to make, several of them on one machine as long one after the other, and the driver's start takes as long
-again. All that goes on behind the back of Python, which imports meanwhile what the work needs.
+It stays on the processors near the GPU, by its UUID. That GPU, the only one that it sees, needs a context, which takes a tenth of a second to make,
+several of them on one machine as long one after the other; and the driver's start takes as long again. All that goes on behind the back of Python,
+which imports meanwhile what the work needs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import os
 import sys
 import threading
 
-log = logging.getLogger(__name__)
+from gms_core.snapshot.numa import stay_near
 
-CUDA = "cuda"
-"""The argument of a process that sees one GPU, and will copy to it or from it."""
+log = logging.getLogger(__name__)
 
 
 def begin_context() -> None:
@@ -35,7 +35,8 @@ def begin_context() -> None:
 if __name__ == "__main__":
     ended = 1
     try:
-        if CUDA in sys.argv[1:]:
+        for gpu in sys.argv[1:]:
+            stay_near(gpu)
             threading.Thread(target=begin_context, name="gms-early-context", daemon=True).start()
         from gms_core.snapshot import child
 

@@ -22,7 +22,7 @@ _BATCHES = 2048
 """That may be under way at once: two for each of the 1024 threads that a transfer may have."""
 
 _STREAMS = 4
-"""Batches that are hashed at once. Each takes a millisecond, in which as much as three of them are copied at most."""
+"""Batches that are hashed at once. Each takes a millisecond, in which less than half as much is copied."""
 
 
 class _Block(ctypes.Structure):

@@ -20,8 +20,11 @@ class Device(Protocol):
     """What the lanes of a memory share."""
 
     @property
-    def is_pinned(self) -> bool:
-        """Whether host memory that is copied has been pinned."""
+    def quick(self) -> QuickCalls:
+        """Calls that keep the interpreter's lock."""
+
+    def is_pinned(self, address: int) -> bool:
+        """Whether host memory has been pinned."""
 
     @property
     def can_hash(self) -> bool:
@@ -34,12 +37,8 @@ class Device(Protocol):
     def context(self) -> Any:
         """The device's primary context; it is made by whoever asks first."""
 
-    def hashing(self) -> DeviceHash:
-        """What finds checksums, once it has been made ready. Called with the context current.
-
-        Raises:
-            DriverError: The device cannot.
-        """
+    def hashing(self) -> DeviceHash | None:
+        """What finds checksums, once it has been made ready; None if it could not be."""
 
 
 class _Event(NamedTuple):
@@ -64,7 +63,7 @@ class CudaLane:
         self._extents = extents
         self._waiter = waiter
         self._spin = spin
-        self._quick = QuickCalls()
+        self._quick = device.quick
         self._stream: Any = None
         self._stream_number = 0
         self._copied: Any = None
@@ -86,7 +85,7 @@ class CudaLane:
         self._open()
         base = self._waiter.base()
         for place, inside, length in self._extents.ranges(offset, size):
-            if self._device.is_pinned:
+            if self._device.is_pinned(source + inside):
                 self._quick.copy_to_device(base + place, source + inside, length, self._stream_number)
             else:
                 checked("cuMemcpyHtoDAsync", base + place, source + inside, length, self._stream, about=f"{length} bytes to {base + place:#x}")
@@ -200,9 +199,11 @@ class _CudaHash:
         """See `LaneHash.is_ready`."""
         return self._device.hash_is_ready
 
-    def begin(self, blocks: Sequence[tuple[int, int]]) -> int:
+    def begin(self, blocks: Sequence[tuple[int, int]]) -> int | None:
         """See `LaneHash.begin`."""
         hashing = self._device.hashing()
+        if hashing is None:
+            return None
         ticket, batch = self._lane.begin_hash(hashing, blocks)
         self._batches[ticket] = hashing, batch, len(blocks)
         return ticket

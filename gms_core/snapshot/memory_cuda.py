@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from gms_core.devices import DeviceId
-from gms_core.errors import DriverError, GmsError
+from gms_core.errors import DriverError, GmsError, TransferCancelled
 from gms_core.snapshot.hash_cuda import DeviceHash
 from gms_core.snapshot.kernels import MOST_RANGES, TILE_BYTES
 from gms_core.snapshot.lane_cuda import CudaLane
@@ -22,12 +24,14 @@ from gms_core.snapshot.plan import Extents
 from gms_core.snapshot.transfer import CopyLane, Place
 from gms_core.vmm.cuda_calls import attribute, checked, find_device
 from gms_core.vmm.driver import Address
+from gms_core.vmm.quick_calls import QuickCalls
 from gms_core.vmm.undo import UndoStack
 
 log = logging.getLogger(__name__)
 
 _PORTABLE = 0x01
 _READ_ONLY = 0x08
+_begin_of = operator.itemgetter(0)
 
 
 class CudaMemory:
@@ -36,7 +40,7 @@ class CudaMemory:
     It uses the device's primary context, and begins to make it at once: that takes a tenth of a second.
 
     Attributes:
-        is_pinned: Whether what is copied to it has been pinned.
+        quick: Calls that keep the interpreter's lock.
 
     Args:
         device: UUID, as NVML writes it.
@@ -49,6 +53,7 @@ class CudaMemory:
 
     def __init__(self, device: DeviceId, allocations: Sequence[tuple[int, int]]) -> None:
         self._device = find_device(device)
+        self.quick = QuickCalls()
         self._extents = Extents(allocations)
         self._smallest = min((size for _, size in allocations), default=0)
         self._whole_tiles = not any((place | size) % TILE_BYTES for place, size in allocations)
@@ -57,9 +62,8 @@ class CudaMemory:
         self._context: Any = None
         self._hash: DeviceHash | None = None
         self._preparing: threading.Thread | None = None
-        self._cannot_hash = False
         self._closed = False
-        self.is_pinned = False
+        self._pinned: list[tuple[int, int]] = []
         self._beginning = threading.Thread(target=self._begin, name="gms-snapshot-context", daemon=True)
         self._beginning.start()
 
@@ -100,24 +104,11 @@ class CudaMemory:
         """Whether `hashing` would not wait."""
         return self._preparing is not None and not self._preparing.is_alive()
 
-    def hashing(self) -> DeviceHash:
-        """What finds checksums, once it has been made ready. Called with the context current.
-
-        Raises:
-            DriverError: The device cannot.
-        """
+    def hashing(self) -> DeviceHash | None:
+        """What finds checksums, once it has been made ready; None if it could not be."""
         if self._preparing is not None:
             self._preparing.join()
-        with self._lock:
-            if self._hash is None and not self._cannot_hash:
-                try:
-                    self._hash = DeviceHash()
-                except GmsError as error:
-                    self._cannot_hash = True
-                    log.warning("checksums are found by the host, since the GPU cannot: %s", error)
-            if self._hash is None:
-                raise DriverError("the GPU cannot find checksums")
-            return self._hash
+        return self._hash
 
     def register(self, address: int, size: int, *, writable: bool = True) -> None:
         """See `Memory.register`."""
@@ -126,12 +117,21 @@ class CudaMemory:
         flags = _PORTABLE if writable else _PORTABLE | _READ_ONLY
         with _current(self.context()):
             checked("cuMemHostRegister", address, size, flags, about=f"{size} bytes at {address:#x}")
-        self.is_pinned = True
+        with self._lock:
+            self._pinned = sorted([*self._pinned, (address, address + size)])
 
     def unregister(self, address: int) -> None:
         """See `Memory.unregister`."""
+        with self._lock:
+            self._pinned = [pinned for pinned in self._pinned if pinned[0] != address]
         with _current(self.context()):
             checked("cuMemHostUnregister", address, about=f"{address:#x}")
+
+    def is_pinned(self, address: int) -> bool:
+        """Whether host memory has been pinned."""
+        pinned = self._pinned
+        place = bisect_right(pinned, address, key=_begin_of) - 1
+        return place >= 0 and address < pinned[place][1]
 
     def places(self, offset: int, size: int) -> Sequence[Place]:
         """See `Memory.places`."""
@@ -139,6 +139,7 @@ class CudaMemory:
 
     def close(self) -> None:
         """See `ArenaMemory.close`."""
+        self._arrival.never()
         self._beginning.join()
         if self._preparing is not None:
             self._preparing.join()
@@ -164,11 +165,19 @@ class CudaMemory:
             log.debug("no context on device %s yet: %s", self._device, error)
 
     def _prepare_hash(self) -> None:
+        waiter = self._arrival.waiter()
         try:
             with _current(self.context()):
-                self._hash = DeviceHash()
-        except GmsError as error:  # a device that is full now may not be once the memory is there: who asks tries again
-            log.debug("the GPU cannot find checksums yet: %s", error)
+                try:
+                    self._hash = DeviceHash()
+                except GmsError as error:  # a device that is full now may not be once the memory is there
+                    log.debug("the GPU cannot find checksums yet: %s", error)
+                    waiter.base()
+                    self._hash = DeviceHash()
+        except TransferCancelled:
+            return
+        except GmsError as error:
+            log.warning("checksums are found by the host, since the GPU cannot: %s", error)
 
     def context(self) -> Any:
         """The device's primary context; it is made by whoever asks first."""

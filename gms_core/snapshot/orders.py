@@ -17,12 +17,14 @@ class _Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         backend: What moves the bytes, by its name.
         workers: Threads; 0 for as many as suit the backend.
         options: The backend's own.
+        at_once: Images that are moved at once on this machine.
     """
 
     index: int
     backend: str
     workers: int = 0
     options: dict[str, str] = {}
+    at_once: int = 1
 
 
 class SaveOrder(_Order, tag="save", frozen=True, kw_only=True, forbid_unknown_fields=True):

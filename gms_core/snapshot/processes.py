@@ -25,7 +25,6 @@ from gms_core.config import child_environment
 from gms_core.devices import HOST, DeviceId
 from gms_core.errors import GmsError, TransferFailed, rebuild
 from gms_core.exit_words import how
-from gms_core.snapshot.entry import CUDA
 from gms_core.snapshot.orders import COMMIT, Arrived, Done, Failed, Order, Progress, Report
 from gms_core.stop_signals import stop_signals
 
@@ -79,17 +78,16 @@ class _Child:
         Raises:
             TransferFailed: The machine has no room for it.
         """
-        device = self._task.device
-        on_gpu = device is not None and device != HOST
+        gpu = self._task.device if self._task.device != HOST else None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gms_core.snapshot.entry", *([CUDA] if on_gpu else [])],
+                [sys.executable, "-P", "-m", "gms_core.snapshot.entry", *([gpu] if gpu else [])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 process_group=0,
                 pass_fds=tuple(locks),
                 bufsize=0,
-                env=child_environment(CUDA_VISIBLE_DEVICES=device) if device is not None and on_gpu else None,
+                env=child_environment(CUDA_VISIBLE_DEVICES=gpu) if gpu else None,
             )
         except OSError as error:
             raise TransferFailed(f"a process for {self.name} cannot be started: {error.strerror}", hint="Is there memory left?") from error
@@ -170,7 +168,7 @@ def carry_out(tasks: Sequence[Task], watch: Watch, locks: Collection[int] = ()) 
     crew = _Crew(watch)
     try:
         for task in tasks:
-            crew.start(task, locks)
+            crew.start(task._replace(order=msgspec.structs.replace(task.order, at_once=len(tasks))), locks)
         crew.run()
     finally:
         crew.end()

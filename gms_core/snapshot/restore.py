@@ -83,6 +83,7 @@ def restore_image(
     memory_timeout_s: float = MEMORY_S,
     workers: int = 0,
     options: Mapping[str, str] | None = None,
+    at_once: int = 1,
     on_transfer: OnTransfer | None = None,
     on_wait: Callable[[str], None] | None = None,
     before_commit: Callable[[], None] | None = None,
@@ -103,6 +104,7 @@ def restore_image(
         memory_timeout_s: Seconds to wait for memory that others release.
         workers: Threads; 0 for as many as suit the backend.
         options: The backend's own.
+        at_once: Images that are moved at once on this machine, this one among them.
         on_transfer: Is told of the transfer.
         on_wait: Is told of what is waited for.
         before_commit: Is called once all is there as it was saved. It may wait, such as for images of other devices, and what it raises keeps this
@@ -119,7 +121,7 @@ def restore_image(
     """
     begin, image = time.monotonic(), snapshot.image(index)
     check_fits(image, session.welcome.driver, session.welcome.granularity, expected)
-    job = job_of(image, snapshot.files(index), workers, options, objects=snapshot.objects)
+    job = job_of(image, snapshot.files(index), workers, options, objects=snapshot.objects, at_once=at_once)
     identity = Identity(image.identity)
     # What copies need, such as the device's context, is given up last: the lease still maps memory that copies have written to.
     with contextlib.ExitStack() as held:
@@ -191,11 +193,11 @@ def verify_image(
     return moved
 
 
-def job_of(image: Image, files: Sequence[File], workers: int, options: Mapping[str, str] | None, *, objects: bool = False) -> Job:
+def job_of(image: Image, files: Sequence[File], workers: int, options: Mapping[str, str] | None, *, objects: bool = False, at_once: int = 1) -> Job:
     """The job that reads all of an image."""
     checksums = [int(checksum, 16) for checksum in image.checksums]
     work = list(pieces(image.stripes, image.block_bytes))
-    return Job("restore", files, work, checksums, image.block_bytes, workers, options or {}, objects)
+    return Job("restore", files, work, checksums, image.block_bytes, workers, options or {}, objects, at_once=at_once)
 
 
 def check_moved(backend: TransferBackend, job: Job, moved: Moved) -> None:

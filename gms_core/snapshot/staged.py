@@ -146,8 +146,8 @@ class StagedBackend:
         if job.workers < 0:
             raise InvalidArgument(f"{job.workers} threads cannot be started")
         roots = len({file.root for file in job.files})
-        # A thread that waits for a copy from memory keeps its core: some are left to what else there is, such as the server.
-        free = cores() * 3 // 4 if in_memory else cores()
+        # A thread that waits for a copy from memory keeps its core: some are left to the servers, and to other images' threads.
+        free = cores() * 3 // 4 // job.at_once if in_memory else cores()
         workers = job.workers or max(0 if in_memory else 2 * roots, min(pace.threads, max(4, free)))
         largest = max((piece.size for piece in job.pieces), default=PAGE_BYTES)
         on_device = hashes and self.worker is Worker

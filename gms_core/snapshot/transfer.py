@@ -61,6 +61,7 @@ class Job:
         block_bytes: Of the largest piece.
         workers: Threads; 0 for as many as suit the backend.
         options: The backend's own, by name.
+        at_once: Images that are moved at once on this machine, this one among them: they share its processors.
         objects: Whether its files are objects of a store. Only a backend whose attribute ``objects`` is true is given such a job, and no other.
         from_disk: Whether it is the disk that is asked, and not what the machine remembers of it: for whoever verifies a snapshot.
     """
@@ -74,6 +75,7 @@ class Job:
     options: Mapping[str, str] = field(default_factory=dict)
     objects: bool = False
     from_disk: bool = False
+    at_once: int = 1
 
     @property
     def size(self) -> int:
@@ -110,14 +112,17 @@ class LaneHash(Protocol):
     def is_ready(self) -> bool:
         """Whether `begin` would not wait until the device has been made ready."""
 
-    def begin(self, blocks: Sequence[tuple[int, int]]) -> int:
-        """Begin to hash parts of the image, once all copies that the lane has begun are done; returns a ticket for `end`.
+    def begin(self, blocks: Sequence[tuple[int, int]]) -> int | None:
+        """Begin to hash parts of the image, once all copies that the lane has begun are done.
 
         Args:
             blocks: Offset in the image, and bytes, of each.
 
+        Returns:
+            A ticket for `end`; None if the device could not be made ready, and will not hash anything.
+
         Raises:
-            DriverError: The device cannot.
+            DriverError: Something is wrong with the device.
         """
 
     def end(self, ticket: int) -> list[int]:

@@ -62,6 +62,7 @@ class Worker:
         seconds: What its time went to.
         ended: When it had done its last piece of work, as `time.perf_counter` has it.
         released: Whether nothing can touch its buffers any more.
+        notes: What a user should know of how it went.
     """
 
     def __init__(self, orders: Orders) -> None:
@@ -70,6 +71,7 @@ class Worker:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.ended = 0.0
         self.released = True
+        self.notes: set[str] = set()
         self._orders = orders
         self._hash = xxhash.xxh3_64()
         self._since = 0.0
@@ -102,7 +104,7 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        on_device, is_first, is_pinned = None, True, False
+        checks, by_device, is_first, is_pinned = None, False, True, False
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -120,7 +122,7 @@ class Worker:
             self._lap("read")
             if is_first:
                 lane.arrive()
-                on_device, is_first = self._device_checks(), False
+                checks, is_first = self._device_checks(), False
                 self._lap("arrive")
             if bytes_at is buffer and not is_pinned:
                 orders.pin()
@@ -128,17 +130,21 @@ class Worker:
                 self._lap("arrive")
             copying.append((chunk, buffer, lane.to_memory(chunk.offset, bytes_at.address, chunk.size)))
             self._lap("copy")
+            if chunk.is_first:
+                by_device = checks is not None and not checks.refused
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
-            if on_device is None:
+            if not by_device or checks is None:
                 self._verify(chunk, bytes_at.view)
             elif chunk.is_last:
-                on_device.add(chunk)
+                checks.add(chunk)
                 self._lap("hash")
         while copying:
             self._copied(*copying.popleft())
-        if on_device is not None:
-            on_device.finish()
+        if checks is not None:
+            checks.finish()
             self._lap("hash")
+            if checks.refused:
+                self.notes.add("the GPU could not hash what has arrived, so the host has: its log says why")
 
     def _save(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane

@@ -80,7 +80,7 @@ class PhysicalDriver(Protocol):
 
     @property
     def total_bytes(self) -> int:
-        """Of the device in all. It asks nobody, and is known at once; `memory_info` may have to load a library first."""
+        """Of the device in all. Unlike `memory_info`, it never has to load a library."""
 
     def memory_info(self) -> MemoryInfo:
         """Bytes of the device that are free, and in all."""

@@ -1,4 +1,4 @@
-"""Calls of the CUDA driver that only put something into a stream, made with the interpreter's lock held.
+"""Calls of the CUDA driver that put something into a stream, or look at one, made with the interpreter's lock held.
 
 The bindings let go of it around every call. These calls take a few microseconds, and a thread that lets go of the lock waits for it again among all
 the others that copy: with a dozen of them that takes longer than the call.
@@ -15,7 +15,7 @@ _NOT_READY = 600
 
 
 class QuickCalls:
-    """The calls. The context that streams and events belong to has to be current in the calling thread.
+    """The calls, for any thread in which the context is current that streams and events belong to.
 
     Raises:
         DriverUnavailable: There is no driver.

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import xxhash
 
-from gms_core.errors import DriverError
 from gms_core.snapshot import registry
 from gms_core.snapshot.backends import asking
 from gms_core.snapshot.manifest import PAGE_BYTES, Stripe
@@ -136,11 +135,13 @@ class LateMemory:
 
     Attributes:
         hashes: Whether it can find checksums, as a GPU can.
-        refuses: Whether it cannot after all.
+        ready_after: Copies that a lane has begun before it can, as when a driver has to compile something first.
+        refuses_after: Batches of a lane that it hashes before it refuses; None for all.
         changes: Whether its first copy of all arrives with another byte.
     """
 
-    hashes = changes = refuses = False
+    hashes = changes = False
+    ready_after, refuses_after = 0, None
 
     def __init__(self, device, allocations):
         self.extents, self.arrival = Extents(allocations), Arrival()
@@ -161,10 +162,6 @@ class LateMemory:
 
     def prepare_hash(self, block_bytes):
         self.prepared = block_bytes
-
-    def is_ready(self, lane):
-        """Whether it has been made ready to hash; a lane asks."""
-        return True
 
     def register(self, address, size, *, writable=True):
         with self.lock:
@@ -199,7 +196,7 @@ class HashingMemory(LateMemory):
 
 class LateLane:
     def __init__(self, memory):
-        self.memory, self.extents, self.waiter, self.copies, self.hashed = memory, memory.extents, memory.arrival.waiter(), [], 0
+        self.memory, self.extents, self.waiter, self.copies, self.hashed = memory, memory.extents, memory.arrival.waiter(), [], []
 
     def arrive(self):
         self.waiter.base()
@@ -207,8 +204,11 @@ class LateLane:
     def abandon(self):
         self.waiter.abandon()
 
+    begun = 0
+
     def to_memory(self, offset, source, size):
         base = self.waiter.base()
+        self.begun += 1
         self.copies.append([(base + place, source + inside, length) for place, inside, length in self.extents.ranges(offset, size)])
         return len(self.copies)
 
@@ -235,7 +235,10 @@ class LateLane:
 
 
 class LateHash:
-    """As the hash of a GPU: of what lies in the memory once the copies before it have been made, and no others."""
+    """As the hash of a GPU: of what lies in the memory once the copies before it have been made, and no others.
+
+    It tells its lane of each batch: how many blocks it has, how many copies were begun before, and how many batches are under way with it.
+    """
 
     at_once = 3
 
@@ -244,15 +247,16 @@ class LateHash:
 
     @property
     def is_ready(self):
-        return self.lane.memory.is_ready(self.lane)
+        return self.lane.begun >= self.lane.memory.ready_after
 
     def begin(self, blocks):
         assert 0 < len(blocks) <= self.at_once
-        if self.lane.memory.refuses:
-            raise DriverError("it cannot")
+        most = self.lane.memory.refuses_after
+        if most is not None and len(self.lane.hashed) >= most:
+            return None
         self.lane.copies.append([])
-        self.lane.hashed += len(blocks)
         self.asked[len(self.lane.copies)] = blocks
+        self.lane.hashed.append((len(blocks), self.lane.begun, len(self.asked)))
         return len(self.lane.copies)
 
     def end(self, ticket):

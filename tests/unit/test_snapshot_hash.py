@@ -12,6 +12,7 @@ from snapshot_transfers import HashingMemory, LateMemory, Scene, usable_backends
 
 from gms_core.errors import InvalidArgument, SnapshotDamaged, TransferFailed
 from gms_core.snapshot import kernels, registry
+from gms_core.snapshot.device_checks import DeviceChecks
 
 
 @pytest.fixture
@@ -33,6 +34,11 @@ def restored(scene, memory, **options):
     return target, moved, kept[0]
 
 
+def hashed_blocks(memory):
+    """That its lanes have hashed."""
+    return sum(count for lane in memory.lanes for count, _, _ in lane.hashed)
+
+
 DEEP = [name for name in ("aio", "uring") if name in usable_backends()]
 
 
@@ -43,7 +49,7 @@ def test_host_hashes_nothing_when_the_device_can(scene, name, depth, chunk_pages
     target, moved, memory = restored(scene, HashingMemory, name=name, workers=1, chunk_bytes=str(chunk_pages * 4096), **depth)
     assert scene.holds(target)
     assert [moved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
-    assert sum(lane.hashed for lane in memory.lanes) == len(scene.pieces)
+    assert hashed_blocks(memory) == len(scene.pieces)
 
 
 @pytest.mark.parametrize("memory", [LateMemory, HashingMemory])
@@ -51,7 +57,7 @@ def test_host_hashes_when_the_device_cannot_or_shall_not(scene, memory):
     target, moved, used = restored(scene, memory, hash="host")
     assert scene.holds(target)
     assert moved.checksums[0] == scene.checksums[0]
-    assert not any(lane.hashed for lane in used.lanes)
+    assert hashed_blocks(used) == 0
 
 
 @pytest.mark.parametrize("name", ["staged", *DEEP])
@@ -65,31 +71,45 @@ def test_file_is_named_when_the_device_finds_that_a_block_has_changed(scene, nam
 
 
 class LateHashing(HashingMemory):
-    """As a GPU whose driver compiles for a while: it can hash once a lane has asked some times in vain, or when it is waited for."""
+    """As a GPU whose driver compiles for a while."""
 
-    asked = 0
+    ready_after = 7
 
-    def is_ready(self, lane):
-        self.asked += 1
-        return self.asked > 4
+
+class TooLateHashing(HashingMemory):
+    """As one whose driver compiles longer than copies take."""
+
+    ready_after = 10**9
 
 
 class NeverHashing(HashingMemory):
-    """As a GPU whose driver cannot compile the kernel."""
+    """As one whose driver cannot compile the kernel."""
 
-    refuses = True
+    refuses_after = 0
 
 
-@pytest.mark.parametrize("memory", [LateHashing, NeverHashing])
+class LateRefusing(LateHashing):
+    """As one whose driver compiles for a while, and then cannot."""
+
+    refuses_after = 0
+
+
+SLOW = [LateHashing, TooLateHashing, NeverHashing, LateRefusing]
+
+
+@pytest.mark.parametrize("memory", SLOW)
 @pytest.mark.parametrize("name", ["staged", *DEEP])
-def test_every_block_is_compared_when_the_device_can_hash_only_later_or_never(scene, name, memory):
-    target, moved, used = restored(scene, memory, name=name, workers=1)
+@pytest.mark.parametrize("chunk_pages", [1, 4])
+def test_every_block_is_compared_when_the_device_can_hash_only_later_or_never(scene, name, memory, chunk_pages):
+    target, moved, used = restored(scene, memory, name=name, workers=1, chunk_bytes=str(chunk_pages * 4096))
     assert scene.holds(target)
     assert [moved.checksums[number] for number in range(len(scene.pieces))] == scene.checksums
-    assert sum(lane.hashed for lane in used.lanes) == (0 if memory is NeverHashing else len(scene.pieces))
+    refuses = memory.refuses_after is not None
+    assert hashed_blocks(used) == (0 if refuses else len(scene.pieces))
+    assert any("the host has" in note for note in moved.notes) is refuses
 
 
-@pytest.mark.parametrize("memory", [LateHashing, NeverHashing])
+@pytest.mark.parametrize("memory", SLOW)
 @pytest.mark.parametrize("number", [0, 5, -1])
 def test_file_is_named_when_a_block_has_changed_and_the_device_can_hash_only_later_or_never(scene, memory, number):
     piece = scene.pieces[number]
@@ -97,6 +117,28 @@ def test_file_is_named_when_a_block_has_changed_and_the_device_can_hash_only_lat
     with pytest.raises(SnapshotDamaged) as caught:
         restored(scene, memory, workers=1)
     assert caught.value.details == {"file": str(scene.files[piece.shard].path), "position": str(piece.position)}
+
+
+@pytest.mark.parametrize("memory", [HashingMemory, LateHashing, TooLateHashing])
+def test_blocks_are_hashed_several_at_once_while_copies_go_on(scene, memory):
+    _, _, used = restored(scene, memory, workers=1, chunk_bytes=str(scene.block))
+    (lane,) = used.lanes
+    sizes, begun, under_way = zip(*lane.hashed, strict=True)
+    assert set(sizes[:-1]) == {3}
+    assert min(begun) >= min(memory.ready_after, len(scene.pieces)), "nothing waits for the device while there is something to copy"
+    if memory is not TooLateHashing:
+        assert begun[0] == max(3, memory.ready_after), "nor is it put off"
+    assert max(under_way) == 2, "and a batch is compared while the next one is hashed"
+
+
+def test_host_hashes_the_rest_when_the_device_has_refused(scene, monkeypatch):
+    read_back = []
+    original = DeviceChecks._read_back
+    monkeypatch.setattr(DeviceChecks, "_read_back", lambda self, piece: read_back.append(piece) or original(self, piece))
+    target, moved, _ = restored(scene, NeverHashing, workers=1)
+    assert scene.holds(target)
+    assert len(moved.checksums) == len(scene.pieces)
+    assert len(read_back) == 3, "only those that were copied before it had"
 
 
 @pytest.mark.parametrize("memory", [HashingMemory, NeverHashing])
@@ -136,6 +178,7 @@ def test_kernel_is_the_one_of_its_source():
 def test_limits_are_those_of_the_kernel():
     source = files("gms_core.snapshot.kernels").joinpath("xxh3.cu").read_text()
     told = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)", source)}
+    assert told["BLOCKS"] == kernels.MOST_BLOCKS
     assert told["RANGES"] == kernels.MOST_RANGES
     assert told["PIECES"] * told["PIECE"] == kernels.TILE_BYTES
     assert 32 * (told["WARPS"] + 1) == kernels.THREADS

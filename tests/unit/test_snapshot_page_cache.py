@@ -135,6 +135,17 @@ def test_one_file_in_memory_changes_nothing_for_the_others(scene):
     files.close()
 
 
+@pytest.mark.parametrize(
+    ("cores", "images", "threads", "spins"),
+    [(32, 1, 12, True), (32, 2, 12, True), (16, 1, 12, True), (16, 2, 6, True), (4, 1, 4, False), (4, 2, 4, False)],
+)
+def test_images_share_the_processors_when_several_come_from_memory(tmp_path, monkeypatch, cores, images, threads, spins):
+    scene = Scene(tmp_path, allocations=((0, 64 * 4 * 4096),))
+    monkeypatch.setattr("gms_core.snapshot.staged.cores", lambda: cores)
+    tuning = registry.find("staged").tuning(scene.without(options={}, at_once=images), in_memory=True)
+    assert (tuning.workers, tuning.spin) == (threads, spins)
+
+
 def test_disk_is_asked_when_a_snapshot_is_verified(scene):
     for file in scene.files:
         load(file.path, file.size)

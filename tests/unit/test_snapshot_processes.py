@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -18,10 +20,11 @@ from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode
 from gms_core.client import Session
 from gms_core.config import child_environment
-from gms_core.errors import SnapshotBusy
-from gms_core.snapshot import processes
+from gms_core.devices import DeviceId
+from gms_core.errors import SnapshotBusy, TransferFailed
+from gms_core.snapshot import entry, processes
 from gms_core.snapshot.catalogue import entries
-from gms_core.snapshot.orders import VerifyOrder
+from gms_core.snapshot.orders import Order, VerifyOrder
 from gms_core.snapshot.roots import open_roots
 from gms_core.snapshot.staging import Staging
 from tests.conftest import RunningServer
@@ -270,3 +273,40 @@ def test_interrupt_is_what_is_told_when_it_comes_while_a_process_is_started(monk
     monkeypatch.setattr(processes.subprocess, "Popen", interrupted)
     with pytest.raises(KeyboardInterrupt):
         processes.carry_out([processes.Task("weights", VerifyOrder(index=0, backend="staged", roots=(), snapshot="x@1", id=""))], lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("device", "argument", "seen"),
+    [("GPU-1", ["GPU-1"], "GPU-1"), ("MIG-2", ["MIG-2"], "MIG-2"), ("host", [], "users own"), (None, [], "users own")],
+)
+def test_process_sees_its_own_gpu_alone_and_is_told_of_the_others(
+    device: DeviceId | None, argument: list[str], seen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "users own")
+    told = tmp_path / "told"
+    started: list[list[str]] = []
+    original = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(command[1:])
+        return original(["sh", "-c", f'read -r order; printf "%s %s\n" "$CUDA_VISIBLE_DEVICES" "$order" >> {told}; exit 3'], **options)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    order = VerifyOrder(index=0, backend="staged", roots=(), snapshot="x@1", id="")
+    with pytest.raises(TransferFailed, match="exited with code 3"):
+        processes.carry_out([processes.Task("weights", order, device)], lambda *_: None)
+    assert started == [["-P", "-m", "gms_core.snapshot.entry", *argument]]
+    visible, _, line = told.read_text().partition(" {")
+    assert visible == seen
+    assert msgspec.json.decode("{" + line, type=Order) == order
+    with pytest.raises(TransferFailed):
+        processes.carry_out([processes.Task(str(number), order, device) for number in range(2)], lambda *_: None)
+    assert '"at_once":2' in told.read_text()
+
+
+def test_context_is_left_to_who_needs_it_when_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(entry.ctypes, "CDLL", missing)
+    entry.begin_context()
