@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import select
 import signal
 import threading
 
@@ -60,14 +59,7 @@ def _after_fork() -> None:
         return
     if os.getppid() != parent:  # it had ended before, and its number may be another's now
         os.kill(os.getpid(), signal.SIGKILL)
-    threading.Thread(target=_end_after_process, args=(ended,), name="gms-parent-death", daemon=True).start()
-
-
-def _end_after_process(pidfd: int) -> None:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll()
-    os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_end_after, args=(ended,), name="gms-parent-death", daemon=True).start()
 
 
 os.register_at_fork(after_in_child=_after_fork)

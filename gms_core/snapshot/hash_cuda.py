@@ -29,8 +29,7 @@ class _Block(ctypes.Structure):
     _fields_ = (("size", ctypes.c_uint64), ("end", ctypes.c_uint64 * MOST_RANGES), ("base", ctypes.c_uint64 * MOST_RANGES))
 
 
-class _Blocks(ctypes.Structure):
-    _fields_ = (("block", _Block * MOST_BLOCKS),)
+_Blocks = _Block * MOST_BLOCKS
 
 
 class DeviceHash:
@@ -118,12 +117,12 @@ class DeviceHash:
                 undo.push(checked, "cuStreamDestroy", stream)
 
 
-def _batch(blocks: Sequence[Sequence[tuple[int, int]]]) -> _Blocks:
+def _batch(blocks: Sequence[Sequence[tuple[int, int]]]) -> ctypes.Array[_Block]:
     """Blocks as the kernel is told of them."""
     if not 0 < len(blocks) <= MOST_BLOCKS:
         raise InvalidArgument(f"{len(blocks)} blocks cannot be hashed at once by a GPU")
     told = _Blocks()
-    for block, ranges in zip(told.block, blocks, strict=False):
+    for block, ranges in zip(told, blocks, strict=False):
         if not 0 < len(ranges) <= MOST_RANGES or any(size <= 0 or size % TILE_BYTES for _, size in ranges):
             raise InvalidArgument(f"a block in {len(ranges)} parts, of {', '.join(str(size) for _, size in ranges)} bytes, cannot be hashed by a GPU")
         end = 0

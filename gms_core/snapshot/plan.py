@@ -122,10 +122,7 @@ class Extents:
         last = offset + size
         if offset < 0 or size < 0 or last > self._size:
             raise InvalidArgument(f"{size} bytes at {offset} are not within the {self._size} bytes of the image")
-        index = bisect_right(self._begins, offset)
-        if index == len(self._begins) or last <= self._begins[index]:  # as nearly all parts lie, which are many
-            return ((self._places[index - 1] + offset - self._begins[index - 1], 0, size),) if size else ()
-        found, first = [], offset
+        found, first, index = [], offset, bisect_right(self._begins, offset)
         while first < last:
             end = self._begins[index] if index < len(self._begins) else self._size
             length = min(last, end) - first

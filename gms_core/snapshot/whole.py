@@ -83,8 +83,9 @@ def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: Snap
         with shelf.begin(name, resume=resume, stripe_bytes=config.stripe_bytes, shard_bytes=config.shard_bytes) as staging, control:
             control.about(staging.target.plan.version, staging.target.plan.id)
             control.begin()
-            orders = [
-                SaveOrder(
+
+            def order(index: int, place: Place) -> SaveOrder:
+                return SaveOrder(
                     index=index,
                     backend=config.mover,
                     workers=config.save_workers,
@@ -93,11 +94,9 @@ def save_snapshot(places: Callable[[], Sequence[Place]], name: str, config: Snap
                     pool=place.pool,
                     target=staging.target,
                 )
-                for index, place in enumerate(chosen)
-            ]
+
             names = [str(place) for place in chosen]
-            tasks = [Task(str(place), order, place.device) for place, order in zip(chosen, orders, strict=True)]
-            done = carry_out(tasks, watch, staging.locks)
+            done = carry_out([Task(names[index], order(index, place), place.device) for index, place in enumerate(chosen)], watch, staging.locks)
             images = [one.image for one in done if one.image is not None]
             check_alike([(who, image.identity) for who, image in zip(names, images, strict=True)])
             manifest = staging.commit(images)

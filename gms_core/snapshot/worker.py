@@ -104,7 +104,7 @@ class Worker:
     def _restore(self, channel: Channel) -> None:
         orders, lane = self._orders, self._orders.lane
         idle, begun, copying = deque(orders.buffers), deque[tuple[Chunk, Buffer]](), deque[tuple[Chunk, Buffer, int]]()
-        checks, by_device, is_first, is_pinned = None, False, True, False
+        checks, on_device, is_first = None, None, True
         chunks = self._chunks()
         upcoming = next(chunks, None)
         while upcoming or begun:
@@ -123,20 +123,18 @@ class Worker:
             if is_first:
                 lane.arrive()
                 checks, is_first = self._device_checks(), False
-                self._lap("arrive")
-            if bytes_at is buffer and not is_pinned:
+            if bytes_at is buffer:
                 orders.pin()
-                is_pinned = True
-                self._lap("arrive")
+            self._lap("arrive")
             copying.append((chunk, buffer, lane.to_memory(chunk.offset, bytes_at.address, chunk.size)))
             self._lap("copy")
             if chunk.is_first:
-                by_device = checks is not None and not checks.refused
+                on_device = None if checks is None or checks.refused else checks
             # A device copies while this is hashed. Wrong bytes are then in memory that nobody is given.
-            if not by_device or checks is None:
+            if on_device is None:
                 self._verify(chunk, bytes_at.view)
             elif chunk.is_last:
-                checks.add(chunk)
+                on_device.add(chunk)
                 self._lap("hash")
         while copying:
             self._copied(*copying.popleft())
