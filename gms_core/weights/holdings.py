@@ -87,6 +87,12 @@ def keep(holding: Holding) -> None:
         _holdings.append(holding)
 
 
+def forget(holding: Holding) -> None:
+    """Keep a holding no more: its session has ended, and no tensor that points into its arena is used any more. Idempotent."""
+    with _lock:
+        _holdings[:] = [kept for kept in _holdings if kept is not holding]
+
+
 def current() -> Holding | None:
     """What was kept last, or None."""
     with _lock:

@@ -51,11 +51,13 @@ def publish_or_attach(
         granted = ask()
         holding = Holding(session, granted.lease, neighbours=before - free_memory())
         if isinstance(granted.lease, WriteLease):
-            model = _publish(holding, granted.lease, granted.wait_seconds, publish, identity, files)
+            publishing = Publishing(holding, granted.lease, granted.wait_seconds, identity, files)
+            model, manifest = publish(granted.lease)
+            publishing.end(manifest)
         else:
             if not identity.fields.get("content"):
                 check_content(files, granted.lease.layout.identity)
-            model = _attach(holding, granted.lease, granted.wait_seconds, attach)
+            model = attach_with(holding, granted.lease, granted.wait_seconds, attach)
         keep(holding)
     except BaseException:
         session.close()
@@ -63,25 +65,44 @@ def publish_or_attach(
     return model, holding
 
 
-def _publish(
-    holding: Holding,
-    lease: WriteLease,
-    wait_seconds: float,
-    publish: Callable[[WriteLease], tuple[Model, bytes]],
-    identity: Identity,
-    files: Sequence[Path],
-) -> Model:
-    start = time.perf_counter()
-    checkpoint_bytes = sum(path.stat().st_size for path in files) if files else -1
-    final = final_identity(identity, files)  # it reads the files' digest while they are loaded
-    model, manifest = publish(lease)
-    lease.trim()
-    lease.arena.set_access(Access.READ)
-    commit(Due(holding, lease, manifest, final, time.perf_counter() - start, wait_seconds, checkpoint_bytes))
-    return model
+class Publishing:
+    """A load with a write lease, from the grant to the commit: for engines that call back nobody in between.
+
+    Args:
+        holding: Of the lease.
+        lease: The model is loaded into its arena.
+        wait_seconds: What waiting for the lease took.
+        identity: Of what is loaded.
+        files: Of the checkpoint, as far as they lie on this machine; their digest is read from now on.
+    """
+
+    def __init__(self, holding: Holding, lease: WriteLease, wait_seconds: float, identity: Identity, files: Sequence[Path]) -> None:
+        self._holding, self._lease, self._wait_seconds = holding, lease, wait_seconds
+        self._start = time.perf_counter()
+        self._checkpoint_bytes = sum(path.stat().st_size for path in files) if files else -1
+        self._identity = final_identity(identity, files)
+
+    def end(self, manifest: bytes) -> None:
+        """Make what is loaded read-only, and publish it, now or once the engine is ready (see `gms_core.weights.holdings`).
+
+        Raises:
+            GmsError: It could not be published.
+        """
+        self._lease.trim()
+        self._lease.arena.set_access(Access.READ)
+        seconds = time.perf_counter() - self._start
+        commit(Due(self._holding, self._lease, manifest, self._identity, seconds, self._wait_seconds, self._checkpoint_bytes))
 
 
-def _attach(holding: Holding, lease: ReadLease, wait_seconds: float, attach: Callable[[ReadLease], Model]) -> Model:
+def attach_with(holding: Holding, lease: ReadLease, wait_seconds: float, attach: Callable[[ReadLease], Model]) -> Model:
+    """Make a model on top of a committed layout, and tell of it.
+
+    Args:
+        holding: Of the lease.
+        lease: On the layout.
+        wait_seconds: What waiting for the lease took.
+        attach: Makes the model.
+    """
     start = time.perf_counter()
     model = attach(lease)
     layout = lease.layout

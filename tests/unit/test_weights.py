@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from gms_core.checkpoint import content_digest
 from gms_core.client import ReadLease, WriteLease, connect
 from gms_core.engine_config import GmsConfig
-from gms_core.errors import AcquireTimeout, CheckpointNotFound, ConfigurationError, ConnectionLost, IdentityMismatch, SessionClosed
+from gms_core.errors import AcquireTimeout, CheckpointNotFound, ConfigurationError, ConnectionLost, GmsError, IdentityMismatch, SessionClosed
 from gms_core.layout import Identity
 from gms_core.weights import loading
 from gms_core.weights.files import check_weights, model_folder
@@ -23,18 +23,35 @@ from tests.unit.server_threads import server_in_thread
 MODEL = Identity({"content": "bytes"})
 
 
-class Ranks:
-    """Two ranks of a group that speak as engines' groups do."""
+class Group:
+    """A group of ranks, each in a thread of its own, that speak as engines' groups do."""
 
-    def __init__(self, rank_in_group, line):
-        self.rank_in_group, self._line, self.told = rank_in_group, line, []
+    def __init__(self, size):
+        self._met, self._said = threading.Barrier(size, timeout=60), [None] * size
+
+    def rank(self, number):
+        return Rank(self, number)
+
+    def gather(self, rank, obj):
+        self._said[rank] = obj
+        self._met.wait()
+        said = list(self._said)
+        self._met.wait()  # nobody says the next thing before all have heard this one
+        return said
+
+
+class Rank:
+    def __init__(self, group, rank_in_group):
+        self.rank_in_group, self._group = rank_in_group, group
 
     def broadcast_object(self, obj, src=0):
-        if self.rank_in_group == src:
-            self.told.append(obj)
-            self._line.put(obj)
-            return obj
-        return self._line.get(timeout=10)
+        return self._group.gather(self.rank_in_group, obj)[src]
+
+    def all_gather_object(self, obj):
+        return self._group.gather(self.rank_in_group, obj)
+
+
+POOLS = ("weights", "weights.1")
 
 
 @pytest.fixture
@@ -43,51 +60,86 @@ def sessions(runtime_dir):
         yield first, second
 
 
-@pytest.fixture
-def ranks():
-    line = queue.SimpleQueue()
-    return Ranks(0, line), Ranks(1, line)
+def alone():
+    return None
 
 
-def no_ranks():
-    raise AssertionError("nobody has to agree")
-
-
-def published(session, pool):
-    lease = session.acquire(pool, "rw", MODEL, timeout_s=5)
+def published(session, pool, identity=MODEL):
+    lease = session.acquire(pool, "rw", identity, timeout_s=5)
     lease.arena.allocate(4096)
-    lease.commit(b"", MODEL).release()
+    lease.commit(b"", identity).release()
+
+
+def acquire_as_one(sessions, *options, identity=MODEL):
+    """What each of two ranks is given: a kind of lease, which is released once both have theirs, or an error."""
+    options, group = options * 2 if len(options) == 1 else options, Group(2)
+
+    def ask(rank):
+        try:
+            return acquire(sessions[rank], POOLS[rank], identity, options[rank], lambda: group.rank(rank)).lease
+        except GmsError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(ask, range(2)))
+    for lease in found:
+        if not isinstance(lease, GmsError):
+            lease.release()
+    return [lease if isinstance(lease, GmsError) else type(lease) for lease in found]
 
 
 @pytest.mark.parametrize("mode", ["rw", "ro"])
-def test_each_rank_asks_for_itself_when_the_mode_is_given(sessions, mode):
-    if mode == "ro":
-        published(sessions[0], "weights")
-    with acquire(sessions[0], "weights", MODEL, GmsConfig(mode=mode), no_ranks).lease as lease:
-        assert isinstance(lease, WriteLease if mode == "rw" else ReadLease)
+def test_lease_is_of_the_mode_when_one_is_given(sessions, mode):
+    for session, pool in zip(sessions, POOLS, strict=True):
+        published(session, pool)
+    expected = WriteLease if mode == "rw" else ReadLease
+    with acquire(sessions[0], "weights", MODEL, GmsConfig(mode=mode), alone).lease as lease:
+        assert isinstance(lease, expected)
+    assert acquire_as_one(sessions, GmsConfig(mode=mode)) == [expected, expected]
 
 
-def test_first_rank_decides_for_all_when_several_are_there(sessions, ranks):
-    first = acquire(sessions[0], "weights", MODEL, GmsConfig(), lambda: ranks[0])
-    second = acquire(sessions[1], "weights.1", MODEL, GmsConfig(), lambda: ranks[1])
-    assert [type(granted.lease) for granted in (first, second)] == [WriteLease, WriteLease]
-    first.lease.release()
-    second.lease.release()
+def test_all_ranks_publish_or_attach_when_several_are_there(sessions):
+    assert acquire_as_one(sessions, GmsConfig()) == [WriteLease, WriteLease]
+    published(sessions[1], "weights.1")
+    assert acquire_as_one(sessions, GmsConfig()) == [WriteLease, WriteLease]
     published(sessions[0], "weights")
-    published(sessions[0], "weights.1")
-    first = acquire(sessions[0], "weights", MODEL, GmsConfig(), lambda: ranks[0])
-    second = acquire(sessions[1], "weights.1", MODEL, GmsConfig(), lambda: ranks[1])
-    assert [type(granted.lease) for granted in (first, second)] == [ReadLease, ReadLease]
-    assert ranks[0].told == ["rw", "ro"]
+    assert acquire_as_one(sessions, GmsConfig()) == [ReadLease, ReadLease]
 
 
-def test_other_ranks_do_not_wait_when_the_first_one_is_refused(sessions, ranks):
-    held = sessions[1].acquire("weights", "rw", MODEL, timeout_s=5)
-    with pytest.raises(AcquireTimeout):
-        acquire(sessions[0], "weights", MODEL, GmsConfig(acquire_timeout_s=0.1), lambda: ranks[0])
-    with pytest.raises(ConnectionLost, match="the first rank of this engine was not granted a lease"):
-        acquire(sessions[1], "weights.1", MODEL, GmsConfig(), lambda: ranks[1])
-    held.release()
+def test_all_ranks_publish_when_the_server_of_a_further_rank_has_nothing(sessions):
+    published(sessions[0], "weights")
+    assert acquire_as_one(sessions, GmsConfig()) == [WriteLease, WriteLease]
+
+
+def test_no_rank_attaches_when_parts_of_two_checkpoints_are_published(sessions):
+    published(sessions[0], "weights", Identity({"content": "newer"}))
+    published(sessions[1], "weights.1", Identity({"content": "older"}))
+    for mode in ("auto", "ro"):
+        for error in acquire_as_one(sessions, GmsConfig(mode=mode), identity=Identity({"content": ""})):
+            assert isinstance(error, IdentityMismatch)
+            assert "not of one checkpoint: rank 0: newer, rank 1: older" in str(error)
+    assert not any(pool.readers for pool in sessions[0].status().pools)
+
+
+def test_ranks_attach_when_the_content_of_some_is_unknown(sessions):
+    published(sessions[0], "weights")
+    published(sessions[1], "weights.1", Identity({"content": ""}))
+    assert acquire_as_one(sessions, GmsConfig(), identity=Identity({"content": ""})) == [ReadLease, ReadLease]
+
+
+def test_no_rank_asks_when_their_modes_differ(sessions):
+    for error in acquire_as_one(sessions, GmsConfig(mode="ro"), GmsConfig()):
+        assert isinstance(error, ConfigurationError)
+        assert "rank 0: ro, rank 1: auto" in str(error)
+
+
+@pytest.mark.parametrize("mode", ["auto", "rw"])
+def test_other_ranks_do_not_wait_when_the_first_one_is_refused(sessions, runtime_dir, mode):
+    with connect(socket_path=runtime_dir / "host.sock") as other, other.acquire("weights", "rw", MODEL, timeout_s=5):
+        first, second = acquire_as_one(sessions, GmsConfig(mode=mode, acquire_timeout_s=0.1))
+    assert isinstance(first, AcquireTimeout)
+    assert isinstance(second, ConnectionLost)
+    assert "the first rank of this engine was not granted a lease" in str(second)
 
 
 def load(session, mode, *, identity=MODEL, files=(), attach=None):
@@ -100,7 +152,7 @@ def load(session, mode, *, identity=MODEL, files=(), attach=None):
 
     return publish_or_attach(
         session,
-        lambda: acquire(session, "weights", MODEL, GmsConfig(mode=mode, acquire_timeout_s=5), no_ranks),
+        lambda: acquire(session, "weights", MODEL, GmsConfig(mode=mode, acquire_timeout_s=5), alone),
         publish=publish,
         attach=attach or (lambda lease: ("attached", lease.map(), lease.layout.manifest)),
         free_memory=lambda: next(free),
