@@ -17,6 +17,7 @@ from gms_core.failover.front_end.engine import RankMemory
 from gms_core.kv.rank import RankKv
 from gms_core.pytorch.progress import DeviceProgress
 from gms_patches.for_sglang import HANDLE_RPC
+from gms_sglang import rest
 from gms_sglang.hooks import Hook
 from gms_sglang.place import all_ranks, torch_device, world
 from gms_sglang.rank import this_rank
@@ -63,7 +64,9 @@ class Calls:
         return bool(self._scheduler.flush_cache())
 
     def stand_by(self) -> tuple[int, str]:
-        """See `gms_core.kv.rank.RankKv.stand_by`."""
+        """See `gms_core.kv.rank.RankKv.stand_by`. From here on this rank's scheduler rests."""
+        if self._taken is None:
+            rest.begin(self._scheduler)
         return self._kv().stand_by()
 
     def promote(self, *, timeout_s: float) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class Calls:
         taken = kv.promote(timeout_s)
         if self._taken is None:
             self._forget_scratch()
+            rest.end(self._scheduler)
             self._taken = RankMemory(kv.planning.rank, taken.epoch, taken.bytes, taken.hold_s, taken.map_s)
         return self._taken._asdict()
 

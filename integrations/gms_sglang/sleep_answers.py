@@ -50,6 +50,11 @@ def _check_agree(option: Option) -> None:
             "an engine with --dp-size does not sleep: a part of its replicas might, and the others answer",
             hint="Use --enable-dp-attention, or one engine for each replica.",
         )
+    if (option("pp_size") or 1) > 1:
+        raise EngineUnsupported(
+            "an engine with --pipeline-parallel-size does not sleep: a part of its stages might, and only the first one answers",
+            hint="Divide the model by --tensor-parallel-size alone.",
+        )
 
 
 async def _asked(ask: Callable[[Any], Awaitable[Sequence[Any]]], request: Any) -> GmsError | None:

@@ -31,7 +31,8 @@ def _abort(scheduler: Any, request: Any, message: str) -> None:
     from sglang.srt.managers.io_struct import AbortReq
 
     reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
-    scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=request.rid, finished_reason=reason), request)
+    refusal = AbortReq(rid=request.rid, finished_reason=reason, http_worker_ipc=request.http_worker_ipc)  # the tokenizer worker that waits for it
+    scheduler.ipc_channels.send_to_tokenizer.send_output(refusal, request)
     if hasattr(scheduler, "_release_aborted_request"):  # 0.5.16 has nothing to release there
         scheduler._release_aborted_request(request)  # noqa: SLF001 - as SGLang does where it refuses
 

@@ -23,7 +23,7 @@ from gms_core.engine_log import log, log_as
 from gms_core.errors import EngineFailed, EngineUnsupported
 from gms_core.failover.cohort import GRACE_S, ApiPlace
 from gms_core.failover.front_end.main_process import take_part
-from gms_core.failover.parent_death import end_with_parent
+from gms_core.failover.parent_death import end_forks_with_this, end_with_parent
 from gms_sglang import LOG
 from gms_sglang.failover import Begun
 from gms_sglang.part import Part, part_of
@@ -163,6 +163,7 @@ def _be_worker(work: _Work, config: uvicorn.Config, listener: socket.socket, par
     """The life of a worker's process."""
     log_as(LOG)
     end_with_parent()
+    end_forks_with_this()  # those that prepare images: they are in no cohort, and have the connections of clients
     config.configure_logging()
     work(config, listener, part, mates)
 

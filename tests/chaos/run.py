@@ -197,7 +197,7 @@ class Run:
                 life.doomed, life.must_end, life.files = "its orderly end", True, life.files | life.running.named_memory()
                 life.running.process.send_signal(signal.SIGTERM if polite else signal.SIGKILL)
                 fleet.until_gone(life)
-                if polite and life.running.process.returncode:
+                if polite and not self._story.ended_in_order(life.running):
                     self.result.findings.append(f"{life.name} did not end in order:\n{life.running.tail()}")
         for life in list(fleet.lives):
             fleet.until_gone(life)

@@ -155,6 +155,10 @@ class Story:
         """Variables of every engine."""
         return ENVIRONMENT
 
+    def ended_in_order(self, engine: Running) -> bool:
+        """Whether an engine that is gone has ended after its work, and of itself."""
+        return bool(engine.process.returncode == 0)
+
     @contextlib.contextmanager
     def engine(
         self,

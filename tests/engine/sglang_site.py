@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from failover_story import living, until, without_named_memory
+from packaging.version import Version
 from ports import free_port
 
 PYTHON = Path(os.environ.get("GMS_TEST_SGLANG_PYTHON", Path(__file__).parents[2] / "build/sglang-cpu/bin/python"))
@@ -36,6 +38,13 @@ PROGRAM = Path(__file__).with_name("sglang_engine.py")
 PROMPTS = [[5, 17, 33, 101, 7], [11, 12, 13], [400, 3, 250, 77, 8, 9, 10, 44]]
 TOKENS = 24
 NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@functools.cache
+def version() -> Version:
+    """Which SGLang the tests run."""
+    found = subprocess.run([PYTHON, "-c", "import importlib.metadata as m; print(m.version('sglang'))"], capture_output=True, text=True, check=True)
+    return Version(found.stdout.strip())
 
 
 @dataclass

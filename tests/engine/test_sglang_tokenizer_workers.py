@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failover_story import Client, Running
+from failover_story import Client, Running, until
 from sglang_story import SglangStory, Streamed
 
 from tests.ports import free_port
@@ -40,9 +40,18 @@ def start(story: SglangStory) -> Iterator[Callable[..., Running]]:
         yield begin
 
 
-def everywhere(client: Client, method: str, where: str) -> list[Any]:
-    """What an engine answers over so many connections that each of its workers is asked."""
-    return [client.request(method, where, {} if method == "POST" else None) for _ in range(ENOUGH)]
+def everywhere(client: Client, method: str, where: str, body: Any = None) -> list[Any]:
+    """What an engine answers over so many connections that each of its workers should be asked."""
+    return [client.request(method, where, {} if method == "POST" and body is None else body) for _ in range(ENOUGH)]
+
+
+def until_both_answer(client: Client) -> None:
+    """Ask a primary until each of its two workers has answered: the first one alone knows the epochs of its memory."""
+
+    def both() -> bool:
+        return len({bool(answer.get("epochs")) for _, answer in everywhere(client, "GET", "/gms/status")}) == 2
+
+    until(both, "one of its workers does not answer")
 
 
 def test_shadow_takes_over_as_a_whole_when_one_tokenizer_worker_is_killed(story: SglangStory, start: Callable[..., Running]) -> None:
@@ -59,6 +68,7 @@ def test_shadow_takes_over_as_a_whole_when_one_tokenizer_worker_is_killed(story:
     assert first.process.returncode != 0
     assert [client.tokens() for _ in range(ENOUGH)] == [right] * ENOUGH
     assert {(answer["engine"], answer["role"]) for _, answer in everywhere(client, "GET", "/gms/status")} == {(second.name, "primary")}
+    until_both_answer(client)
     os.kill(second.process.pid, signal.SIGTERM)
     second.until_gone()
     assert second.process.returncode == 0
@@ -112,6 +122,8 @@ def test_every_worker_refuses_and_then_serves_and_sleeps_when_the_gate_is_503(st
     story.until_role(second, "primary")
     assert [two.tokens() for _ in range(ENOUGH)] == [right] * ENOUGH
     assert {status for status, _ in everywhere(two, "POST", "/resume_memory_occupation")} == {400}
+    until_both_answer(two)
     assert two.request("POST", "/release_memory_occupation", {})[0] == 200
+    assert {status for status, _ in everywhere(two, "POST", "/generate", {"text": "any"})} == {503}
     assert two.request("POST", "/resume_memory_occupation", {})[0] == 200
     assert two.tokens() == right

@@ -42,7 +42,9 @@ def engine(name: str, folder: Path, variables: dict[str, str], programs: Any, *m
 
 
 def answers(port: int) -> list[list[int]]:
-    """Greedy answers to short and long prompts, one after the other: in a batch the numbers depend on who else is in it."""
+    """Greedy answers to short and long prompts, one after the other, none from the prefix cache: the numbers depend on the batch's shape."""
+    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/flush_cache", method="POST"), timeout=60) as answer:
+        assert answer.status == 200
     found = []
     for number, length in enumerate((3, 40, 700, 1500)):
         prompt = [3 + (number * 7919 + place * 104729) % 500 for place in range(length)]

@@ -57,6 +57,9 @@ def work(_: Any, listener: Any, part: Part, mates: Mates) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, end)
     say(worker=rank, servers=part.place.servers, port=listener.getsockname()[1], pid=os.getpid())
+    if os.fork() == 0:  # as SGLang's workers do for images: it has the listener, and the pipe on which all of them tell
+        while True:
+            signal.pause()
     asyncio.run(_first(part.place, mates) if rank == 0 else _further(part.place, mates))
     say(done=rank)
     while True:

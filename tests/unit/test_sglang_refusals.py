@@ -70,6 +70,11 @@ def test_request_is_refused_when_replicas_cannot_agree() -> None:
     assert release([None], dp_size=2, enable_dp_attention=True) == 1
 
 
+def test_request_is_refused_when_stages_cannot_agree() -> None:
+    with pytest.raises(EngineUnsupported, match="--pipeline-parallel-size"):
+        release([None], pp_size=2)
+
+
 def test_refusal_is_logged_once_when_an_engine_goes_on_computing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(sleep_answers, "PATIENCE_S", 0.05)
     with pytest.raises(EngineBusy):

@@ -81,12 +81,13 @@ def test_engine_fails_and_nobody_is_left_when_a_worker_ends_by_itself(engine: To
     assert f"tokenizer worker {who} {words}" in engine.heard[-1]["message"]
     assert engine.wait() == 1
     assert not any(map(is_alive, workers))
+    assert engine.rest() == []  # nor is a process that they have forked: the pipe has ended, which each of them had
 
 
 def test_no_worker_is_left_when_the_main_process_is_killed(engine: Told) -> None:
     pids(engine)
     engine.kill()
-    assert engine.rest() == []  # the pipe has ended, which each of them had
+    assert engine.rest() == []  # the pipe has ended, which each of them had, and what they have forked
 
 
 @pytest.fixture

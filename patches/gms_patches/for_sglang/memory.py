@@ -123,6 +123,7 @@ MEMORY: tuple[Symbol, ...] = (
         },
     ),
     Symbol("sglang.srt.managers.scheduler:Scheduler._release_aborted_request", _PROMOTION, ("self, req",), ">=0.5.20"),
-    *group(_PROMOTION, "sglang.srt.managers.io_struct", {"AbortReq": (), "AbortReq.finished_reason": ()}),
+    *group(_PROMOTION, "sglang.srt.managers.io_struct", {"AbortReq": (), "AbortReq.finished_reason": (), "BaseReq.http_worker_ipc": ()}),
+    Symbol("sglang.srt.managers.schedule_batch:Req.http_worker_ipc", _PROMOTION),
     Symbol("sglang.srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", _PROMOTION, ("self, output, recv_obj=",)),
 )

@@ -11,6 +11,7 @@ _DEATH = "the death of an engine"
 _CRASH = "a crash that is noticed at once"
 _LEFT = "nothing that is left behind"
 _REFUSED = "refusals"
+_REST = "schedulers that rest while their engine stands by"
 _BALANCE = "ranks beside neighbours of different size"
 
 SERVING: tuple[Symbol, ...] = (
@@ -31,6 +32,14 @@ SERVING: tuple[Symbol, ...] = (
     Symbol("sglang.srt.utils.network:get_zmq_socket", _CALLS, ("context, socket_type, endpoint=, bind=",)),
     Symbol("sglang.srt.server_args:PortArgs.rpc_ipc_name", _CALLS),
     Symbol("sglang.srt.managers.scheduler:Scheduler.handle_rpc_request", _CALLS, ("self, recv_req",)),
+    Symbol("sglang.srt.managers.scheduler:Scheduler.idle_sleeper", _REST),
+    Symbol("sglang.srt.managers.scheduler:Scheduler.maybe_sleep_on_idle", _REST, ("self",)),
+    Symbol("sglang.srt.managers.scheduler:Scheduler.ipc_channels", _REST),
+    *group(
+        _REST,
+        "sglang.srt.managers.scheduler_components.ipc_channels",
+        {"SchedulerIpcChannels.recv_from_tokenizer": (), "SchedulerIpcChannels.recv_from_rpc": ()},
+    ),
     Symbol("sglang.srt.entrypoints.http_server:app", "a server that is held until its engine is the primary"),
     *group(
         _END,

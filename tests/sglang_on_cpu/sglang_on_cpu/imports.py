@@ -12,7 +12,9 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Do what is needed before ``torchvision`` and ``sglang`` are imported, once they are."""
+    """Do what is needed before ``torchvision`` and ``sglang`` are imported, once they are. Python may read the file that calls this twice."""
+    if any(isinstance(finder, _Before) for finder in sys.meta_path):
+        return
     sys.meta_path[:0] = [_Before("torchvision", _name_operators), _Before("sglang", _stand_in_for_triton)]
 
 
