@@ -293,13 +293,33 @@ def test_document_has_the_reason_and_the_run_fails_when_there_is_no_room(tmp_pat
     assert found.loading_error in done.stdout
 
 
-def test_nothing_is_left_when_a_run_is_told_to_end(tmp_path: Path) -> None:
-    words = ["--only", "loading", "--bytes", "1MiB", "--repeat", "100", "--device", "host", "--loader", "gms staged", "--tmpfs", str(tmp_path / "no")]
-    command = [*RUN, *words, "--out", str(tmp_path / "bench.json"), "--dir", str(tmp_path)]
+def test_what_was_measured_is_kept_and_nothing_else_when_a_run_is_told_to_end(tmp_path: Path) -> None:
+    out, disk = tmp_path / "bench.json", tmp_path / "disk"
+    words = ["--only", "loading", "--bytes", "1MiB", "--repeat", "100", "--device", "host", "--source", "page cache", "--loader", "gms staged"]
+    command = [*RUN, *words, "--out", str(out), "--dir", str(disk)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert any(line.startswith("page cache, 2 of") for line in process.stderr)
+        assert list(disk.iterdir()) != []
+        process.terminate()
+        process.stderr.read()
+        shown = process.stdout.read()
+    assert process.returncode == 130
+    assert list(disk.iterdir()) == []
+    loading = read(out).loading
+    assert loading is not None
+    assert loading.interrupted
+    assert loading.measurements[0].rate > 0
+    assert 1 <= len(loading.measurements[0].samples) < 100
+    assert "ended early" in shown
+
+
+def test_nothing_is_left_when_a_run_is_told_to_end_before_anything_was_measured(tmp_path: Path) -> None:
+    command = [*RUN, "--only", "loading", "--bytes", "64MiB", "--device", "host", "--out", str(tmp_path / "bench.json"), "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None
-        assert any(line.startswith("page cache, 1 of") for line in process.stderr)
-        assert list(tmp_path.iterdir()) != []
+        assert any(line.startswith("a checkpoint") for line in process.stderr)
         process.terminate()
         process.stderr.read()
     assert process.returncode == 130

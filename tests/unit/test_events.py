@@ -163,7 +163,8 @@ def test_all_is_told_of_an_engine_that_holds_memory_dies_and_is_followed(server)
     epochs = [(facts["engine"], facts["epoch"]) for kind, _, facts in told if kind == "pool_epoch_granted"]
     assert epochs == [("engine of one", 1), ("engine of two", 2)]
     kinds = [kind for kind, _, _ in told]
-    assert kinds.index("engine_fenced") < kinds.index("engine_process_exited") < kinds.index("engine_gone")
+    either_first = kinds.index("engine_fenced"), kinds.index("engine_process_exited")  # its session ends, and its process
+    assert max(either_first) < kinds.index("engine_gone")
     assert seen.sessions == ()
     assert (sum(seen.observation.fences.counts), seen.observation.events["engine_fenced"]) == (1, 1)
     assert seen.observation.fences.sum_s > 0

@@ -86,6 +86,8 @@ def main(
         raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     _print(document)
     click.echo(f"\n{out} has all of it")
+    if document.loading is not None and document.loading.interrupted:
+        raise click.exceptions.Exit(ExitCode.INTERRUPTED)
     if failures := document.failures():
         click.echo("\n".join(["", *failures]), err=True)
         raise click.exceptions.Exit(ExitCode.FAILURE)

@@ -166,6 +166,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
         loaders: All that were wanted, those that were not measured too.
         left_out: Why there is nothing of a source, by source.
         measurements: By source, then by loader.
+        interrupted: The run was ended early: some figures have fewer processes, or none.
     """
 
     schema: str = LOADING_SCHEMA
@@ -179,6 +180,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     loaders: tuple[Loader, ...]
     left_out: dict[str, str]
     measurements: tuple[Measurement, ...]
+    interrupted: bool = False
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

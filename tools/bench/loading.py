@@ -87,6 +87,7 @@ class Run:
         samples: That were taken, by source and loader.
         errors: Why there are none, or no more, likewise.
         fio_s: Seconds that fio has needed to read the checkpoint from the disk.
+        interrupted: Somebody has ended it before all samples were taken.
     """
 
     wanted: Wanted
@@ -99,6 +100,7 @@ class Run:
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     errors: dict[tuple[str, str], str] = field(default_factory=dict)
     fio_s: list[float] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -112,7 +114,7 @@ class Run:
 
 
 def measure(wanted: Wanted, tell: Tell) -> Loading:
-    """Measure. What is written is gone afterwards, in whatever way this ends.
+    """Measure. What is written is gone afterwards, in whatever way this ends. Who interrupts it has the samples that were taken before.
 
     Raises:
         GmsError: What all loaders need has failed: the checkpoint, the server, or the snapshot. A loader that fails is none of that.
@@ -130,10 +132,14 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         disk.shards = _save(run, disk)
         memory = _copied(stack, run, disk) if TMPFS in wanted.sources else None
         ask(Check(str(disk.folder), str(run.socket), POOL, run.offset))  # and free it: every restore begins with an empty pool
-        for source in wanted.sources:
-            place = memory if source == TMPFS else disk
-            if place is not None:
-                _rounds(run, source, place)
+        try:
+            for source in wanted.sources:
+                place = memory if source == TMPFS else disk
+                if place is not None:
+                    _rounds(run, source, place)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            tell("interrupted: what was measured so far is kept")
         limit = disk_limit(disk.files, run.fio_s, wanted.plain_rate)
     loaders = tuple(Loader(name, "gms" if name in GMS else "peer", run.versions.get(name, ""), run.missing.get(name, "")) for name in wanted.loaders)
     return Loading(
@@ -146,14 +152,18 @@ def measure(wanted: Wanted, tell: Tell) -> Loading:
         disk=limit,
         loaders=loaders,
         left_out=run.left_out,
+        interrupted=run.interrupted,
         measurements=_measurements(run, written.size, copy, limit),
     )
 
 
 def _measurements(run: Run, size: int, copy: Limit, disk: Limit) -> tuple[Measurement, ...]:
     def one(source: str, name: str) -> Measurement:
+        samples = run.samples.get((source, name), [])
         error = run.left_out.get(source, "") or run.errors.get((source, name), "")
-        return summed_up(source, name, run.samples.get((source, name), []), size, copy, disk if source == DISK else Limit(""), error)
+        if run.interrupted and not samples:
+            error = error or "the run was interrupted before"
+        return summed_up(source, name, samples, size, copy, disk if source == DISK else Limit(""), error)
 
     return tuple(one(source, name) for source in run.wanted.sources for name in run.wanted.loaders)
 

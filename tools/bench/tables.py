@@ -67,6 +67,8 @@ def _loading(loading: Loading) -> Iterator[RenderableType]:
         shown.add_row(one.source if one.source != before else "", f"{one.loader} {versions.get(one.loader, '')}".strip(), *_cells(one))
         before = one.source
     yield shown
+    if loading.interrupted:
+        yield "the run was ended early: some figures have fewer processes, or none"
     yield f"copies: {_limit(loading.copy)}"
     yield f"the disk: {_limit(loading.disk)}"
 
