@@ -8,7 +8,7 @@ WHEELS := build/wheels
 SCRIPTS := .ci/run $(wildcard tools/*.sh) $(shell find examples -name '*.sh')
 ENGINES := vllm==0.26.0 vllm==0.30.0 vllm==0.33.0 sglang==0.5.16 sglang==0.5.20 sglang==0.5.23
 PYTEST_ARGS ?=
-WORKERS ?= 0
+WORKERS ?= 2
 ENGINE ?=
 SEED ?=
 KILLS ?= 100
@@ -32,7 +32,7 @@ demo: ## Two stock vLLM engines share weights, then kill -9 and the shadow serve
 	@tools/demo.sh "$(PYTHON)"
 
 test: export PYTHONDONTWRITEBYTECODE = # thousands of processes would compile everything anew
-test: lint wheels sglang-environment ## Lint, types, and all tests that need no GPU, real engines on CPU included; WORKERS=logical runs as many at once as there are processors
+test: lint wheels sglang-environment ## Lint, types, and all tests that need no GPU, real engines on CPU included; two at once: WORKERS=4 runs four, WORKERS=0 one after the other
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS) -m "not gpu and not long"
 
 test-long: wheels sglang-environment environment ## Further tests with real engines on CPU, of minutes each.
@@ -80,7 +80,7 @@ wheels: $(WHEELS)/.stamp ## Download the wheels of vLLM and SGLang that the cont
 sglang-versions: environment ## The tests with SGLang's engines, with other versions of SGLang than that of make test.
 	set -e; for version in $(SGLANG_VERSIONS); do \
 	  GMS_CPU_SGLANG=$$version tools/cpu_sglang.sh build/sglang-cpu-$$version "$(PYTHON)"; \
-	  GMS_TEST_SGLANG_PYTHON=$$PWD/build/sglang-cpu-$$version/bin/python $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/engine/test_sglang_load.py; \
+	  GMS_TEST_SGLANG_PYTHON=$$PWD/build/sglang-cpu-$$version/bin/python $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not long" tests/engine/test_sglang_*.py; \
 	done
 
 sglang-environment: $(SGLANG)/.stamp ## Make build/sglang-cpu: a real SGLang for CPU, and gms.

@@ -35,27 +35,31 @@ def server_options(command: Sequence[str], *, program: str, server_module: str, 
     return None
 
 
-def with_load_format(command: Sequence[str], options: Sequence[str], *, shortest: str) -> list[str]:
+def with_load_format(
+    command: Sequence[str], options: Sequence[str], *, shortest: str, files: Sequence[str] = ("--config",), hint: str = _HINT
+) -> list[str]:
     """A command with the load format that shares weights.
 
     Args:
         command: All its words.
         options: Those that come after the words which start the server.
         shortest: The shortest abbreviation of ``--load-format`` that the engine takes for it.
+        files: Options that name a file of options.
+        hint: What to do if it names another one.
 
     Raises:
         ConfigurationError: It names another load format.
     """
-    formats = list(_values(options, "--load-format", shortest=shortest)) or list(_load_formats_of_file(options))
+    formats = list(_values(options, "--load-format", shortest=shortest)) or list(_load_formats_of_file(options, files))
     other = next((name for name in formats if name.lower() != LOAD_FORMAT), None)
     if other is not None:
-        raise ConfigurationError(f"--load-format {other} does not share weights, which shadows need", hint=_HINT)
+        raise ConfigurationError(f"--load-format {other} does not share weights, which shadows need", hint=hint)
     return [*command] if formats else [*command, "--load-format", LOAD_FORMAT]
 
 
-def _load_formats_of_file(options: Sequence[str]) -> Iterator[str]:
-    """The load format in the file that ``--config`` names. One that cannot be read is for the engine to complain of."""
-    for path in _values(options, "--config", shortest="--config"):
+def _load_formats_of_file(options: Sequence[str], files: Sequence[str]) -> Iterator[str]:
+    """The load format in the file that an option names. One that cannot be read is for the engine to complain of."""
+    for path in itertools.chain.from_iterable(_values(options, name, shortest=name) for name in files):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):

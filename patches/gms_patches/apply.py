@@ -120,7 +120,7 @@ def _check(patch: Patch, original: object) -> None:
     if settings().allow_untested_engine:
         return
     version = installed_version(patch.distributions)
-    if not in_range(version, patch.versions):
+    if patch.versions and not in_range(version, patch.versions):
         raise EngineUnsupported(f"patch {patch.name} was tested with {patch.versions}, not with {version or 'an unknown version'}", hint=_hint(patch))
     if patch.kind is Kind.REPLACE and _live_fingerprint(original) not in patch.fingerprints:
         raise EngineUnsupported(f"patch {patch.name}: the code of {patch.target} is not the code that it was written for", hint=_hint(patch))
@@ -134,7 +134,7 @@ def _live_fingerprint(function: Callable[..., Any]) -> str:
 
 
 def _hint(patch: Patch) -> str:
-    tested = f"{patch.distributions[0]} {patch.versions}"
+    tested = f"{patch.distributions[0]} {patch.versions}" if patch.versions else f"another version of {patch.distributions[0]}"
     return f"Use {tested}, a newer GMS, or GMS_ALLOW_UNTESTED_ENGINE=1 at your own risk; `gms patches check` shows what differs."
 
 

@@ -52,7 +52,7 @@ def check_patch(patch: Patch, source: EngineSource) -> Verdict:
     verdict = _accepts(patch.name, patch.signatures, found)
     if verdict.status is Status.OK and patch.kind is Kind.REPLACE and found.fingerprint not in patch.fingerprints:
         return Verdict(patch.name, Status.FAIL, f"the code of {patch.target} has changed: fingerprint {found.fingerprint} is not known", _FIX)
-    if verdict.status is Status.OK and not in_range(source.version, patch.versions):
+    if verdict.status is Status.OK and patch.versions and not in_range(source.version, patch.versions):
         return Verdict(patch.name, Status.WARN, f"{source.version} is outside the tested range {patch.versions}", _FIX)
     return verdict
 

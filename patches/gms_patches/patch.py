@@ -46,7 +46,7 @@ class Patch:
         target: ``module:qualified.name`` of a plain function or method.
         kind: Whether it calls the original.
         distributions: Names under which the engine is installed; the first that is found counts.
-        versions: Engine versions that it was tested with.
+        versions: Engine versions that it was tested with; empty where its target's parameters alone decide.
         signatures: Parameter lists of the target that it accepts.
         fingerprints: Fingerprints of the target's source that it accepts; a patch that replaces has at least one.
         reason: Why it exists, in a sentence.

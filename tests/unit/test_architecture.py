@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [ROOT / "gms_core", ROOT / "integrations/gms_sglang", ROOT / "integrations/gms_vllm", ROOT / "patches/gms_patches", ROOT / "tools/bench"]
+ADAPTERS = ("gms_sglang", "gms_trtllm", "gms_vllm")
+PACKAGES = [ROOT / "gms_core", *(ROOT / "integrations" / name for name in ADAPTERS), ROOT / "patches/gms_patches", ROOT / "tools/bench"]
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 MOST_LINES = 400
-HEAVY = {"torch", "pydantic", "rich", "vllm", "sglang", "cuda", "numpy", "packaging", "uvicorn"}
+HEAVY = {"torch", "pydantic", "rich", "vllm", "sglang", "tensorrt_llm", "cuda", "numpy", "packaging", "uvicorn"}
 
 
 def _name(path: Path) -> str:
@@ -95,6 +96,7 @@ def test_errors_are_raised_or_logged_when_they_are_caught_broadly(path: Path) ->
         "import gms_core.kv.private, gms_core.kv.rank, gms_core.sleep",
         "import gms_core.failover.front_end.api_server, gms_core.failover.front_end.gate, gms_core.failover.front_end.rehearsal",
         "import gms_core.cli, gms_core.cli.serve, gms_core.devices, gms_core.runtime_dir",
+        "import gms_trtllm",
     ],
 )
 def test_nothing_heavy_is_imported_when_the_core_is(code: str) -> None:

@@ -1,0 +1,27 @@
+"""The options of a TensorRT-LLM that has `LoadFormat.GMS`, in a class of GMS's own."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import model_validator
+from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+
+import gms_trtllm
+from gms_trtllm.arguments import asks_for_gms, expect_if_asked
+
+
+class GmsTorchLlmArgs(TorchLlmArgs):  # type: ignore[misc]
+    """The same options. With ``load_format="GMS"`` a process that has them is ready to load through GMS."""
+
+    @model_validator(mode="after")
+    def _is_expected(self) -> Self:
+        expect_if_asked(self)
+        return self
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """In a rank."""
+        super().__setstate__(state)
+        if asks_for_gms(self):
+            gms_trtllm.prepare()
+        expect_if_asked(self)

@@ -1,0 +1,17 @@
+"""What GMS changes in TensorRT-LLM, and what it relies on there."""
+
+from gms_patches.for_trtllm.patches import DISTRIBUTIONS, LOAD_MODEL, PATCHES, RELOAD_MODEL, TESTED
+from gms_patches.for_trtllm.requirements import REQUIREMENTS
+from gms_patches.for_trtllm.symbols import ADAPTER, COMMON, NATIVE
+
+__all__ = [
+    "ADAPTER",
+    "COMMON",
+    "DISTRIBUTIONS",
+    "LOAD_MODEL",
+    "NATIVE",
+    "PATCHES",
+    "RELOAD_MODEL",
+    "REQUIREMENTS",
+    "TESTED",
+]

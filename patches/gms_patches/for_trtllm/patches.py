@@ -1,0 +1,40 @@
+"""The patches for TensorRT-LLM, each for one function. What takes the function's place belongs to the adapter.
+
+None of them names versions: it is looked for what a version offers.
+"""
+
+from __future__ import annotations
+
+from gms_patches.patch import Kind, Patch
+
+TESTED = ""
+"""Versions of TensorRT-LLM that were tested: none can be installed where GMS is built, so that signatures alone decide."""
+
+DISTRIBUTIONS = ("tensorrt-llm", "tensorrt_llm")
+
+_LOADER = "tensorrt_llm._torch.pyexecutor.model_loader:ModelLoader"
+
+LOAD_MODEL = Patch(
+    name="trtllm-load-model",
+    target=f"{_LOADER}.load",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, checkpoint_dir, checkpoint_loader",),
+    reason="A checkpoint loader is called when the model has memory of its own already, and is not given the model.",
+    upstream="LoadFormat.GMS (NVIDIA/TensorRT-LLM#13926) makes it unnecessary.",
+)
+
+RELOAD_MODEL = Patch(
+    name="trtllm-reload-model",
+    target=f"{_LOADER}.reload",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, model, weights", "self, model, weights, allow_partial_loading="),
+    reason="It would write to weights that are shared, and read-only.",
+    upstream="Later versions refuse it for readers.",
+)
+
+PATCHES = (LOAD_MODEL, RELOAD_MODEL)
+"""Applied where this version has no LoadFormat.GMS."""

@@ -1,0 +1,99 @@
+"""The engine as a program sees it: a parent, and a process for each rank, which gets the options pickled."""
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+
+
+class LLM:
+    def __init__(self, model, **options):
+        assert options.pop("backend", "pytorch") == "pytorch"
+        for name in options:
+            if name not in TorchLlmArgs.model_fields:
+                raise ValueError(f"LLM got an argument {name!r} that it does not know")
+        self.args = TorchLlmArgs(model=str(model), **options)
+        self._folder = tempfile.TemporaryDirectory(prefix="trtllm-")
+        context = multiprocessing.get_context("spawn")
+        size = self.args.tensor_parallel_size
+        self._ranks = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            os.environ["TRTLLM_DOUBLE_DEVICE"] = str(rank)
+            process = context.Process(target=_worker_main, args=(self.args, rank, size, str(Path(self._folder.name, "group")), there))
+            process.start()
+            there.close()
+            self._ranks.append((process, here))
+        del os.environ["TRTLLM_DOUBLE_DEVICE"]
+
+    @property
+    def pids(self):
+        return [process.pid for process, _ in self._ranks]
+
+    def wait_until_ready(self):
+        answers = [self._answer(pipe) for _, pipe in self._ranks]
+        failed = [answer[1] for answer in answers if answer[0] != "ready"]
+        if failed:
+            raise RuntimeError("; ".join(failed))
+        return self
+
+    def ask(self, method, *args):
+        for _, pipe in self._ranks:
+            pipe.send((method, args))
+        return [self._answer(pipe) for _, pipe in self._ranks]
+
+    def generate(self, tokens):
+        return self.ask("forward", tokens)[0]
+
+    def shutdown(self):
+        for process, pipe in self._ranks:
+            pipe.close()  # a rank ends when nobody asks it any more
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+        self._ranks = []
+        self._folder.cleanup()
+
+    def kill(self):
+        for process, _ in self._ranks:
+            process.kill()
+        self.shutdown()
+
+    def _answer(self, pipe):
+        if not pipe.poll(120):
+            raise RuntimeError("a rank does not answer")
+        try:
+            return pipe.recv()
+        except EOFError:
+            return ("lost", "a rank has ended")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+
+
+def _worker_main(args, rank, size, group, pipe):
+    import torch.distributed as dist
+    from tensorrt_llm.rank import Rank
+
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=size)
+    try:
+        engine = Rank(args, rank, size)
+    except Exception as error:
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("ready", None))
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            break
+        pipe.send(getattr(engine, method)(*arguments))
+    engine.cleanup()

@@ -1,0 +1,5 @@
+"""Upstream's logger."""
+
+import logging
+
+logger = logging.getLogger("TRT-LLM")

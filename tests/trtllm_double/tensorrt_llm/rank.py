@@ -1,0 +1,50 @@
+"""What a rank does with its options: it loads its part of the model, and computes."""
+
+import copy
+
+import torch
+from tensorrt_llm._torch.models.modeling_utils import CHECKPOINT_LOADER_FORMAT_DEFAULT_MAPPING
+from tensorrt_llm._torch.pyexecutor.model_loader import ModelLoader
+from tensorrt_llm.llmapi.llm_args import LoadFormat
+from tensorrt_llm.mapping import Mapping
+
+
+class Rank:
+    def __init__(self, args, rank, size):
+        self.mapping = Mapping(size, rank, size)
+        self.loaders = []
+        self.reads = 0
+        self.model = self._load(args, args.model)
+        speculation = args.speculative_config
+        self.draft = None
+        if speculation is not None and not speculation.in_target:
+            draft_args = copy.copy(args)
+            if speculation.load_format == "dummy":
+                draft_args.load_format = LoadFormat.DUMMY
+            self.draft = self._load(draft_args, speculation.speculative_model)
+
+    def _load(self, args, checkpoint_dir):
+        checkpoint_loader = args.checkpoint_loader or CHECKPOINT_LOADER_FORMAT_DEFAULT_MAPPING[args.checkpoint_format]()
+        loader = ModelLoader(args, self.mapping, args.speculative_config, None, 64, 64)
+        self.loaders.append(loader)
+        model, _ = loader.load(checkpoint_dir, checkpoint_loader)
+        self.reads += checkpoint_loader.reads
+        return model
+
+    def forward(self, tokens):
+        with torch.no_grad():
+            return self.model(torch.tensor(tokens)).tolist()
+
+    def forward_draft(self, tokens):
+        with torch.no_grad():
+            return self.draft(torch.tensor(tokens)).tolist()
+
+    def was_read(self):
+        """How often the checkpoint loader was asked for weights."""
+        return self.reads
+
+    def cleanup(self):
+        for loader in self.loaders:
+            cleanup = getattr(loader, "cleanup", None)
+            if cleanup is not None:
+                cleanup()
