@@ -87,9 +87,9 @@ class Engine:
         pool = RetainedPool(memory.session, "kv_cache")
         if pool.plan(Identity({"engine": "fake"}), LONG_S) is None:
             pool.provide(b"plan", [memory.session.welcome.granularity], LONG_S)
+        lock = self.join("lock")  # before it says that it stands by: whoever takes the server away waits for that
         self.become("standby")
         self.go.wait()
-        lock = self.join("lock")
         try:
             term = lock.elect(self.block.get("lock", "gms:primary").removeprefix("gms:"), LONG_S)
         except GmsError:

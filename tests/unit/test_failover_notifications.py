@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,6 +151,13 @@ def test_failure_is_logged_when_there_is_no_such_command(caplog: pytest.LogCaptu
     assert "the command /nowhere/command cannot be run: No such file or directory" in caplog.text
 
 
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def test_command_and_what_it_started_are_killed_when_they_take_too_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pids = tmp_path / "pids"
     body = f"""
@@ -164,8 +172,10 @@ time.sleep(600)
     command.gms_role_changed(a_change())
     command.deliveries.close(PATIENCE_S)
     assert "did not end within 3 s and was killed" in caplog.text
-    status = Path(f"/proc/{pids.read_text()}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+    pid, deadline = pids.read_text(), time.monotonic() + PATIENCE_S
+    while is_alive(pid):  # killed, and not yet gone
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_command_is_not_run_when_the_engine_is_not_the_primary(tmp_path: Path) -> None:
