@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gms_core.errors import ConfigurationError
+from gms_core.failover.elector.address import parse as parse_store_address
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -41,7 +42,10 @@ def _lock(value: str) -> str:
         return value
     if kind == "flock" and where.startswith("/") and "\0" not in where:
         return value
-    raise ValueError("must be gms:NAME or flock:/ABSOLUTE/PATH")
+    if kind in ("etcd", "k8s"):
+        parse_store_address(value)
+        return value
+    raise ValueError("must be gms:NAME, flock:/ABSOLUTE/PATH, etcd://... or k8s:...")
 
 
 def _address(value: str) -> str:
@@ -98,7 +102,8 @@ class FailoverConfig(BaseModel):
 
     Attributes:
         lock: What elects the primary: ``gms:NAME`` is arbitrated by the server of the device, ``flock:/PATH`` is a file that all engines of this
-            host see. Engines with the same lock stand in for one another.
+            host see, ``etcd://…`` and ``k8s:…`` are in stores that several nodes share (see `gms_core.failover.elector.address`). Engines with the
+            same lock stand in for one another.
         gate: How a shadow is held back: ``port`` binds but does not listen, so that all engines can have the same port; ``503`` answers every
             request with that status.
         kv_tag: Name of the retained pool of KV memory.

@@ -195,6 +195,13 @@ class NotPromoted(GmsError):
     code = "not_promoted"
 
 
+class LockStoreUnavailable(GmsError):
+    """The store of a lock that several nodes share does not answer."""
+
+    code = "lock_store_unavailable"
+    retryable = True
+
+
 class RoleConflict(GmsError):
     """What was asked of an engine cannot be, in the role that it has."""
 

@@ -42,6 +42,7 @@ BY_ERROR: dict[type[errors.GmsError], ExitCode] = {
     errors.ConfigurationError: ExitCode.USAGE,
     errors.ServerUnavailable: ExitCode.NO_SERVER,
     errors.ConnectionLost: ExitCode.NO_SERVER,
+    errors.LockStoreUnavailable: ExitCode.NO_SERVER,
     errors.PermissionRefused: ExitCode.PERMISSION,
     errors.IdentityMismatch: ExitCode.IDENTITY,
     errors.GenerationConflict: ExitCode.IDENTITY,

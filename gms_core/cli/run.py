@@ -45,7 +45,7 @@ UNKNOWN_COMMAND = (
     help="Shadows that may be starting at once. The first engine always starts alone.",
 )
 @click.option("--name", default="engine", show_default=True, help="Engines are called by it and their number: engine-0, engine-1.")
-@click.option("--lock", metavar="gms:NAME|flock:PATH", help="What elects the primary.  [default: gms:primary]")
+@click.option("--lock", metavar="gms:NAME|flock:PATH|etcd:...|k8s:...", help="What elects the primary.  [default: gms:primary]")
 @click.option("--gate", type=click.Choice(["port", "503"]), help="How a shadow is held back: it does not listen, or it answers 503.  [default: port]")
 @click.option("--on-promoted", metavar="COMMAND", help="Command that an engine runs once it serves.")
 @click.option("--webhook", metavar="URL", help="Where an engine posts each change of its role.")

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Protocol
 
 from gms_core.errors import ConfigurationError
+from gms_core.failover.elector.address import ETCD_FORM, K8S_FORM
+from gms_core.failover.elector.lock import StoreLock, store_lock_file
+from gms_core.failover.elector.lock import check as check_store_lock
 from gms_core.failover.flock import FileLock, Owner, check_directory, read_owner
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.server_lock import ServerLock, lock_file
+
+STORES = ("etcd", "k8s")
+"""Kinds of locks that engines of several nodes can share."""
 
 
 class FailoverLock(Protocol):
@@ -50,10 +56,10 @@ def open_lock(text: str) -> FailoverLock:
     """Make the lock that a configuration names, and open it.
 
     Args:
-        text: ``gms:NAME`` or ``flock:/ABSOLUTE/PATH``.
+        text: ``gms:NAME``, ``flock:/ABSOLUTE/PATH``, or one of `gms_core.failover.elector.address`: ``etcd://…``, ``k8s:…``.
 
     Raises:
-        ConfigurationError: It is neither, or the file cannot be opened.
+        ConfigurationError: It is none of them, its file cannot be opened, or what it needs is not installed.
         PermissionRefused: The file is not this user's to open.
     """
     kind, _, where = text.partition(":")
@@ -62,8 +68,10 @@ def open_lock(text: str) -> FailoverLock:
         lock = ServerLock(where)
     elif kind == "flock" and where.startswith("/"):
         lock = FileLock(Path(where))
+    elif kind in STORES:
+        lock = StoreLock(text)
     else:
-        raise ConfigurationError(f"{text!r} is no lock", hint="It must be gms:NAME or flock:/ABSOLUTE/PATH.")
+        raise ConfigurationError(f"{text!r} is no lock", hint=f"It must be gms:NAME, flock:/ABSOLUTE/PATH, {ETCD_FORM} or {K8S_FORM}.")
     lock.open()
     return lock
 
@@ -75,12 +83,14 @@ def check_lock(text: str) -> None:
         text: The lock, as in `open_lock`.
 
     Raises:
-        ConfigurationError: The directory of its file does not exist.
+        ConfigurationError: The directory of its file does not exist, or what it needs is not installed.
         PermissionRefused: The directory is not this user's to look at.
     """
     kind, _, where = text.partition(":")
     if kind == "flock":
         check_directory(Path(where))
+    elif kind in STORES:
+        check_store_lock(text)
 
 
 def last_owner(text: str, socket: Path) -> Owner | None:
@@ -91,4 +101,6 @@ def last_owner(text: str, socket: Path) -> Owner | None:
         socket: Of the server of the engine's first device.
     """
     kind, _, where = text.partition(":")
-    return read_owner(Path(where) if kind == "flock" else lock_file(socket, where))
+    if kind == "flock":
+        return read_owner(Path(where))
+    return read_owner(store_lock_file(socket, text) if kind in STORES else lock_file(socket, where))

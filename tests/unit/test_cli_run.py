@@ -385,7 +385,8 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--status-address", "{n}", "--", "true"], ExitCode.USAGE, "status_address: must be HOST:PORT"),
         (["--name", "../engine", "--", "true"], ExitCode.USAGE, "'../engine' cannot be the name of engines"),
         (["--no-serve", "--device", "host", "--", "true"], ExitCode.NO_SERVER, "for host\nhint: Start it with gms serve"),
-        (["--lock", "etcd:x", "--", "true"], ExitCode.USAGE, "the options of gms run: lock: must be gms:NAME or flock:/ABSOLUTE/PATH"),
+        (["--lock", "etcd:x", "--", "true"], ExitCode.USAGE, "the options of gms run: lock: must be etcd://HOST:PORT"),
+        (["--lock", "zk:x", "--", "true"], ExitCode.USAGE, "lock: must be gms:NAME, flock:/ABSOLUTE/PATH, etcd://... or k8s:..."),
         (["--lock", "flock:/no/such/lock", "--", "true"], ExitCode.USAGE, "the lock file /no/such/lock cannot be opened: No such file or directory"),
         (["--lock", "flock:/etc/passwd/lock", "--", "true"], ExitCode.USAGE, "/etc/passwd/lock cannot be opened: Not a directory"),
         (
