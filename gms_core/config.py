@@ -113,6 +113,22 @@ def engine_variables(pattern: re.Pattern[str]) -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if pattern.match(name)}
 
 
+def told_to_children() -> dict[str, str]:
+    """What the environment says to engines, by variable, for processes of this one that do not get its environment."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ and name not in SNAPSHOTS}
+
+
+def take_from_parent(told: Mapping[str, str]) -> None:
+    """Let what a parent was told hold here, but for what this process was told otherwise.
+
+    Args:
+        told: By `told_to_children` in the parent.
+    """
+    for name, value in told.items():
+        if name in ENVIRONMENT:
+            os.environ.setdefault(name, value)
+
+
 def export_cohort(cohort: str, engine: str) -> None:
     """Tell every process that this one starts which cohort it belongs to."""
     os.environ["GMS_COHORT"] = cohort

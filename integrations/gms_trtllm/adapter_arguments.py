@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Pr
 from pydantic_core.core_schema import SerializationInfo, SerializerFunctionWrapHandler
 from tensorrt_llm.llmapi.llm_args import LoadFormat, TorchLlmArgs
 
-import gms_trtllm
 from gms_core.engine_log import log
-from gms_trtllm.arguments import expect_if_asked
+from gms_trtllm.arguments import expect_if_asked, prepare_rank, with_settings
 
 _NAME = "GMS"
 _NUMBER = 3
@@ -73,12 +72,13 @@ class GmsTorchLlmArgs(TorchLlmArgs):  # type: ignore[misc]
         wanted = (info.include is None or "load_format" in info.include) and (info.exclude is None or "load_format" not in info.exclude)
         return {**dumped, "load_format": _NAME} if self._shares_weights and wanted else dumped
 
+    def __getstate__(self) -> dict[Any, Any]:
+        return with_settings(super().__getstate__())
+
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """In a rank."""
+        """In a rank, or in a copy."""
         super().__setstate__(state)
-        if self.shares_weights:
-            gms_trtllm.prepare()
-        expect_if_asked(self)
+        prepare_rank(self, state)
 
 
 def _is_gms(load_format: object) -> bool:

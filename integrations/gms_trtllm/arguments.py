@@ -7,17 +7,21 @@ class of GMS's own can only be made again by importing its module. So a rank tha
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import tensorrt_llm.llmapi.llm as programs
 from tensorrt_llm.llmapi import llm_args
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 
+import gms_trtllm
+from gms_core.config import take_from_parent, told_to_children
 from gms_core.errors import EngineUnsupported
 from gms_trtllm.identity import expect
 from gms_trtllm.outer_pool import check_sleep
 
 _PLACE = "TorchLlmArgs"
+_SETTINGS = "gms_settings"
 
 
 def is_native() -> bool:
@@ -39,6 +43,24 @@ def expect_if_asked(args: Any) -> None:
     if asks_for_gms(args):
         check_sleep(getattr(args, "sleep_config", None))
         expect(args)
+
+
+def with_settings(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What is pickled of options, and GMS's settings with them: the ranks of an engine do not get the environment of the process that starts them."""
+    return {**state, _SETTINGS: told_to_children()}
+
+
+def prepare_rank(args: Any, state: Mapping[Any, Any]) -> None:
+    """Make a process ready that was given options which ask for GMS.
+
+    Args:
+        args: The options.
+        state: What was pickled of them.
+    """
+    if asks_for_gms(args):
+        take_from_parent(state.get(_SETTINGS, {}))
+        gms_trtllm.prepare()
+        expect_if_asked(args)
 
 
 def take_arguments_place() -> None:

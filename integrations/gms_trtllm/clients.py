@@ -7,17 +7,20 @@ published or attached is never handed to a second loader, for that would get the
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from gms_core.client import ReadLease, Session, WriteLease, connect
 from gms_core.engine_config import parse_block
 from gms_core.errors import LeaseConflict
+from gms_core.layout import Identity
 from gms_core.pytorch import capture, materialise, publish
 from gms_core.pytorch.cuda_pool import give_out
 from gms_core.pytorch.device import free_memory
@@ -35,6 +38,8 @@ from gms_trtllm.ranks import all_ranks, rank
 from gms_trtllm.slots import built_here, of_communicators
 
 WHERE = "gms_config"
+
+Result = TypeVar("Result")
 
 
 class Mapped(NamedTuple):
@@ -73,6 +78,7 @@ class Client:
         self.device = torch_device(asked.device_index)
         self.granted_lock_type = GrantedLockType.RW if publishing is not None else GrantedLockType.RO
         self.is_loaded = False
+        self._has_met = False
         self._session = session
         self._wait_seconds = granted.wait_seconds
         self._holding = holding
@@ -137,19 +143,20 @@ class Client:
             check_populated(model)
             return publish(model, lease.arena, device=self.device, ignore=of_communicators(model))
 
-        manifest = all_or_none(all_ranks(), fill)
+        manifest = self._meet(fill)
         assert self._publishing is not None  # who has a write lease
         self._publishing.end(manifest)
         self._loaded()
         return self.total_bytes
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Let a model use what is published.
+        """Let a model use what is published. Several ranks go on once each of them has attached.
 
         Raises:
             LeaseConflict: This client writes.
             ManifestError: What is published does not fit the model, which is as it was.
             UnpopulatedModule: Tensors would be left without content.
+            GmsError: Another rank could not attach.
         """
         lease = self.lease
         if not isinstance(lease, ReadLease) or self.is_loaded:
@@ -158,16 +165,24 @@ class Client:
         def install(lease: ReadLease) -> None:
             materialise(model, lease.layout.manifest, lease.map(), device=self.device, rebuilt=built_here(model), allow_changes=True)
 
-        attach_with(self._holding, lease, self._wait_seconds, install)
+        self._meet(lambda: attach_with(self._holding, lease, self._wait_seconds, install))
         self._loaded()
 
     def close(self) -> None:
         """End the session, and with it the lease: what was not published is gone. Idempotent.
 
-        What is mapped stays so, since tensors may point there.
+        What is mapped stays so, since tensors may point there. A rank that has not come to publish or attach tells the others, which wait for it.
         """
+        if not self._has_met:
+            with contextlib.suppress(Exception):  # this rank's own: it is raised where it happened
+                self._meet(partial(_raise, sys.exception()))
         forget(self._holding)
         self._session.close()
+
+    def _meet(self, step: Callable[[], Result]) -> Result:
+        """Take the one step of a client's life for which all ranks wait."""
+        self._has_met = True
+        return all_or_none(all_ranks(), step)
 
     def _loaded(self) -> None:
         self.is_loaded = True
@@ -178,6 +193,10 @@ class Client:
         if not isinstance(lease, WriteLease):
             raise LeaseConflict(f"this process only reads the weights {self.tag!r}: it cannot {what}")
         return lease
+
+
+def _raise(error: BaseException | None) -> None:
+    raise error if isinstance(error, Exception) else LeaseConflict("it has given up its load")
 
 
 _lock = threading.RLock()
@@ -215,40 +234,34 @@ def get_or_create(socket_path: str, device_index: int, *, mode: RequestedLockTyp
 
 
 def _open(asked: _Asked, wanted: Expected | None) -> Client:
+    """Ranks take each step together: one that cannot must not keep its mates waiting for it."""
     options = parse_block({"socket_path": asked.socket, "mode": asked.mode.value, "tag": asked.tag}, where=WHERE)
-    wanted = wanted or expected()
-    files = wanted.files()
-    identity = wanted.identity(files)
-    before = free_memory()
-    session = _connect(asked, f"tensorrt_llm {identity.fields['engine_version']} rank {rank()}", options.connect_timeout_s)
-    try:
+    wanted = wanted or expected(asked.tag)
+    with contextlib.ExitStack() as undo:
+
+        def connected() -> tuple[Session, Identity, list[Path]]:
+            files = wanted.files()
+            identity = wanted.identity(files)
+            name = f"tensorrt_llm {identity.fields['engine_version']} rank {rank()}"
+            session = connect(device_id(asked.device_index), socket_path=asked.socket, client=name, timeout_s=options.connect_timeout_s)
+            undo.callback(session.close)
+            return session, identity, files
+
+        session, identity, files = all_or_none(all_ranks(), connected)
+        before = free_memory()
         granted = acquire(session, pool_name(asked.tag, asked.device_index), identity, options, all_ranks)
         holding = Holding(session, granted.lease, neighbours=before - free_memory())
-        publishing = None
-        if isinstance(granted.lease, WriteLease):
-            publishing = Publishing(holding, granted.lease, granted.wait_seconds, identity, files)
-        elif not identity.fields.get("content"):
-            check_content(files, granted.lease.layout.identity)
-        return Client(asked, session, granted, holding, publishing)
-    except BaseException:
-        session.close()
-        raise
 
+        def checked() -> Publishing | None:
+            if isinstance(granted.lease, WriteLease):
+                return Publishing(holding, granted.lease, granted.wait_seconds, identity, files)
+            if not identity.fields.get("content"):
+                check_content(files, granted.lease.layout.identity)
+            return None
 
-def _connect(asked: _Asked, name: str, timeout_s: float) -> Session:
-    """Connect on every rank, or on none: one that cannot must not keep its mates waiting for it."""
-    sessions: list[Session] = []
-
-    def step() -> None:
-        sessions.append(connect(device_id(asked.device_index), socket_path=asked.socket, client=name, timeout_s=timeout_s))
-
-    try:
-        all_or_none(all_ranks(), step)
-    except BaseException:
-        for session in sessions:
-            session.close()
-        raise
-    return sessions[0]
+        client = Client(asked, session, granted, holding, all_or_none(all_ranks(), checked))
+        undo.pop_all()
+    return client
 
 
 def evict(client: Client) -> None:

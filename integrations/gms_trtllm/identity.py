@@ -59,6 +59,8 @@ _OF_NO_WEIGHT = frozenset(
 """Options, at whatever depth, that say where things come from, how requests are scheduled and watched, and how large the KV cache is. Any other that
 is not at its default, one that is not known here too, may choose kernels, or how weights are divided, and with them the layout of weights."""
 
+_CONFIGURATION = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_cfg.json")
+
 _SHORT = 64
 """Characters of a value that is shown as it is; longer ones are compared by a digest."""
 
@@ -85,6 +87,12 @@ class Expected:
         folder = model_folder(*self._place, None)
         return [] if folder is None else find_weights(folder, WEIGHTS)
 
+    def _configuration(self) -> str:
+        """Digest of the files beside the weights that say what these mean, such as how they are quantised; empty where there are none."""
+        folder = model_folder(*self._place, None)
+        found = [] if folder is None else [folder / name for name in _CONFIGURATION if (folder / name).is_file()]
+        return digest_of({path.name: path.read_text(encoding="utf-8", errors="replace") for path in found}) if found else ""
+
     def identity(self, files: list[Path]) -> Identity:
         """The identity of this rank's weights.
 
@@ -99,6 +107,7 @@ class Expected:
             "content": known_content(files, "auto"),
             "model": whereabouts(model),
             "revision": str(revision or ""),
+            "configuration": self._configuration(),
             "engine": "tensorrt_llm",
             "engine_version": str(tensorrt_llm.__version__),
             "torch_version": str(torch.__version__),
@@ -110,27 +119,26 @@ class Expected:
         return Identity({name: value for name, value in fields.items() if value})
 
 
-_expected: Expected | None = None
+_expected: dict[str, Expected] = {}
 
 
 def expect(args: Any) -> None:
-    """Say what this process loads from now on."""
-    global _expected
-    _expected = Expected(args)
+    """Say what this process loads from now on under the tag of these options."""
+    _expected[args.gms_config.tag] = Expected(args)
 
 
-def expected() -> Expected:
-    """What this process loads.
+def expected(tag: str) -> Expected:
+    """What this process loads under a tag.
 
     Raises:
         ConfigurationError: Nobody has said it.
     """
-    if _expected is None:
+    if tag not in _expected:
         raise ConfigurationError(
             "it is not known what this process loads, so that it cannot be compared with what is published",
             hint="Call gms_trtllm.install() before the engine is made.",
         )
-    return _expected
+    return _expected[tag]
 
 
 def options(args: Any) -> dict[str, str]:

@@ -7,8 +7,7 @@ from typing import Any, Self
 from pydantic import model_validator
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 
-import gms_trtllm
-from gms_trtllm.arguments import asks_for_gms, expect_if_asked
+from gms_trtllm.arguments import expect_if_asked, prepare_rank, with_settings
 
 
 class GmsTorchLlmArgs(TorchLlmArgs):  # type: ignore[misc]
@@ -19,9 +18,10 @@ class GmsTorchLlmArgs(TorchLlmArgs):  # type: ignore[misc]
         expect_if_asked(self)
         return self
 
+    def __getstate__(self) -> dict[Any, Any]:
+        return with_settings(super().__getstate__())
+
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """In a rank."""
+        """In a rank, or in a copy."""
         super().__setstate__(state)
-        if asks_for_gms(self):
-            gms_trtllm.prepare()
-        expect_if_asked(self)
+        prepare_rank(self, state)

@@ -8,14 +8,12 @@ from typing import Any
 import tensorrt_llm._torch.pyexecutor.model_loader as home
 
 from gms_core.engine_log import log
-from gms_core.ranks import all_or_none
 from gms_trtllm.checkpoint_loaders import Untouched
 from gms_trtllm.clients import Client
-from gms_trtllm.ranks import all_ranks
 
 
 def read(loader: Any, checkpoint_dir: Any, checkpoint_loader: Any, client: Client) -> tuple[Any, Any]:
-    """Make a model on top of what is published. The checkpoint loader is not asked for weights. Ranks go on once each of them has attached.
+    """Make a model on top of what is published. The checkpoint loader is not asked for weights.
 
     Args:
         loader: The `ModelLoader`.
@@ -29,20 +27,17 @@ def read(loader: Any, checkpoint_dir: Any, checkpoint_loader: Any, client: Clien
     Raises:
         ManifestError: What is published does not fit the model.
         UnpopulatedModule: Tensors would be left without content.
+        GmsError: Another rank could not attach.
     """
-
-    def attach() -> tuple[Any, Any]:
-        config = loader._load_and_validate_config(checkpoint_dir, Untouched(checkpoint_loader))  # noqa: SLF001 - of the adapter's table of symbols
-        with home.maybe_create_moe_load_balancer(config, loader.mapping) as balancer:
-            model = _build(config, client)
-            for module in list(model.modules()):
-                process = getattr(module, "post_load_weights", None)
-                if process is not None and not getattr(module, "_weights_removed", False):
-                    process()
-            client.attach(model)
-        return model.eval(), balancer
-
-    return all_or_none(all_ranks(), attach)
+    config = loader._load_and_validate_config(checkpoint_dir, Untouched(checkpoint_loader))  # noqa: SLF001 - of the adapter's table of symbols
+    with home.maybe_create_moe_load_balancer(config, loader.mapping) as balancer:
+        model = _build(config, client)
+        for module in list(model.modules()):
+            process = getattr(module, "post_load_weights", None)
+            if process is not None and not getattr(module, "_weights_removed", False):
+                process()
+        client.attach(model)
+    return model.eval(), balancer
 
 
 def _build(config: Any, client: Client) -> Any:

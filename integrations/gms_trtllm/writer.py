@@ -10,17 +10,15 @@ import tensorrt_llm._torch.pyexecutor.model_loader as home
 
 from gms_core.errors import EngineUnsupported
 from gms_core.pytorch.population import marking
-from gms_core.ranks import all_or_none
 from gms_trtllm.checkpoint_loaders import Watched
 from gms_trtllm.clients import Client
-from gms_trtllm.ranks import all_ranks
 
 _MODELS = "AutoModelForCausalLM"
 _OWN_TAG = "model_weights_memory_tag"
 
 
 def write(original: Callable[..., tuple[Any, Any]], loader: Any, checkpoint_dir: Any, checkpoint_loader: Any, client: Client) -> tuple[Any, Any]:
-    """Load a model, publish it, and go on as a reader of it. Ranks publish once each of them has loaded.
+    """Load a model, publish it, and go on as a reader of it.
 
     Args:
         original: TensorRT-LLM's `ModelLoader.load`.
@@ -37,14 +35,9 @@ def write(original: Callable[..., tuple[Any, Any]], loader: Any, checkpoint_dir:
         GmsError: It could not be published.
     """
     watched = Watched(checkpoint_loader)
-
-    def load() -> tuple[Any, Any]:
-        with _without_own_memory(loader), _in_memory_of(client):
-            result = original(loader, checkpoint_dir, watched)
-        watched.check()
-        return result
-
-    model, balancer = all_or_none(all_ranks(), load)
+    with _without_own_memory(loader), _in_memory_of(client):
+        model, balancer = original(loader, checkpoint_dir, watched)
+    watched.check()
     client.publish(model)
     return model, balancer
 

@@ -258,11 +258,24 @@ def test_reader_is_refused_when_a_tensor_would_be_left_without_content(variant: 
 
 
 @everywhere
-def test_reader_is_refused_when_published_tensors_have_no_place(variant: str, gms: Path, tmp_path: Path) -> None:
+def test_reader_is_refused_when_published_tensors_have_no_place(variant: str, gms: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from gms_trtllm import identity
+
+    monkeypatch.setattr(identity, "_CONFIGURATION", ())  # else it would be refused for that
     checkpoint = write_checkpoint(tmp_path / "checkpoint", draft=True)
     Rank(checkpoint).load().leave()
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text().replace("true", "false"))
     with pytest.raises(ManifestError, match="draft_model"):
+        Rank(checkpoint).load()
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["config.json", "hf_quant_config.json"])
+def test_reader_is_refused_when_its_checkpoint_is_to_be_read_otherwise(variant: str, gms: Path, checkpoint: Path, name: str, caplog: Any) -> None:
+    Rank(checkpoint).load().leave()
+    with (checkpoint / name).open("a") as file:
+        file.write(" ")
+    with connecting_refused(variant, "holds generation 1 of something else: configuration: ", caplog):
         Rank(checkpoint).load()
 
 

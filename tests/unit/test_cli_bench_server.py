@@ -29,7 +29,7 @@ def test_every_figure_is_there_and_the_server_gives_back_what_it_took_when_all_h
     assert len(found["session"]) == 10
     before, full, after = (found[f"server_{when}"]["descriptors"] for when in ("before", "full", "after"))
     assert full >= before + 20
-    assert after == before
+    assert after <= before  # a server that has just begun may have some open that it needs for that alone
 
 
 @pytest.mark.parametrize("sessions", ["1", "13"])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -18,12 +19,16 @@ class LLM:
         self._folder = tempfile.TemporaryDirectory(prefix="trtllm-")
         context = multiprocessing.get_context("spawn")
         size = self.args.tensor_parallel_size
+        pickled = pickle.dumps(self.args)
         self._ranks = []
         for rank in range(size):
             here, there = context.Pipe()
             os.environ["TRTLLM_DOUBLE_DEVICE"] = str(rank)
-            process = context.Process(target=_worker_main, args=(self.args, rank, size, str(Path(self._folder.name, "group")), there))
+            process = context.Process(target=_worker_main, args=(pickled, rank, size, str(Path(self._folder.name, "group")), there))
+            # As MPI's spawned processes, a rank gets no more of the environment than it needs to run.
+            withheld = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("GMS_")}
             process.start()
+            os.environ.update(withheld)
             there.close()
             self._ranks.append((process, here))
         del os.environ["TRTLLM_DOUBLE_DEVICE"]
@@ -78,10 +83,11 @@ class LLM:
         self.shutdown()
 
 
-def _worker_main(args, rank, size, group, pipe):
+def _worker_main(pickled, rank, size, group, pipe):
     import torch.distributed as dist
     from tensorrt_llm.rank import Rank
 
+    args = pickle.loads(pickled)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=size)
     try:
