@@ -24,8 +24,8 @@ def install() -> None:
     """
     from gms_trtllm.arguments import take_arguments_place
 
-    prepare()
     try:
+        prepare()
         take_arguments_place()
     except BaseException:
         uninstall()
@@ -52,6 +52,9 @@ def prepare() -> None:
         from gms_trtllm.adapter import take_part
 
         take_part()
+    from gms_trtllm.sleep import take_part_in_sleep
+
+    take_part_in_sleep()
 
 
 def uninstall() -> None:
@@ -62,5 +65,10 @@ def uninstall() -> None:
             getattr(module, undo)()
 
 
-_UNDO = {"arguments": "give_arguments_place_back", "adapter": "give_up_part", "library": "withdraw"}
+_UNDO = {
+    "arguments": "give_arguments_place_back",
+    "sleep": "give_up_part_in_sleep",
+    "adapter": "give_up_part",
+    "library": "withdraw",
+}
 """Modules, if they are there, and what undoes the work of each."""

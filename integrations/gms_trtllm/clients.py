@@ -26,6 +26,7 @@ from gms_core.pytorch.cuda_pool import give_out
 from gms_core.pytorch.device import free_memory
 from gms_core.pytorch.population import check_populated, marking
 from gms_core.ranks import all_or_none
+from gms_core.sleep import WEIGHTS, Sleeper
 from gms_core.weights.holdings import Holding, forget, keep
 from gms_core.weights.identity import check_content
 from gms_core.weights.leases import Granted, acquire
@@ -70,15 +71,19 @@ class Client:
     Attributes:
         tag: The user's name for the weights.
         granted_lock_type: What was granted first; a writer stays one in it when it has published.
+        is_loaded: Whether its weights are published or attached.
+        is_draft: Whether they are those of a draft model that has a loader of its own.
     """
 
-    def __init__(self, asked: _Asked, session: Session, granted: Granted, holding: Holding, publishing: Publishing | None) -> None:
+    def __init__(self, asked: _Asked, session: Session, granted: Granted, holding: Holding, publishing: Publishing | None, *, is_draft: bool) -> None:
         self.asked = asked
         self.tag = asked.tag
         self.device = torch_device(asked.device_index)
         self.granted_lock_type = GrantedLockType.RW if publishing is not None else GrantedLockType.RO
         self.is_loaded = False
+        self.is_draft = is_draft
         self._has_met = False
+        self._sleeper = Sleeper()
         self._session = session
         self._wait_seconds = granted.wait_seconds
         self._holding = holding
@@ -168,6 +173,23 @@ class Client:
         self._meet(lambda: attach_with(self._holding, lease, self._wait_seconds, install))
         self._loaded()
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether its weights are not mapped."""
+        return bool(self._sleeper.asleep)
+
+    def suspend(self) -> None:
+        """Unmap the weights: nothing may be computed until `resume`. Their addresses and the lease stay. Idempotent."""
+        self._sleeper.suspend((WEIGHTS,))
+
+    def resume(self) -> None:
+        """Map the weights at their addresses again. Idempotent.
+
+        Raises:
+            GmsError: The server has gone, and what it had with it. The call can be repeated.
+        """
+        self._sleeper.resume((WEIGHTS,))
+
     def close(self) -> None:
         """End the session, and with it the lease: what was not published is gone. Idempotent.
 
@@ -186,6 +208,7 @@ class Client:
 
     def _loaded(self) -> None:
         self.is_loaded = True
+        self._sleeper.weights = (self._holding,)
         keep(self._holding)
 
     def _write_lease(self, what: str) -> WriteLease:
@@ -259,9 +282,15 @@ def _open(asked: _Asked, wanted: Expected | None) -> Client:
                 check_content(files, granted.lease.layout.identity)
             return None
 
-        client = Client(asked, session, granted, holding, all_or_none(all_ranks(), checked))
+        client = Client(asked, session, granted, holding, all_or_none(all_ranks(), checked), is_draft=bool(wanted.draft))
         undo.pop_all()
     return client
+
+
+def all_loaded() -> list[Client]:
+    """The clients of this process whose weights are published or attached."""
+    with _lock:
+        return [client for client in _clients.values() if client.is_loaded]
 
 
 def evict(client: Client) -> None:

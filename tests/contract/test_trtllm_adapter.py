@@ -318,7 +318,7 @@ def test_nothing_is_changed_when_a_symbol_is_not_as_it_is_known(variant: str, mo
         assert ModelLoader.load is load
         assert llm.TorchLlmArgs is llm_args.TorchLlmArgs
     gms_trtllm.install()
-    assert set(in_force()) == {"trtllm-load-model", "trtllm-reload-model"}
+    assert set(in_force()) == {"trtllm-load-model", "trtllm-reload-model", "trtllm-release-memory", "trtllm-materialise-memory"}
     gms_trtllm.uninstall()
     assert in_force() == []
 

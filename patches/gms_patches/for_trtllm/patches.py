@@ -36,5 +36,29 @@ RELOAD_MODEL = Patch(
     upstream="Later versions refuse it for readers.",
 )
 
-PATCHES = (LOAD_MODEL, RELOAD_MODEL)
-"""Applied where this version has no LoadFormat.GMS."""
+_MEMORY = "tensorrt_llm._torch.virtual_memory"
+
+RELEASE_MEMORY = Patch(
+    name="trtllm-release-memory",
+    target=f"{_MEMORY}:release_with_tag",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("*tags",),
+    reason="An engine that sleeps gives up memory of its own alone: shared weights would stay mapped.",
+    upstream="It leaves memory of GMS to whoever has placed it.",
+)
+
+MATERIALISE_MEMORY = Patch(
+    name="trtllm-materialise-memory",
+    target=f"{_MEMORY}:materialize_with_tag",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("*tags",),
+    reason="Shared weights have to be mapped again before the engine computes.",
+    upstream="It leaves memory of GMS to whoever has placed it.",
+)
+
+PATCHES = (LOAD_MODEL, RELOAD_MODEL, RELEASE_MEMORY, MATERIALISE_MEMORY)
+"""The first two are applied where this version has no LoadFormat.GMS, the others wherever it sleeps."""

@@ -43,6 +43,21 @@ class Rank:
         """How often the checkpoint loader was asked for weights."""
         return self.reads
 
+    def sleep(self, sleep_tags):
+        from tensorrt_llm._torch.virtual_memory import release_with_tag
+
+        release_with_tag(*sleep_tags)
+
+    def wakeup(self, wakeup_tags):
+        from tensorrt_llm._torch.virtual_memory import materialize_with_tag
+
+        materialize_with_tag(*wakeup_tags)
+
+    def mapped(self):
+        """How many mappings of published memory this process has."""
+        with open("/proc/self/maps") as maps:
+            return sum("memfd:gms" in line for line in maps)
+
     def cleanup(self):
         for loader in self.loaders:
             cleanup = getattr(loader, "cleanup", None)

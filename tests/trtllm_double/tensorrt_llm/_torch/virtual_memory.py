@@ -26,3 +26,23 @@ def scope(tag, mode=None):
         _pool_stack.pop()[0].__exit__(None, None, None)
         if _pool_stack:
             _pool_stack[-1] = _enter(_pool_stack[-1][1])
+
+
+_released = set()
+"""Tags whose memory was taken away."""
+
+
+def release_with_tag(*tags):
+    """Take away what belongs to these tags; returns how many were changed."""
+    return _change(_released.add, [tag for tag in dict.fromkeys(tags) if tag not in _released])
+
+
+def materialize_with_tag(*tags):
+    """Give it back."""
+    return _change(_released.discard, [tag for tag in dict.fromkeys(tags) if tag in _released])
+
+
+def _change(change, tags):
+    for tag in tags:
+        change(tag)
+    return len(tags)

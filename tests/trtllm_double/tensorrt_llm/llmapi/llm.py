@@ -49,6 +49,9 @@ class LLM:
             pipe.send((method, args))
         return [self._answer(pipe) for _, pipe in self._ranks]
 
+    def _collective_rpc(self, method, args):
+        return self.ask(method, *args)
+
     def generate(self, tokens):
         return self.ask("forward", tokens)[0]
 

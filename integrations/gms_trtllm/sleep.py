@@ -1,0 +1,96 @@
+"""Shared weights in TensorRT-LLM's sleep: what takes its tagged memory away and gives it back, in every rank, does so with GMS's mappings too.
+
+TensorRT-LLM itself leaves weights that GMS has placed where they are. All its ways to sleep come down to two functions of
+``tensorrt_llm._torch.virtual_memory``, which a rank calls between two steps. Addresses stay, and with them CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+
+from gms_core.engine_log import log
+from gms_patches.apply import Applied, apply
+from gms_patches.for_trtllm import MATERIALISE_MEMORY, RELEASE_MEMORY
+from gms_patches.patch import Patch
+from gms_trtllm.clients import Client, all_loaded
+
+_HOME = "tensorrt_llm._torch.virtual_memory"
+_ELSEWHERE = ("tensorrt_llm.executor.ray.gpu_worker", "tensorrt_llm.executor.ray_gpu_worker", "tensorrt_llm.llmapi.rlhf_utils")
+"""Modules that import the two functions by name, as versions have them."""
+_WEIGHTS, _DRAFT_WEIGHTS = "model_weights", "draft_model_weights"
+"""What TensorRT-LLM calls the memory of weights."""
+
+Change = Callable[..., int]
+
+_in_force: list[Applied] = []
+
+
+def take_part_in_sleep() -> None:
+    """Let shared weights of this process sleep and wake up with the rest. Idempotent.
+
+    Raises:
+        EngineUnsupported: The two functions are not as the adapter knows them. Nothing was changed.
+    """
+    try:
+        home = importlib.import_module(_HOME)
+    except ModuleNotFoundError:
+        home = None
+    if not (hasattr(home, "release_with_tag") and hasattr(home, "materialize_with_tag")):
+        log().info("this TensorRT-LLM has no %s.release_with_tag: it does not sleep, and shared weights stay mapped", _HOME)
+        return
+    try:
+        for patch, build in ((RELEASE_MEMORY, _releasing), (MATERIALISE_MEMORY, _materialising)):
+            _in_force.append(applied := apply(patch, build))
+            _rebind(patch, applied.original, applied.replacement)
+    except BaseException:
+        give_up_part_in_sleep()
+        raise
+
+
+def give_up_part_in_sleep() -> None:
+    """Undo it. Idempotent."""
+    while _in_force:
+        applied = _in_force.pop()
+        applied.revert()
+        _rebind(applied.patch, applied.replacement, applied.original)
+
+
+def _rebind(patch: Patch, found: object, wanted: object) -> None:
+    """Change the function where a module has it under its own name already."""
+    name = patch.target.rpartition(":")[2]
+    for module in filter(None, map(sys.modules.get, _ELSEWHERE)):
+        if getattr(module, name, None) is found:
+            setattr(module, name, wanted)
+
+
+def _releasing(original: Change) -> Change:
+    def release_with_tag(*tags: object) -> int:
+        count = original(*tags)
+        for client in _clients(tags):
+            client.suspend()
+        return count
+
+    return release_with_tag
+
+
+def _materialising(original: Change) -> Change:
+    def materialize_with_tag(*tags: object) -> int:
+        with contextlib.ExitStack() as undo:
+            for client in _clients(tags):
+                if client.is_asleep:
+                    client.resume()
+                    undo.callback(client.suspend)  # the engine sleeps on as a whole, and can be woken up once more
+            count = original(*tags)
+            undo.pop_all()
+        return count
+
+    return materialize_with_tag
+
+
+def _clients(tags: Iterable[object]) -> list[Client]:
+    """Of the weights that these tags name. Those that are not published yet are being loaded, and no engine sleeps then."""
+    named = {str(getattr(tag, "value", tag)) for tag in tags}
+    return [client for client in all_loaded() if (_DRAFT_WEIGHTS if client.is_draft else _WEIGHTS) in named]
