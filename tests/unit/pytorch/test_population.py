@@ -45,11 +45,21 @@ def test_marks_are_found_when_a_parameter_was_transposed_or_is_a_view() -> None:
         check_populated(model)
 
 
-def test_model_passes_when_a_part_of_a_parameter_is_padding() -> None:
+def test_model_passes_with_a_warning_when_rows_of_a_parameter_are_padding(caplog: pytest.LogCaptureFixture) -> None:
     model = made()
-    for parameter in model.parameters():
-        parameter[:3] = 1
+    model.first[:3] = 1
+    model.second[:] = 1
     check_populated(model)
+    assert "nothing was loaded into rows of 1 parameters: first (25.0%); that is padding, or a part of the checkpoint is missing" in caplog.text
+
+
+def test_nothing_is_said_when_columns_are_padding_or_rows_cannot_be_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    model = made()
+    model.first[:, :5] = 1
+    model.second.data = model.second.data.t()
+    model.second[0] = 1
+    check_populated(model)
+    assert not caplog.text
 
 
 def test_parameter_is_named_when_it_has_no_memory() -> None:
