@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterable
 
 from gms_core.engine_log import log
+from gms_core.ranks import all_or_none
 from gms_patches.apply import Applied, apply
 from gms_patches.for_trtllm import MATERIALISE_MEMORY, RELEASE_MEMORY
 from gms_patches.patch import Patch
 from gms_trtllm.clients import Client, all_loaded
+from gms_trtllm.ranks import all_ranks
 
 _HOME = "tensorrt_llm._torch.virtual_memory"
 _ELSEWHERE = ("tensorrt_llm.executor.ray.gpu_worker", "tensorrt_llm.executor.ray_gpu_worker", "tensorrt_llm.llmapi.rlhf_utils")
@@ -68,29 +70,45 @@ def _rebind(patch: Patch, found: object, wanted: object) -> None:
 
 def _releasing(original: Change) -> Change:
     def release_with_tag(*tags: object) -> int:
-        count = original(*tags)
-        for client in _clients(tags):
-            client.suspend()
-        return count
+        return _change(original, tags, Client.suspend, Client.resume, of_asleep=False)
 
     return release_with_tag
 
 
 def _materialising(original: Change) -> Change:
     def materialize_with_tag(*tags: object) -> int:
-        with contextlib.ExitStack() as undo:
-            for client in _clients(tags):
-                if client.is_asleep:
-                    client.resume()
-                    undo.callback(client.suspend)  # the engine sleeps on as a whole, and can be woken up once more
-            count = original(*tags)
-            undo.pop_all()
-        return count
+        return _change(original, tags, Client.resume, Client.suspend, of_asleep=True)
 
     return materialize_with_tag
 
 
+def _change(original: Change, tags: tuple[object, ...], change: Callable[[Client], None], undo: Callable[[Client], None], *, of_asleep: bool) -> int:
+    """Change shared weights on every rank, then let TensorRT-LLM change its own memory; where a rank cannot, weights stay as they were on all.
+
+    The weights come first: as long as TensorRT-LLM has changed nothing, all ranks can stay as they are.
+    """
+    if not all_loaded() or not _words(tags) & {_WEIGHTS, _DRAFT_WEIGHTS}:
+        return original(*tags)
+    ranks = all_ranks()
+    with contextlib.ExitStack() as undone:
+
+        def ours() -> None:
+            for client in _clients(tags):
+                if client.is_asleep is of_asleep:
+                    undone.callback(undo, client)  # what is done in part is undone too
+                    change(client)
+
+        all_or_none(ranks, ours)
+        count = all_or_none(ranks, lambda: original(*tags))
+        undone.pop_all()
+    return count
+
+
+def _words(tags: Iterable[object]) -> set[str]:
+    return {str(getattr(tag, "value", tag)) for tag in tags}
+
+
 def _clients(tags: Iterable[object]) -> list[Client]:
     """Of the weights that these tags name. Those that are not published yet are being loaded, and no engine sleeps then."""
-    named = {str(getattr(tag, "value", tag)) for tag in tags}
+    named = _words(tags)
     return [client for client in all_loaded() if (_DRAFT_WEIGHTS if client.is_draft else _WEIGHTS) in named]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_trtllm_ranks import module_for_ranks
 from trtllm_engines import TOKENS, Rank, by_the_adapter, everywhere, write_checkpoint
 
 from gms_core.errors import EngineUnsupported
@@ -149,8 +150,8 @@ def engines(variant: str, server: RunningServer, tmp_path: Path, monkeypatch: An
     gms_trtllm.install()
     made: list[Any] = []
 
-    def engine(checkpoint: Path) -> Any:
-        made.append(LLM(checkpoint, load_format="GMS", tensor_parallel_size=2))
+    def engine(checkpoint: Path, **options: Any) -> Any:
+        made.append(LLM(checkpoint, load_format="GMS", tensor_parallel_size=2, **options))
         return made[-1].wait_until_ready()
 
     yield engine
@@ -172,3 +173,55 @@ def test_answers_are_equal_when_engines_sleep_by_turns_and_one_is_killed_meanwhi
     writer.kill()
     reader._collective_rpc("wakeup", ([WEIGHTS],))
     assert torch.equal(torch.tensor(reader.generate(TOKENS)), expected)
+
+
+REFUSING = """
+import os
+from tensorrt_llm._torch.models.checkpoints import HfCheckpointLoader
+
+class Refusing(HfCheckpointLoader):
+    # As long as a file is there, the second rank cannot unmap, map, or change memory of TensorRT-LLM's own.
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        from gms_core.client.lease import ReadLease
+        from gms_core.errors import DriverError
+        from tensorrt_llm._torch import virtual_memory
+        from tensorrt_llm._utils import mpi_rank
+        for owner, name in ((ReadLease, "unmap"), (ReadLease, "remap"), (virtual_memory, "_change")):
+            def change(*given, original=getattr(owner, name), name=name):
+                if mpi_rank() == 1 and os.path.exists(os.path.join(state["folder"], name)):
+                    raise DriverError(f"no {name}")
+                return original(*given)
+            setattr(owner, name, change)
+"""
+
+
+@everywhere
+def test_weights_of_all_ranks_stay_as_they_are_when_one_cannot_sleep_or_wake_up(
+    variant: str, engines: Any, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    refusing = module_for_ranks("refusing_checkpoints", REFUSING, tmp_path, monkeypatch)
+    engine = engines(checkpoint, checkpoint_loader=refusing.Refusing(str(tmp_path)))
+    expected = torch.tensor(engine.generate(TOKENS))
+    awake = engine.ask("mapped")
+    assert 0 not in awake
+
+    def refused(name: str, method: str, mapped: list[int]) -> None:
+        (tmp_path / name).touch()
+        first, second = engine._collective_rpc(method, ([WEIGHTS, KV_CACHE],))
+        assert (f"rank 1 of this engine could not: no {name}" in first, f"no {name}" in second) == (True, True)
+        (tmp_path / name).unlink()
+        assert engine.ask("mapped") == mapped
+
+    refused("unmap", "sleep", awake)
+    refused("_change", "sleep", awake)
+    assert torch.equal(torch.tensor(engine.generate(TOKENS)), expected)
+    assert engine._collective_rpc("sleep", ([WEIGHTS, KV_CACHE],)) == [None, None]
+    refused("remap", "wakeup", [0, 0])
+    refused("_change", "wakeup", [0, 0])
+    assert engine._collective_rpc("wakeup", ([WEIGHTS, KV_CACHE],)) == [None, None]
+    assert torch.equal(torch.tensor(engine.generate(TOKENS)), expected)

@@ -104,5 +104,8 @@ def _worker_main(pickled, rank, size, group, pipe):
             method, arguments = pipe.recv()
         except EOFError:
             break
-        pipe.send(getattr(engine, method)(*arguments))
+        try:
+            pipe.send(getattr(engine, method)(*arguments))
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")
     engine.cleanup()
