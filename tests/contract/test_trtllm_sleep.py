@@ -13,8 +13,12 @@ import torch
 from test_trtllm_ranks import module_for_ranks
 from trtllm_engines import TOKENS, Rank, by_the_adapter, everywhere, write_checkpoint
 
+from gms_core.client import connect
 from gms_core.errors import EngineUnsupported
+from gms_core.layout import Identity
+from gms_core.plugins.findings import Status
 from tests.conftest import RunningServer
+from tests.unit.publishing import publish
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -91,6 +95,39 @@ def test_weights_sleep_on_when_the_engine_cannot_be_woken_up(variant: str, gms: 
     assert (writer.client.is_asleep, mapped()) == (True, 0)
     virtual_memory.materialize_with_tag(WEIGHTS, KV_CACHE)
     assert writer.answer() == expected
+
+
+@everywhere
+def test_engine_wakes_up_with_its_own_weights_when_others_were_published_meanwhile(variant: str, gms: Path, checkpoint: Path) -> None:
+    from tensorrt_llm._torch import virtual_memory
+
+    rank = Rank(checkpoint).load()
+    expected, generation = rank.answer(), rank.client.lease.layout.generation
+    virtual_memory.release_with_tag(WEIGHTS)
+    with connect(socket_path=gms) as session:
+        publish(session, b"other" * 1000, rank.client.lease.pool, Identity({"model": "other"})).release()
+    newer = rank.client.lease.newer()
+    assert newer is not None
+    assert newer.generation > generation
+    virtual_memory.materialize_with_tag(WEIGHTS)
+    assert rank.client.lease.layout.generation == generation
+    assert rank.answer() == expected
+
+
+def test_check_names_what_sleep_needs_when_it_has_changed() -> None:
+    from gms_patches.for_trtllm import REQUIREMENTS
+
+    class Source:
+        version, where = "0", "here"
+
+        def text(self, module: str) -> str | None:
+            text = "def release_with_tag(*tags): ...\ndef materialize_with_tag(tags, stream): ...\n"
+            return text if module == "tensorrt_llm._torch.virtual_memory" else None
+
+    told = {verdict.target: verdict for verdict in (judge(Source()) for judge in REQUIREMENTS)}  # type: ignore[arg-type]
+    assert told["trtllm-release-memory"].status is Status.OK
+    assert told["trtllm-materialise-memory"].status is Status.FAIL
+    assert "parameters (tags, stream), expected (*tags)" in told["trtllm-materialise-memory"].evidence
 
 
 @everywhere
