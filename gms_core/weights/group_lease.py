@@ -98,7 +98,13 @@ class GroupLease:
         try:
             seen = self._round([])
             while self._lease is None:
+                late = any(self._group.all_gather_object(time.monotonic() >= self._deadline))  # one answer for all: their clocks differ
                 seen = self._round(seen)
+                if late and self._lease is None:
+                    raise AcquireTimeout(
+                        f"no lease within {self._timeout_s:g} s: others have published again and again for some of the ranks of this engine",
+                        hint="Find out which engines start again and again.",
+                    )
         except BaseException:
             self._drop()
             raise

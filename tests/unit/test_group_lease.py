@@ -233,3 +233,20 @@ def test_ranks_look_again_when_what_they_find_is_just_being_replaced(engine, ser
     monkeypatch.setattr(group_lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=others_publish))
     leases = engine(identities=(Identity({"content": ""}),) * RANKS).asks(mode="ro")
     assert [lease.layout.identity.fields["content"] for lease in leases] == ["newer"] * RANKS
+
+
+def test_all_ranks_stop_in_time_when_what_they_find_is_replaced_again_and_again(engine, servers, monkeypatch):
+    for number, path in enumerate(servers):
+        publish(path, Identity({"content": f"checkpoint {number}"}))
+    guard, count, until = threading.Lock(), iter(range(10_000)), time.monotonic() + 10
+
+    def others_publish(seconds):
+        time.sleep(0.05)
+        if time.monotonic() < until:  # ends the test where nothing else does
+            with guard:
+                publish(servers[0], Identity({"content": f"newer checkpoint {next(count)}"}))
+
+    monkeypatch.setattr(group_lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=others_publish))
+    answers = engine(identities=(Identity({"content": ""}),) * RANKS).asks(mode="ro", timeout_s=1)
+    assert [type(answer) for answer in answers] == [AcquireTimeout] * RANKS, answers
+    assert "published again and again" in str(answers[0])
