@@ -6,12 +6,20 @@ The threads of `concurrent.futures`, and so of `asyncio.to_thread`, are joined w
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+SIGNALS_S = 0.2
+"""Seconds after which a thread that waits looks whether a signal has come.
+
+Python runs signal handlers in the main thread, between two steps of it. A signal that comes in the instant before that thread begins to wait for a
+lock does not end the wait: the handler would run when the wait is over, which here may be hours later.
+"""
 
 
 async def in_thread(function: Callable[[], Result], *, name: str) -> Result:
@@ -51,10 +59,13 @@ async def in_thread(function: Callable[[], Result], *, name: str) -> Result:
 def from_thread(loop: asyncio.AbstractEventLoop, function: Callable[[], Coroutine[Any, Any, Result]]) -> Callable[[], Result]:
     """A blocking function, for other threads, that runs a coroutine function on an event loop and waits for its result.
 
-    It never returns while the loop hangs, so it is the right form of an end-to-end check.
+    It never returns while the loop hangs, so it is the right form of an end-to-end check. In the main thread it lets signal handlers run.
     """
 
     def call() -> Result:
-        return asyncio.run_coroutine_threadsafe(function(), loop).result()
+        running = asyncio.run_coroutine_threadsafe(function(), loop)
+        while not concurrent.futures.wait([running], timeout=SIGNALS_S).done:
+            pass
+        return running.result()
 
     return call

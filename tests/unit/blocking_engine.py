@@ -175,7 +175,8 @@ def main() -> None:
         if not from_thread(loop, server.come_to_serve)():
             raise server.state.over()
         say(serves=server.state.snapshot().term, kv=server.state.snapshot().kv)
-        ended.wait()
+        while not ended.wait(0.2):  # in turns, so that a signal's handler runs that came in the instant before a wait
+            pass
         say(failure=str(server.failure or ""))
     finally:
         server.depart()
