@@ -31,6 +31,7 @@ from gms_core.weights.holdings import Holding, forget, keep
 from gms_core.weights.identity import check_content
 from gms_core.weights.leases import Granted, acquire
 from gms_core.weights.loading import Publishing, attach_with
+from gms_trtllm.cohort import join
 from gms_trtllm.identity import Expected, expected
 from gms_trtllm.locks import GrantedLockType, RequestedLockType
 from gms_trtllm.outer_pool import outside
@@ -268,6 +269,7 @@ def _open(asked: _Asked, wanted: Expected | None) -> Client:
             name = f"tensorrt_llm {identity.fields['engine_version']} rank {rank()}"
             session = connect(device_id(asked.device_index), socket_path=asked.socket, client=name, timeout_s=options.connect_timeout_s)
             undo.callback(session.close)
+            join(asked.socket, options.connect_timeout_s)
             return session, identity, files
 
         session, identity, files = all_or_none(all_ranks(), connected)

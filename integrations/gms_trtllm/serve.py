@@ -20,6 +20,7 @@ import gms_trtllm
 from gms_core.cli.refusal import Refusal
 from gms_core.errors import ConfigurationError, EngineUnsupported, GmsError
 from gms_trtllm.command_line import PROGRAM
+from gms_trtllm.failover import begin, wanted
 from gms_trtllm.options_file import Asked, merged, parse_block, read_file
 
 _HOME = "tensorrt_llm.commands.serve"
@@ -102,18 +103,45 @@ def _with_options(command: click.Command, words: list[str], asked: Asked) -> Ite
             hint="Write load_format: GMS, and gms_config, into its own file of configuration.",
         )
     _check_block(options)
+    if str(options.get("load_format")).upper() == "GMS":
+        rest = _held(command, rest)
     with tempfile.TemporaryDirectory(prefix="gms-trtllm-") as folder:
         path = Path(folder, "options.yaml")
         path.write_text(json.dumps(options, indent=1), encoding="utf-8")  # which is YAML too
         yield [*rest, _FILE_OPTION if _FILE_OPTION in named else named[0], str(path)]
 
 
+def _held(command: click.Command, words: list[str]) -> list[str]:
+    """Begin an engine that fails over, if it does; returns the words for TensorRT-LLM, which binds a port of its own then, and never listens there.
+
+    Raises:
+        GmsError: The engine cannot fail over, or cannot have its lock or its address.
+    """
+    failover = wanted()
+    if failover is None:
+        return words
+    defaults = {name: parameter.default for parameter in _chosen(command, words).params for name in parameter.opts}
+    _, host = _take_out(words, ["--host"])
+    rest, port = _take_out(words, ["--port"])
+    port = str(defaults.get("--port")) if port is None else port
+    if not port.isdecimal():
+        raise ConfigurationError(f"--port {port} is no port")
+    from gms_trtllm.hold import hold_servers
+
+    begin(failover, host or str(defaults.get("--host")), int(port), words)
+    hold_servers()
+    return [*rest, "--port", "0"]
+
+
+def _chosen(command: click.Command, words: Sequence[str]) -> click.Command:
+    """The command that these words start."""
+    commands: Mapping[str, click.Command] = getattr(command, "commands", {})
+    return commands.get(words[0] if words else "") or commands.get("serve") or command
+
+
 def _file_options(command: click.Command, words: Sequence[str]) -> list[str]:
     """Names of the option for a file of options for the engine, of the command that these words start; empty if it has none."""
-    commands: Mapping[str, click.Command] = getattr(command, "commands", {})
-    first = words[0] if words else ""
-    chosen = commands.get(first) or commands.get("serve") or command
-    return next((list(found.opts) for found in chosen.params if _FILE_OPTION in found.opts), [])
+    return next((list(found.opts) for found in _chosen(command, words).params if _FILE_OPTION in found.opts), [])
 
 
 def _take_out(words: Sequence[str], named: Sequence[str]) -> tuple[list[str], str | None]:

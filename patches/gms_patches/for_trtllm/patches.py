@@ -60,5 +60,16 @@ MATERIALISE_MEMORY = Patch(
     upstream="It leaves memory of GMS to whoever has placed it.",
 )
 
-PATCHES = (LOAD_MODEL, RELOAD_MODEL, RELEASE_MEMORY, MATERIALISE_MEMORY)
-"""The first two are applied where this version has no LoadFormat.GMS, the others wherever it sleeps."""
+SERVE = Patch(
+    name="trtllm-serve",
+    target="tensorrt_llm.serve.openai_server:OpenAIServer.__call__",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, host, port, sockets=",),
+    reason="A server listens as soon as its engine is up: a shadow must not.",
+    upstream="There is no way to hold a server.",
+)
+
+PATCHES = (LOAD_MODEL, RELOAD_MODEL, RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE)
+"""The first two are applied where this version has no LoadFormat.GMS, the next two wherever it sleeps, the last one where its engine fails over."""

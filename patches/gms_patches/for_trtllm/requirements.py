@@ -8,7 +8,7 @@ from functools import partial
 from gms_core.plugins.engines import EngineSource
 from gms_core.plugins.findings import Status, Verdict
 from gms_patches.check import check_patch, check_symbol
-from gms_patches.for_trtllm.patches import LOAD_MODEL, MATERIALISE_MEMORY, RELEASE_MEMORY, RELOAD_MODEL
+from gms_patches.for_trtllm.patches import LOAD_MODEL, MATERIALISE_MEMORY, RELEASE_MEMORY, RELOAD_MODEL, SERVE
 from gms_patches.for_trtllm.symbols import ADAPTER, COMMON, LOAD_FORMAT, NATIVE
 from gms_patches.patch import Patch, Symbol
 from gms_patches.source import find
@@ -59,6 +59,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     patch(LOAD_MODEL, native=False),
     patch(RELOAD_MODEL, native=False, optional=True),
     *symbols(ADAPTER, native=False),
-    *(where_present(one.target, partial(check_patch, one)) for one in (RELEASE_MEMORY, MATERIALISE_MEMORY)),
+    *(where_present(one.target, partial(check_patch, one)) for one in (RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE)),
 )
 """All checks of the adapter, in the form that `gms_core.plugins.engines.EngineAdapter` takes."""

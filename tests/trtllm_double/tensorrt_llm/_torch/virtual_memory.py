@@ -1,6 +1,7 @@
 """Memory that can be taken away beneath its addresses: scopes that are memory pools, one inside the other."""
 
 import contextlib
+import sys
 
 import torch
 
@@ -34,15 +35,16 @@ _released = set()
 
 def release_with_tag(*tags):
     """Take away what belongs to these tags; returns how many were changed."""
-    return _change(_released.add, [tag for tag in dict.fromkeys(tags) if tag not in _released])
+    return _change(_released.add, [tag for tag in dict.fromkeys(tags) if tag not in _released], "released")
 
 
 def materialize_with_tag(*tags):
     """Give it back."""
-    return _change(_released.discard, [tag for tag in dict.fromkeys(tags) if tag in _released])
+    return _change(_released.discard, [tag for tag in dict.fromkeys(tags) if tag in _released], "materialized")
 
 
-def _change(change, tags):
+def _change(change, tags, what):
     for tag in tags:
         change(tag)
+        print(what, tag, file=sys.stderr, flush=True)  # for tests
     return len(tags)

@@ -1,0 +1,38 @@
+"""A rank of an engine that fails over, as one of its engine's cohort: the cohort's name comes with the options, as all settings do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gms_core.config import settings
+from gms_core.failover.cohort import take_place
+from gms_core.failover.front_end.named import be_told
+from gms_trtllm.ranks import rank
+
+_told = ""
+"""The cohort for which this process does as it is told already."""
+
+
+def process_name(number: int) -> str:
+    """What a rank is called in its cohort."""
+    return f"rank {number}"
+
+
+def join(socket: Path, connect_timeout_s: float) -> None:
+    """Join this rank to its engine's cohort, if it has one: the death of any of its processes is the engine's. It obeys the process that serves then.
+
+    Args:
+        socket: Of the server of this rank's device.
+        connect_timeout_s: Seconds to connect.
+
+    Raises:
+        GmsError: The server does not want this process.
+    """
+    global _told
+    cohort, name = settings().cohort, process_name(rank())
+    if not cohort:
+        return
+    take_place(name, [socket], serves=False, connect_timeout_s=connect_timeout_s)
+    if cohort != _told:
+        be_told(name, serves=False)
+        _told = cohort

@@ -1,0 +1,116 @@
+"""The calls of the process that serves to the ranks of its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gms_core.client import connect
+from gms_core.config import settings
+from gms_core.errors import ConnectionLost
+from gms_core.failover.cohort import ApiPlace
+from gms_core.failover.front_end.engine import RankMemory, Step, Stood
+from gms_core.failover.front_end.named import Order, tell
+from gms_core.failover.threads import in_thread
+from gms_core.runtime_dir import sockets
+from gms_trtllm.cohort import process_name
+
+KV_CACHE = "kv_cache"
+"""What TensorRT-LLM calls its KV memory where it can be taken away."""
+
+
+class TrtllmCalls:
+    """`EngineCalls` over what ranks obey, and over TensorRT-LLM's own sleep.
+
+    The KV memory is the engine's own. With a ``sleep_config`` a shadow gives it back while it stands by, and takes it again at its promotion: it
+    has to be there when the engine starts, and when it serves, and not in between.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """Prepare.
+
+        Args:
+            engine: TensorRT-LLM's ``LLM``, which is ready.
+        """
+        self._engine = engine
+        self._parks = getattr(engine.args, "sleep_config", None) is not None
+        self._sockets: list[Path] = []
+
+    async def place_ranks(self) -> Sequence[Path]:
+        """As `EngineCalls.place_ranks`. Each rank has joined as it loaded; later, where a server was restarted, it is told to join again."""
+        if not self._sockets:
+            self._sockets = await in_thread(_sockets_of_ranks, name="gms-find-ranks")
+        else:
+            await self._tell(lambda number: Order((str(self._sockets[number]),)))
+        return self._sockets
+
+    async def join(self, sockets: Sequence[Path], connect_timeout_s: float) -> None:
+        """As `EngineCalls.join`: there are no other processes."""
+
+    async def settle(self) -> None:
+        """As `EngineCalls.settle`."""
+        await self._tell(lambda _: Order(settle=True))
+
+    async def rehearse(self, wanted: bool) -> None:
+        """As `EngineCalls.rehearse`: the KV memory is there until the engine stands by."""
+
+    async def forget(self) -> bool:
+        """As `EngineCalls.forget`: what a rehearsal leaves in a KV cache of the engine's own is right."""
+        return True
+
+    async def stand_by(self) -> Sequence[Stood]:
+        """As `EngineCalls.stand_by`."""
+        if self._parks:
+            await in_thread(lambda: self._engine._collective_rpc("sleep", ([KV_CACHE],)), name="gms-park")  # noqa: SLF001 - of the adapter's table
+        return [Stood(0, "")] * len(self._sockets)
+
+    async def withhold(self, blocks: int) -> bool:  # noqa: ARG002 - of the protocol
+        """As `EngineCalls.withhold`: there is no bridge."""
+        return False
+
+    async def promote(self, timeout_s: float, bridge: bool) -> Sequence[RankMemory]:  # noqa: ARG002 - what limits it is around it
+        """As `EngineCalls.promote`."""
+        if self._parks:
+            await in_thread(lambda: self._engine._collective_rpc("wakeup", ([KV_CACHE],)), name="gms-unpark")  # noqa: SLF001 - as above
+        return [RankMemory(number, 0, 0, 0.0, 0.0) for number in range(len(self._sockets))]
+
+    async def give_all(self) -> tuple[Step, str]:
+        """As `EngineCalls.give_all`: nothing was withheld."""
+        return "whole", ""
+
+    async def beat(self) -> Sequence[bool]:
+        """As `EngineCalls.beat`: that each rank's process answers."""
+        await self._tell(lambda _: Order())
+        return [True] * len(self._sockets)
+
+    async def unfinished(self, place: ApiPlace, answering: int) -> int:  # noqa: ARG002 - there is one API server
+        """As `EngineCalls.unfinished`."""
+        return answering
+
+    async def _tell(self, order: Callable[[int], Order]) -> None:
+        def tell_all() -> None:
+            for number in range(len(self._sockets)):
+                tell(process_name(number), 0, order(number))
+
+        await in_thread(tell_all, name="gms-tell")
+
+
+def _sockets_of_ranks() -> list[Path]:
+    """Where each rank of this engine has joined, in their order.
+
+    Raises:
+        ConnectionLost: One is not to be found.
+    """
+    told = settings()
+    found: dict[str, Path] = {}
+    for path in sockets(told.runtime_dir):
+        with connect(socket_path=path, client=f"{told.engine} api-server 0") as session:
+            for cohort in session.status().cohorts:
+                if cohort.name == told.cohort:
+                    found |= {member.process: path for member in cohort.members}
+    names = [process_name(number) for number in range(len(found))]
+    missing = [name for name in names if name not in found]
+    if missing or not names:
+        raise ConnectionLost(f"{missing[0] if missing else 'no rank'} of this engine is on none of the servers in {told.runtime_dir}")
+    return [found[name] for name in names]

@@ -1,0 +1,139 @@
+"""TensorRT-LLM's HTTP server under the rules of `gms_core.failover.front_end`: it is called once its engine is the primary.
+
+`trtllm-serve` binds a socket, makes the engine, and calls its `OpenAIServer`, which listens. Here that call waits, and gets another socket, to which
+all engines of a lock can be bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from gms_core.failover.cohort import GRACE_S, ApiPlace
+from gms_core.failover.front_end.api_server import ApiServer
+from gms_core.failover.front_end.engine import EngineCalls
+from gms_core.failover.front_end.gate import Gate
+from gms_core.failover.threads import in_thread
+from gms_patches.apply import Applied, apply
+from gms_patches.for_trtllm import SERVE
+from gms_trtllm.engine_calls import TrtllmCalls
+from gms_trtllm.failover import Begun, begun
+
+BACKLOG = 2048
+"""Connections that wait to be accepted, as uvicorn has it."""
+
+Serve = Callable[..., Awaitable[None]]
+
+_in_force: list[Applied] = []
+
+
+def hold_servers() -> None:
+    """Let servers of this process wait until their engine is promoted, if it fails over. Idempotent.
+
+    Raises:
+        EngineUnsupported: This TensorRT-LLM serves in a way that is not known. Nothing was changed.
+    """
+    _in_force.append(apply(SERVE, _holding))
+
+
+def let_servers_go() -> None:
+    """Undo it. Idempotent."""
+    while _in_force:
+        _in_force.pop().revert()
+
+
+def _holding(original: Serve) -> Serve:
+    async def __call__(self: Any, host: str, port: int, sockets: Any = None) -> None:  # noqa: N807 - its name
+        engine = begun()
+        if engine is None:
+            await original(self, host, port, sockets=sockets)
+        else:
+            await _Held(engine, getattr(self, "generator", None) or self.llm, lambda: original(self, host, port, sockets=[engine.listener])).run()
+
+    return __call__
+
+
+class _Http:
+    """`HttpServer` over a coroutine that serves at a socket, until SIGTERM or SIGINT."""
+
+    def __init__(self, engine: Begun, serve: Callable[[], Awaitable[None]]) -> None:
+        self._listener, self._serve = engine.listener, serve
+        self._gate = Gate(engine.listener, None, BACKLOG)
+        self.serving: asyncio.Future[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """As `HttpServer.address`."""
+        return self._gate.address
+
+    async def prepared(self) -> None:
+        """As `HttpServer.prepared`: the engine is."""
+
+    async def rehearse(self, engine: EngineCalls) -> None:
+        """As `HttpServer.rehearse`: TensorRT-LLM's own warm-up has gone through the engine."""
+
+    def check_alone(self) -> None:
+        """As `HttpServer.check_alone`."""
+        self._gate.check_alone()
+
+    async def open(self) -> None:
+        """As `HttpServer.open`. Clients can connect, and wait until the server accepts them."""
+        self._gate.open()
+        self.serving = asyncio.ensure_future(self._serve())
+
+    def shut(self) -> None:
+        """As `HttpServer.shut`."""
+        if self.serving is not None:
+            asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._gate.shut(())
+
+    async def beat(self) -> None:
+        """As `HttpServer.beat`: it is asked in the loop that serves."""
+
+    def answering(self) -> int:
+        """As `HttpServer.answering`: its server finishes them before it ends."""
+        return 0
+
+    def end(self) -> None:
+        """As `HttpServer.end`."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Held:
+    """One server's way, from an engine that is up to its end."""
+
+    def __init__(self, engine: Begun, llm: Any, serve: Callable[[], Awaitable[None]]) -> None:
+        self._http = _Http(engine, serve)
+        grace_s = GRACE_S + engine.failover.drain_timeout_s
+        self._api_server = ApiServer(
+            TrtllmCalls(llm), self._http, ApiPlace(), engine.failover, connect_timeout_s=engine.gms.connect_timeout_s, grace_s=grace_s
+        )
+
+    async def run(self) -> None:
+        """Take part in the engine's cohort and in the election, and serve.
+
+        Raises:
+            GmsError: The engine could not take part, or was ended by this error.
+        """
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, told.set)  # until the server has handlers of its own
+        ended = asyncio.ensure_future(told.wait())
+        coming: asyncio.Future[bool] | None = None
+        try:
+            await self._api_server.start()
+            coming = asyncio.ensure_future(self._api_server.come_to_serve())
+            await asyncio.wait((coming, ended), return_when=asyncio.FIRST_COMPLETED)
+            if self._http.serving is not None:
+                await self._http.serving
+        finally:
+            ended.cancel()
+            if coming is not None:
+                coming.cancel()
+        await in_thread(self._api_server.depart, name="gms-depart")  # before the ranks end
+        await in_thread(self._api_server.close, name="gms-close")
+        if self._api_server.failure is not None:
+            raise self._api_server.failure
