@@ -25,7 +25,7 @@ def with_gms(command: Sequence[str]) -> list[str] | None:
         if Path(word).name == PROGRAM:
             return _with_load_format(command, index + 1)
     for index, words in enumerate(itertools.pairwise(command)):
-        if words == ("-m", "gms_trtllm") and command[index + 2 : index + 3] == ["serve"]:
+        if words == ("-m", "gms_trtllm") and "serve" in command[index + 2 : index + 3]:
             return _with_load_format(command, index + 3)
     return None
 

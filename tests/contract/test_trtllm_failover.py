@@ -27,6 +27,9 @@ from tests.unit.publishing import until
 
 pytestmark = pytest.mark.timeout(300)
 PATIENCE_S = 120
+STORY = Path(__file__).parents[2] / "examples/trtllm/verify.sh"
+PARTS = 15
+"""All but the check of what is installed: the double is not."""
 PATHS = ":".join([str(ROOT), *filter(None, sys.path)])
 
 
@@ -172,6 +175,31 @@ def test_engine_is_refused_when_it_cannot_be_held(variant: str, start: Start) ->
         engine = start(name, *words, failover=failover)
         assert engine.process.wait(PATIENCE_S) not in (0, 1)
         assert sentence in engine.log
+
+
+@pytest.mark.timeout(600)
+@by_the_adapter
+def test_whole_story_passes_when_it_is_told_to_the_double(variant: str, checkpoint: Path, tmp_path: Path) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, module in (("gms", "gms_core.cli"), ("gms-trtllm-serve", "gms_trtllm serve")):
+        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        (commands / name).chmod(0o755)
+    environment = child_environment(
+        PATH=f"{commands}:{os.environ['PATH']}",
+        PYTHONPATH=PATHS,
+        PYTHON=sys.executable,
+        LOGS=str(tmp_path / "logs"),
+        DEVICE="host",
+        PATIENCE="120",
+        GMS_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    words = ["bash", str(STORY), str(checkpoint), "2", str(free_port())]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("FAIL")] == ["FAIL  the installed TensorRT-LLM is as the adapter knows it"], done.stderr
+    assert len([line for line in lines if line.startswith("PASS")]) == PARTS
+    assert not [line for line in lines if line.startswith("SKIP")]
 
 
 @by_the_adapter

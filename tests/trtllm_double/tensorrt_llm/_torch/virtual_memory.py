@@ -46,5 +46,5 @@ def materialize_with_tag(*tags):
 def _change(change, tags, what):
     for tag in tags:
         change(tag)
-        print(what, tag, file=sys.stderr, flush=True)  # for tests
+        sys.stderr.write(f"{what} {tag}\n")  # for tests
     return len(tags)

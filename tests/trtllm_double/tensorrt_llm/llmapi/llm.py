@@ -9,6 +9,21 @@ from pathlib import Path
 from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
 
 
+class SamplingParams:
+    def __init__(self, max_tokens=16, temperature=None):
+        self.max_tokens = max_tokens
+
+
+class Completion:
+    def __init__(self, token_ids):
+        self.token_ids = token_ids
+
+
+class RequestOutput:
+    def __init__(self, token_ids):
+        self.outputs = [Completion(token_ids)]
+
+
 class LLM:
     def __init__(self, model, **options):
         assert options.pop("backend", "pytorch") == "pytorch"
@@ -21,6 +36,7 @@ class LLM:
         size = self.args.tensor_parallel_size
         pickled = pickle.dumps(self.args)
         self._ranks = []
+        self._is_ready = False
         for rank in range(size):
             here, there = context.Pipe()
             os.environ["TRTLLM_DOUBLE_DEVICE"] = str(rank)
@@ -42,9 +58,12 @@ class LLM:
         failed = [answer[1] for answer in answers if answer[0] != "ready"]
         if failed:
             raise RuntimeError("; ".join(failed))
+        self._is_ready = True
         return self
 
     def ask(self, method, *args):
+        if not self._is_ready:  # upstream's constructor comes back when it is
+            self.wait_until_ready()
         for _, pipe in self._ranks:
             pipe.send((method, args))
         return [self._answer(pipe) for _, pipe in self._ranks]
@@ -52,8 +71,12 @@ class LLM:
     def _collective_rpc(self, method, args):
         return self.ask(method, *args)
 
-    def generate(self, tokens):
-        return self.ask("forward", tokens)[0]
+    def generate(self, inputs, sampling_params=None):
+        """What the model computes of one prompt; of several, as upstream has them, the most likely token after each of theirs."""
+        if sampling_params is None:
+            return self.ask("forward", inputs)[0]
+        rows = [self.ask("forward", prompt)[0] for prompt in inputs]
+        return [RequestOutput([max(range(len(row)), key=row.__getitem__) for row in found]) for found in rows]
 
     def shutdown(self):
         for process, pipe in self._ranks:
