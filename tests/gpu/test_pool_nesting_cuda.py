@@ -26,6 +26,13 @@ CUDA = torch.device("cuda", 0)
 NESTS = Version(torch.__version__.partition("+")[0]) >= Version("2.10")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def context() -> None:
+    """The sockets that CUDA opens for a process are nothing that a test has left behind."""
+    torch.zeros(1, device=CUDA)
+    torch.cuda.synchronize()
+
+
 @pytest.fixture
 def gpu() -> Iterator[Memory]:
     torch.cuda.init()
