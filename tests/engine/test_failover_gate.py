@@ -31,8 +31,9 @@ def take_over(story: Story, client: Client, dying: Running, process: str, shadow
     """Kill a process of the primary: the shadow serves, and of the primary nothing is left."""
     assert story.primaries() == [dying.name]
     names = dying.named_memory()
-    client.first_token_after(story.kill(dying, process))
-    dying.until_gone()
+    killed = story.kill(dying, process)
+    dying.until_gone()  # before that another of its API servers may still answer
+    client.first_token_after(killed)
     until(lambda: not any((SHARED_MEMORY / name).exists() for name in names), f"{names} of {dying.name} are left")
     story.until_role(shadow, "primary")
     assert story.primaries() == [shadow.name]

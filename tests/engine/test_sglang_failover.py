@@ -118,8 +118,9 @@ def test_all_ranks_take_over_and_sleep_when_one_of_several_is_killed(story: Sgla
         story.until_role(second, "standby")
         assert story.processes(second) == [*WHOLE, "rank 1"]
         assert client.request("GET", "/gms/status")[1]["engine"] == first.name
-        client.first_token_after(story.kill(first, "rank 1"))
+        killed = story.kill(first, "rank 1")
         first.until_gone()
+        client.first_token_after(killed)
         assert client.tokens(FEW) == right
         told = client.request("GET", "/gms/status")[1]
         assert (told["engine"], told["role"], told["epochs"].keys()) == (second.name, "primary", {"rank 0", "rank 1"})
