@@ -67,6 +67,7 @@ def uninstall() -> None:
 
 _UNDO = {
     "hold": "let_servers_go",
+    "kv": "leave_kv_memory",
     "arguments": "give_arguments_place_back",
     "sleep": "give_up_part_in_sleep",
     "adapter": "give_up_part",

@@ -269,7 +269,7 @@ def _open(asked: _Asked, wanted: Expected | None) -> Client:
             name = f"tensorrt_llm {identity.fields['engine_version']} rank {rank()}"
             session = connect(device_id(asked.device_index), socket_path=asked.socket, client=name, timeout_s=options.connect_timeout_s)
             undo.callback(session.close)
-            join(asked.socket, options.connect_timeout_s)
+            join(asked.socket, identity, options.connect_timeout_s)
             return session, identity, files
 
         session, identity, files = all_or_none(all_ranks(), connected)

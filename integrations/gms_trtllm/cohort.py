@@ -7,6 +7,8 @@ from pathlib import Path
 from gms_core.config import settings
 from gms_core.failover.cohort import take_place
 from gms_core.failover.front_end.named import be_told
+from gms_core.layout import Identity
+from gms_trtllm import kv
 from gms_trtllm.ranks import rank
 
 _told = ""
@@ -18,14 +20,16 @@ def process_name(number: int) -> str:
     return f"rank {number}"
 
 
-def join(socket: Path, connect_timeout_s: float) -> None:
+def join(socket: Path, weights: Identity, connect_timeout_s: float) -> None:
     """Join this rank to its engine's cohort, if it has one: the death of any of its processes is the engine's. It obeys the process that serves then.
 
     Args:
         socket: Of the server of this rank's device.
+        weights: What it loads; a draft model is loaded after the model that it is for.
         connect_timeout_s: Seconds to connect.
 
     Raises:
+        EngineUnsupported: Its KV memory cannot be planned.
         GmsError: The server does not want this process.
     """
     global _told
@@ -34,5 +38,6 @@ def join(socket: Path, connect_timeout_s: float) -> None:
         return
     take_place(name, [socket], serves=False, connect_timeout_s=connect_timeout_s)
     if cohort != _told:
-        be_told(name, serves=False)
+        kv.plan_kv_memory(socket, weights)
+        be_told(name, serves=False, calls=kv.calls())
         _told = cohort

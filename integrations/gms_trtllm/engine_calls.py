@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gms_core.config import settings
 from gms_core.errors import ConnectionLost
 from gms_core.failover.cohort import ApiPlace
 from gms_core.failover.front_end.engine import RankMemory, Step, Stood
-from gms_core.failover.front_end.named import Order, tell
+from gms_core.failover.front_end.named import PATIENCE_S, Order, tell
 from gms_core.failover.threads import in_thread
 from gms_core.runtime_dir import sockets
 from gms_trtllm.cohort import process_name
@@ -23,8 +24,8 @@ KV_CACHE = "kv_cache"
 class TrtllmCalls:
     """`EngineCalls` over what ranks obey, and over TensorRT-LLM's own sleep.
 
-    The KV memory is the engine's own. With a ``sleep_config`` a shadow gives it back while it stands by, and takes it again at its promotion: it
-    has to be there when the engine starts, and when it serves, and not in between.
+    Where the KV memory is the engine's own, and it has a ``sleep_config``, a shadow gives that memory back while it stands by, and takes it again at
+    its promotion: it has to be there when the engine starts, and when it serves, and not in between.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -34,7 +35,8 @@ class TrtllmCalls:
             engine: TensorRT-LLM's ``LLM``, which is ready.
         """
         self._engine = engine
-        self._parks = getattr(engine.args, "sleep_config", None) is not None
+        self._sleeps = getattr(engine.args, "sleep_config", None) is not None
+        self._is_parked = False
         self._sockets: list[Path] = []
 
     async def place_ranks(self) -> Sequence[Path]:
@@ -53,27 +55,32 @@ class TrtllmCalls:
         await self._tell(lambda _: Order(settle=True))
 
     async def rehearse(self, wanted: bool) -> None:
-        """As `EngineCalls.rehearse`: the KV memory is there until the engine stands by."""
+        """As `EngineCalls.rehearse`: nothing that is computed before the promotion reaches anybody."""
 
     async def forget(self) -> bool:
-        """As `EngineCalls.forget`: what a rehearsal leaves in a KV cache of the engine's own is right."""
+        """As `EngineCalls.forget`: ranks forget what their own warm-up has left when they stand by."""
         return True
 
     async def stand_by(self) -> Sequence[Stood]:
         """As `EngineCalls.stand_by`."""
-        if self._parks:
+        found = await self._tell(lambda _: Order(call="stand_by"))
+        stood = [Stood(blocks, refusal) for blocks, refusal, _ in found]
+        if self._sleeps and not all(is_placed for *_, is_placed in found) and not any(one.refusal for one in stood):
+            self._is_parked = True
             await in_thread(lambda: self._engine._collective_rpc("sleep", ([KV_CACHE],)), name="gms-park")  # noqa: SLF001 - of the adapter's table
-        return [Stood(0, "")] * len(self._sockets)
+        return stood
 
     async def withhold(self, blocks: int) -> bool:  # noqa: ARG002 - of the protocol
         """As `EngineCalls.withhold`: there is no bridge."""
         return False
 
-    async def promote(self, timeout_s: float, bridge: bool) -> Sequence[RankMemory]:  # noqa: ARG002 - what limits it is around it
-        """As `EngineCalls.promote`."""
-        if self._parks:
+    async def promote(self, timeout_s: float, bridge: bool) -> Sequence[RankMemory]:  # noqa: ARG002 - there is no bridge
+        """As `EngineCalls.promote`. No other engine is on the ranks' devices any more when memory of the engine's own is taken again."""
+        memory = await self._tell(lambda _: Order(call="promote", arguments=(timeout_s,)), timeout_s + PATIENCE_S)
+        if self._is_parked:
             await in_thread(lambda: self._engine._collective_rpc("wakeup", ([KV_CACHE],)), name="gms-unpark")  # noqa: SLF001 - as above
-        return [RankMemory(number, 0, 0, 0.0, 0.0) for number in range(len(self._sockets))]
+            self._is_parked = False
+        return [RankMemory(*one) for one in memory]
 
     async def give_all(self) -> tuple[Step, str]:
         """As `EngineCalls.give_all`: nothing was withheld."""
@@ -88,12 +95,13 @@ class TrtllmCalls:
         """As `EngineCalls.unfinished`."""
         return answering
 
-    async def _tell(self, order: Callable[[int], Order]) -> None:
-        def tell_all() -> None:
-            for number in range(len(self._sockets)):
-                tell(process_name(number), 0, order(number))
+    async def _tell(self, order: Callable[[int], Order], patience_s: float | None = None) -> list[Any]:
+        """Tell all ranks something at once; returns what they answer, in their order."""
 
-        await in_thread(tell_all, name="gms-tell")
+        def telling(number: int) -> Callable[[], Any]:
+            return lambda: tell(process_name(number), 0, order(number), patience_s)
+
+        return await asyncio.gather(*(in_thread(telling(number), name="gms-tell") for number in range(len(self._sockets))))
 
 
 def _sockets_of_ranks() -> list[Path]:

@@ -54,6 +54,7 @@ _OF_NO_WEIGHT = frozenset(
         "return_perf_metrics",
         "scheduler_config",
         "stream_interval",
+        "use_kv_cache_manager_v2",
     }
 )
 """Options, at whatever depth, that say where things come from, how requests are scheduled and watched, and how large the KV cache is. Any other that
@@ -144,7 +145,7 @@ def expected(tag: str) -> Expected:
 def options(args: Any) -> dict[str, str]:
     """Options that may decide what weights look like, as far as they are not at their defaults."""
     chosen = args.model_dump(exclude_defaults=True)
-    values = {name: _plain(value, _OF_NO_WEIGHT) for name, value in chosen.items() if name not in _OF_NO_WEIGHT}
+    values = {name: plain(value, _OF_NO_WEIGHT) for name, value in chosen.items() if name not in _OF_NO_WEIGHT}
     return {f"option {name}": _shown(value) for name, value in values.items() if value not in (None, {}, [])}
 
 
@@ -153,12 +154,17 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHORT and not isinstance(value, (dict, list)) else digest_of(value)
 
 
-def _plain(value: object, leave_out: Collection[str]) -> object:
-    """An option as JSON can hold it; an object counts as its class, for where it lies in memory means nothing elsewhere."""
+def plain(value: object, leave_out: Collection[str]) -> object:
+    """An option as JSON can hold it; an object counts as its class, for where it lies in memory means nothing elsewhere.
+
+    Args:
+        value: Of the option.
+        leave_out: Options inside it, at whatever depth, that do not count.
+    """
     if isinstance(value, dict):
-        return {str(key): _plain(item, leave_out) for key, item in value.items() if key not in leave_out}
+        return {str(key): plain(item, leave_out) for key, item in value.items() if key not in leave_out}
     if isinstance(value, (list, tuple, set, frozenset)):
-        items = [_plain(item, leave_out) for item in value]
+        items = [plain(item, leave_out) for item in value]
         return sorted(items, key=str) if isinstance(value, (set, frozenset)) else items
     if isinstance(value, Enum):
         return value.name

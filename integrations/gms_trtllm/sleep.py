@@ -1,4 +1,4 @@
-"""Shared weights in TensorRT-LLM's sleep: what takes its tagged memory away and gives it back, in every rank, does so with GMS's mappings too.
+"""GMS's memory in TensorRT-LLM's sleep: what takes its tagged memory away and gives it back, in every rank, does so with GMS's mappings too.
 
 TensorRT-LLM itself leaves weights that GMS has placed where they are. All its ways to sleep come down to two functions of
 ``tensorrt_llm._torch.virtual_memory``, which a rank calls between two steps. Addresses stay, and with them CUDA graphs.
@@ -10,22 +10,42 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterable
+from operator import methodcaller
+from typing import Protocol
 
 from gms_core.engine_log import log
 from gms_core.ranks import all_or_none
 from gms_patches.apply import Applied, apply
 from gms_patches.for_trtllm import MATERIALISE_MEMORY, RELEASE_MEMORY
 from gms_patches.patch import Patch
-from gms_trtllm.clients import Client, all_loaded
+from gms_trtllm.clients import all_loaded
+from gms_trtllm.kv import this_rank
 from gms_trtllm.ranks import all_ranks
 
 _HOME = "tensorrt_llm._torch.virtual_memory"
 _ELSEWHERE = ("tensorrt_llm.executor.ray.gpu_worker", "tensorrt_llm.executor.ray_gpu_worker", "tensorrt_llm.llmapi.rlhf_utils")
 """Modules that import the two functions by name, as versions have them."""
-_WEIGHTS, _DRAFT_WEIGHTS = "model_weights", "draft_model_weights"
-"""What TensorRT-LLM calls the memory of weights."""
+_WEIGHTS, _DRAFT_WEIGHTS, _KV_CACHE = "model_weights", "draft_model_weights", "kv_cache"
+"""What TensorRT-LLM calls the memory of weights, and of KV caches."""
 
 Change = Callable[..., int]
+
+
+class Sleeps(Protocol):
+    """Memory of GMS's that sleeps with the rest."""
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it is not mapped."""
+
+    def suspend(self) -> None:
+        """Unmap it. Idempotent."""
+
+    def resume(self) -> None:
+        """Map it again. Idempotent."""
+
+
+_SUSPEND, _RESUME = methodcaller("suspend"), methodcaller("resume")
 
 _in_force: list[Applied] = []
 
@@ -70,33 +90,33 @@ def _rebind(patch: Patch, found: object, wanted: object) -> None:
 
 def _releasing(original: Change) -> Change:
     def release_with_tag(*tags: object) -> int:
-        return _change(original, tags, Client.suspend, Client.resume, of_asleep=False)
+        return _change(original, tags, _SUSPEND, _RESUME, of_asleep=False)
 
     return release_with_tag
 
 
 def _materialising(original: Change) -> Change:
     def materialize_with_tag(*tags: object) -> int:
-        return _change(original, tags, Client.resume, Client.suspend, of_asleep=True)
+        return _change(original, tags, _RESUME, _SUSPEND, of_asleep=True)
 
     return materialize_with_tag
 
 
-def _change(original: Change, tags: tuple[object, ...], change: Callable[[Client], None], undo: Callable[[Client], None], *, of_asleep: bool) -> int:
-    """Change shared weights on every rank, then let TensorRT-LLM change its own memory; where a rank cannot, weights stay as they were on all.
+def _change(original: Change, tags: tuple[object, ...], change: Callable[[Sleeps], None], undo: Callable[[Sleeps], None], *, of_asleep: bool) -> int:
+    """Change GMS's memory on every rank, then let TensorRT-LLM change its own; where a rank cannot, GMS's stays as it was on all.
 
-    The weights come first: as long as TensorRT-LLM has changed nothing, all ranks can stay as they are.
+    GMS's comes first: as long as TensorRT-LLM has changed nothing, all ranks can stay as they are.
     """
-    if not all_loaded() or not _words(tags) & {_WEIGHTS, _DRAFT_WEIGHTS}:
+    if not _named(tags):
         return original(*tags)
     ranks = all_ranks()
     with contextlib.ExitStack() as undone:
 
         def ours() -> None:
-            for client in _clients(tags):
-                if client.is_asleep is of_asleep:
-                    undone.callback(undo, client)  # what is done in part is undone too
-                    change(client)
+            for memory in _named(tags):
+                if memory.is_asleep is of_asleep:
+                    undone.callback(undo, memory)  # what is done in part is undone too
+                    change(memory)
 
         all_or_none(ranks, ours)
         count = all_or_none(ranks, lambda: original(*tags))
@@ -108,7 +128,8 @@ def _words(tags: Iterable[object]) -> set[str]:
     return {str(getattr(tag, "value", tag)) for tag in tags}
 
 
-def _clients(tags: Iterable[object]) -> list[Client]:
-    """Of the weights that these tags name. Those that are not published yet are being loaded, and no engine sleeps then."""
-    named = _words(tags)
-    return [client for client in all_loaded() if (_DRAFT_WEIGHTS if client.is_draft else _WEIGHTS) in named]
+def _named(tags: Iterable[object]) -> list[Sleeps]:
+    """The memory that these tags name. Weights that are not published yet are being loaded, and no engine sleeps then."""
+    named, kv = _words(tags), this_rank()
+    found: list[Sleeps] = [client for client in all_loaded() if (_DRAFT_WEIGHTS if client.is_draft else _WEIGHTS) in named]
+    return [*found, kv] if kv.is_placed and _KV_CACHE in named else found

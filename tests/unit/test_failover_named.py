@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,11 @@ PROGRAM = """
 import json, sys
 from gms_core.failover.front_end.named import be_told
 
-be_told(sys.argv[1], serves=False)
+
+def fail():
+    raise RuntimeError("it is broken")
+
+be_told(sys.argv[1], serves=False, calls={"add": lambda one, other: {"sum": one + other}, "fail": fail})
 print(json.dumps({"listens": True}), flush=True)
 sys.stdin.read()
 """
@@ -67,6 +72,24 @@ def test_caller_is_told_why_when_a_process_cannot_join(start: Callable[[], Told]
     start()
     with pytest.raises(PermissionRefused, match=r"helper could not do as it was told: .*none\.sock"):
         tell("helper", 0, Order((str(tmp_path / "none.sock"),)))
+
+
+def test_call_is_answered_and_its_error_told(start: Callable[[], Told]) -> None:
+    start()
+    assert tell("helper", 0, Order(call="add", arguments=(1, 2))) == {"sum": 3}
+    for call, sentence in (("fail", "it is broken"), ("subtract", "nobody can ask it for 'subtract'")):
+        with pytest.raises(PermissionRefused, match=sentence):
+            tell("helper", 0, Order(call=call))
+    assert tell("helper", 0, Order()) is None
+
+
+def test_caller_is_told_when_a_process_ends_while_it_answers(start: Callable[[], Told]) -> None:
+    helper = start()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect("\0gms-helper-0-told")  # it reads from this one until it says more
+        threading.Timer(0.5, helper.kill).start()
+        with pytest.raises(ConnectionLost, match="helper"):
+            tell("helper", 0, Order())
 
 
 def test_caller_is_told_when_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

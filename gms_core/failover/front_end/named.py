@@ -11,12 +11,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from gms_core.config import settings
+from gms_core.engine_log import log
 from gms_core.errors import ConnectionLost, GmsError, PermissionRefused
 from gms_core.failover.cohort import settle, take_place
 from gms_core.protocol.peer import peer_credentials
@@ -26,6 +28,9 @@ PATIENCE_S = 120.0
 _AGAIN_S = 0.05
 _MOST_BYTES = 2**20
 
+Calls = Mapping[str, Callable[..., Any]]
+"""What such a process can be asked besides, by name: functions whose arguments and results JSON can hold."""
+
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What such a process is told.
@@ -34,19 +39,31 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sockets: Of the servers on which it has to join the cohort.
         connect_timeout_s: Seconds to connect to each.
         settle: Whether it has to put its host memory into huge pages.
+        call: Which of its calls it has to make after that; empty for none.
+        arguments: Of the call.
     """
 
     sockets: tuple[str, ...] = ()
     connect_timeout_s: float = 10.0
     settle: bool = False
+    call: str = ""
+    arguments: tuple[Any, ...] = ()
 
 
-def be_told(who: str, *, serves: bool) -> None:
+class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What it answers: why it could not, or what the call has returned."""
+
+    refusal: str = ""
+    result: Any = None
+
+
+def be_told(who: str, *, serves: bool, calls: Calls | None = None) -> None:
     """Do in this process what the first API server says, whenever it does. Returns at once.
 
     Args:
         who: Which of the engine's processes this is, and its name in the cohort. A further process of the same name gets a number.
         serves: Whether clients can reach it.
+        calls: What it can be asked besides; they run one after the other, in one thread.
 
     Raises:
         OSError: It cannot listen.
@@ -61,25 +78,30 @@ def be_told(who: str, *, serves: bool) -> None:
         listener.close()
         raise
     name = f"{who} {number}" if number else who
-    threading.Thread(target=_serve, args=(listener, name, serves), name="gms-told", daemon=True).start()
+    threading.Thread(target=_serve, args=(listener, name, serves, calls or {}), name="gms-told", daemon=True).start()
 
 
-def tell(who: str, number: int, order: Order) -> None:
+def tell(who: str, number: int, order: Order, patience_s: float | None = None) -> Any:
     """Say something to such a process; returns once it has done it. Blocks until the process has come so far that it listens.
 
     Args:
         who: Which of the engine's processes.
         number: Which of those of this name, from 0.
         order: What it has to do.
+        patience_s: Seconds for it to answer; None for `PATIENCE_S`.
+
+    Returns:
+        What the call has returned; None if there was none.
 
     Raises:
         PermissionRefused: It could not; the message says why.
         ConnectionLost: It does not answer.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+    deadline = time.monotonic() + patience_s
     while True:
         try:
-            refusal = _ask(_address(who, number), order)
+            answer = _ask(_address(who, number), order, patience_s)
             break
         except ConnectionRefusedError as error:
             if time.monotonic() >= deadline:
@@ -87,8 +109,11 @@ def tell(who: str, number: int, order: Order) -> None:
             time.sleep(_AGAIN_S)
         except OSError as error:
             raise ConnectionLost(f"the engine's process {who} does not answer: {error}") from error
-    if refusal:
-        raise PermissionRefused(f"the engine's process {who} could not do as it was told: {refusal}")
+        except ValueError as error:  # msgspec's errors are ValueErrors
+            raise ConnectionLost(f"the engine's process {who} has ended while it answered: {error}") from error
+    if answer.refusal:
+        raise PermissionRefused(f"the engine's process {who} could not do as it was told: {answer.refusal}")
+    return answer.result
 
 
 def of_this_user(connection: socket.socket) -> bool:
@@ -124,40 +149,50 @@ def _bound(listener: socket.socket, address: str) -> bool:
     return True
 
 
-def _ask(address: str, order: Order) -> str:
+def _ask(address: str, order: Order, patience_s: float) -> _Answer:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(PATIENCE_S)
+        connection.settimeout(patience_s)
         connection.connect(address)
         connection.sendall(msgspec.json.encode(order))
         connection.shutdown(socket.SHUT_WR)
-        return read_all(connection).decode()
+        return msgspec.json.decode(read_all(connection), type=_Answer)
 
 
-def _serve(listener: socket.socket, name: str, serves: bool) -> None:
+def _serve(listener: socket.socket, name: str, serves: bool, calls: Calls) -> None:
     while True:
         connection, _ = listener.accept()
         with connection:
             try:
                 connection.settimeout(PATIENCE_S)
-                answer = _answer(connection, name, serves)
+                answer = _answer(connection, name, serves, calls)
             except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-                answer = str(error)
+                answer = _Answer(str(error))
             with contextlib.suppress(OSError):
-                connection.sendall(answer.encode())
+                connection.sendall(msgspec.json.encode(answer))
 
 
-def _answer(connection: socket.socket, name: str, serves: bool) -> str:
-    """Do what is asked; an empty answer says that it was done."""
+def _answer(connection: socket.socket, name: str, serves: bool, calls: Calls) -> _Answer:
+    """Do what is asked."""
     if not of_this_user(connection):
-        return "only this user's processes may ask"
+        return _Answer("only this user's processes may ask")
     order = msgspec.json.decode(read_all(connection), type=Order)
     try:
         take_place(name, _paths(order.sockets), serves=serves, connect_timeout_s=order.connect_timeout_s)
     except GmsError as error:
-        return str(error)
+        return _Answer(str(error))
     if order.settle:
         settle(name)
-    return ""
+    return _called(calls, order) if order.call else _Answer()
+
+
+def _called(calls: Calls, order: Order) -> _Answer:
+    if order.call not in calls:
+        return _Answer(f"nobody can ask it for {order.call!r}")
+    try:
+        return _Answer(result=calls[order.call](*order.arguments))
+    except Exception as error:  # noqa: BLE001 - it is told to whoever has asked
+        log().exception("%s has failed", order.call)
+        return _Answer(str(error))
 
 
 def _paths(sockets: Sequence[str]) -> list[Path]:

@@ -71,5 +71,29 @@ SERVE = Patch(
     upstream="There is no way to hold a server.",
 )
 
-PATCHES = (LOAD_MODEL, RELOAD_MODEL, RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE)
-"""The first two are applied where this version has no LoadFormat.GMS, the next two wherever it sleeps, the last one where its engine fails over."""
+_CREATOR = "tensorrt_llm._torch.pyexecutor._util:KvCacheCreator"
+
+PREPARE_ESTIMATION = Patch(
+    name="trtllm-prepare-estimation",
+    target=f"{_CREATOR}.try_prepare_estimation",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self",),
+    reason="A shadow would measure beside the engine that it stands in for, and take that one's memory for used.",
+    upstream="It knows nothing of a KV cache that was planned by another engine.",
+)
+
+BUILD_MANAGERS = Patch(
+    name="trtllm-build-managers",
+    target=f"{_CREATOR}.build_managers",
+    kind=Kind.WRAP,
+    distributions=DISTRIBUTIONS,
+    versions=TESTED,
+    signatures=("self, resources, estimating_kv_cache", "self, resources, estimating_kv_cache="),
+    reason="The KV cache of an engine that stands by needs addresses, and memory only once it is promoted.",
+    upstream="It gives memory to every address at once.",
+)
+
+PATCHES = (LOAD_MODEL, RELOAD_MODEL, RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE, PREPARE_ESTIMATION, BUILD_MANAGERS)
+"""The first two are applied where this version has no LoadFormat.GMS, the next two wherever it sleeps, the others where its engine fails over."""

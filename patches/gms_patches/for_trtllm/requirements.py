@@ -8,8 +8,16 @@ from functools import partial
 from gms_core.plugins.engines import EngineSource
 from gms_core.plugins.findings import Status, Verdict
 from gms_patches.check import check_patch, check_symbol
-from gms_patches.for_trtllm.patches import LOAD_MODEL, MATERIALISE_MEMORY, RELEASE_MEMORY, RELOAD_MODEL, SERVE
-from gms_patches.for_trtllm.symbols import ADAPTER, COMMON, LOAD_FORMAT, NATIVE
+from gms_patches.for_trtllm.patches import (
+    BUILD_MANAGERS,
+    LOAD_MODEL,
+    MATERIALISE_MEMORY,
+    PREPARE_ESTIMATION,
+    RELEASE_MEMORY,
+    RELOAD_MODEL,
+    SERVE,
+)
+from gms_patches.for_trtllm.symbols import ADAPTER, COMMON, LOAD_FORMAT, NATIVE, PLACING
 from gms_patches.patch import Patch, Symbol
 from gms_patches.source import find
 
@@ -53,12 +61,18 @@ def patch(one: Patch, *, native: bool, optional: bool = False) -> Requirement:
     return if_native(native, one.name, where_present(one.target, found) if optional else found)
 
 
+_WHERE_PRESENT = (RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE, PREPARE_ESTIMATION, BUILD_MANAGERS)
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     *(partial(check_symbol, symbol) for symbol in COMMON),
     *symbols(NATIVE, native=True),
     patch(LOAD_MODEL, native=False),
     patch(RELOAD_MODEL, native=False, optional=True),
     *symbols(ADAPTER, native=False),
-    *(where_present(one.target, partial(check_patch, one)) for one in (RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE)),
+    *(where_present(one.target, partial(check_symbol, one)) for one in PLACING),
+    *(
+        where_present(one.target, partial(check_patch, one))
+        for one in (RELEASE_MEMORY, MATERIALISE_MEMORY, SERVE, PREPARE_ESTIMATION, BUILD_MANAGERS)
+    ),
 )
 """All checks of the adapter, in the form that `gms_core.plugins.engines.EngineAdapter` takes."""

@@ -55,3 +55,26 @@ ADAPTER: tuple[Symbol, ...] = (
     ),
 )
 """Of versions in whose loader the adapter takes part."""
+
+_PLACING = "KV memory that is mapped once an engine is promoted"
+
+VIRTUAL_MEMORY = "tensorrt_llm.runtime.kv_cache_manager_v2._cuda_virt_mem"
+GPU_STORAGE = "tensorrt_llm.runtime.kv_cache_manager_v2._storage._core"
+
+PLACING: tuple[Symbol, ...] = (
+    Symbol(f"{GPU_STORAGE}:VirtMem", _PLACING),
+    *group(
+        _PLACING,
+        VIRTUAL_MEMORY,
+        {
+            "PooledPhysMemAllocator.__init__": ("self, phys_mem_size",),
+            "VirtMem.__init__": ("self, vm_size, phys_mem_allocator, init_num_phys_mem=",),
+            "VirtMem.extend": ("self, num_phys_mem",),
+            "VirtMem.shrink": ("self, num_phys_mem",),
+            "VirtMem.realloc": ("self, num_bytes",),
+            "VirtMem.destroy": ("self",),
+            **{f"VirtMem.{name}": () for name in ("address", "phys_mem_size", "mapped_bytes", "virtual_bytes", "num_phys_mem")},
+        },
+    ),
+)
+"""Of the KV cache manager V2 as far as it is Python; without them the KV memory of an engine that stands by is its own."""

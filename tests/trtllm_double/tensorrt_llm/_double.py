@@ -15,5 +15,10 @@ def current_device() -> int:
     return int(os.environ.get("TRTLLM_DOUBLE_DEVICE", "0"))
 
 
+def mem_get_info() -> tuple[int, int]:
+    """In the place of ``torch.cuda.mem_get_info()``: bytes that are free, and all. Memory of other engines is not free."""
+    return int(os.environ.get("TRTLLM_DOUBLE_FREE", str(2**22))), 2**32
+
+
 def empty_cache() -> None:
     """In the place of ``torch.cuda.empty_cache()``, so that tests can see when it is called."""

@@ -4,7 +4,9 @@ import copy
 
 import torch
 from tensorrt_llm._torch.models.modeling_utils import CHECKPOINT_LOADER_FORMAT_DEFAULT_MAPPING
+from tensorrt_llm._torch.pyexecutor._util import KvCacheCreator
 from tensorrt_llm._torch.pyexecutor.model_loader import ModelLoader
+from tensorrt_llm._torch.pyexecutor.resource_manager import ResourceManagerType
 from tensorrt_llm.llmapi.llm_args import LoadFormat
 from tensorrt_llm.mapping import Mapping
 
@@ -22,6 +24,22 @@ class Rank:
             if speculation.load_format == "dummy":
                 draft_args.load_format = LoadFormat.DUMMY
             self.draft = self._load(draft_args, speculation.speculative_model)
+        self.kv = self._make_kv_cache(args)
+        self.forward([1, 2, 3])  # as a warm-up does, which graphs are captured of
+
+    def _make_kv_cache(self, args):
+        creator = KvCacheCreator(model_engine=self.model, kv_cache_config=args.kv_cache_config)
+        resources = {}
+        is_estimating = creator.try_prepare_estimation()
+        creator.build_managers(resources, is_estimating)
+        if is_estimating:
+            creator.configure_kv_cache_capacity()
+            creator.teardown_managers(resources)
+            creator.build_managers(resources, False)
+        return resources[ResourceManagerType.KV_CACHE_MANAGER]
+
+    def kv_blocks(self):
+        return self.kv.blocks_in_primary_pool
 
     def _load(self, args, checkpoint_dir):
         checkpoint_loader = args.checkpoint_loader or CHECKPOINT_LOADER_FORMAT_DEFAULT_MAPPING[args.checkpoint_format]()
@@ -33,7 +51,7 @@ class Rank:
 
     def forward(self, tokens):
         with torch.no_grad():
-            return self.model(torch.tensor(tokens)).tolist()
+            return self.model(torch.tensor(self.kv.keep(tokens)) % len(self.model.embed)).tolist()
 
     def forward_draft(self, tokens):
         with torch.no_grad():
@@ -46,6 +64,8 @@ class Rank:
     def sleep(self, sleep_tags):
         from tensorrt_llm._torch.virtual_memory import release_with_tag
 
+        if "kv_cache" in sleep_tags:
+            self.kv.reset_reuse_state()  # whether upstream does is not known
         release_with_tag(*sleep_tags)
 
     def wakeup(self, wakeup_tags):

@@ -32,6 +32,9 @@ def scope(tag, mode=None):
 _released = set()
 """Tags whose memory was taken away."""
 
+owned = {}
+"""Tensors that belong to a tag, by their owners. What was in them is lost when their memory is taken away."""
+
 
 def release_with_tag(*tags):
     """Take away what belongs to these tags; returns how many were changed."""
@@ -46,5 +49,7 @@ def materialize_with_tag(*tags):
 def _change(change, tags, what):
     for tag in tags:
         change(tag)
+        for tensor in owned.get(tag, {}).values():
+            tensor.fill_(0xAA)
         sys.stderr.write(f"{what} {tag}\n")  # for tests
     return len(tags)

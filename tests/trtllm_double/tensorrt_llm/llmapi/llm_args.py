@@ -39,6 +39,9 @@ class KvCacheConfig(StrictBaseModel):
     dtype: str = "auto"
     free_gpu_memory_fraction: float = 0.9
     max_tokens: int | None = None
+    max_gpu_total_bytes: int | None = None
+    enable_block_reuse: bool = True
+    use_kv_cache_manager_v2: bool | Literal["auto"] = "auto"
 
 
 class SpeculativeConfig(StrictBaseModel):

@@ -1,0 +1,283 @@
+"""The KV memory of this rank, where its engine fails over: planned by the first engine, taken over by those that stand in for it.
+
+Either way the rank holds a retained pool once it is promoted, so that no other engine's rank is still there. With a V2 whose pools can be placed that
+pool is the KV memory, and scratch lies beneath the addresses before. Elsewhere the KV memory is the engine's own, and the pool holds a mark alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gms_core.client import connect
+from gms_core.config import settings
+from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.engine_log import log
+from gms_core.errors import ConfigurationError, EngineUnsupported
+from gms_core.failover.config import failover_config
+from gms_core.kv import planning
+from gms_core.kv.plan import FORMAT, KvPlan
+from gms_core.kv.planning import KvPlanning
+from gms_core.kv.rank import RankKv
+from gms_core.kv.retained import RetainedKv
+from gms_core.layout import Identity
+from gms_core.pytorch.kv import clearing
+from gms_core.vmm import open_driver
+from gms_core.weights.identity import digest_of
+from gms_patches.apply import Applied, apply
+from gms_patches.for_trtllm import BUILD_MANAGERS, PREPARE_ESTIMATION
+from gms_trtllm.identity import plain
+from gms_trtllm.kv_placing import can_place, placing
+from gms_trtllm.place import current_index, device_id, pool_name, torch_device
+from gms_trtllm.ranks import all_ranks, rank
+
+_OF_SIZE = frozenset({"max_tokens", "max_gpu_total_bytes", "free_gpu_memory_fraction", "host_cache_size"})
+"""Options of ``kv_cache_config`` that say how large a cache becomes: that is planned."""
+_OF_THE_WEIGHTS = frozenset({"content"})
+"""Fields of the weights' identity that say nothing of the KV memory. The pool of the weights sees to it that engines have the same ones."""
+_MANAGERS = ("kv_cache_manager", "draft_kv_cache_manager")
+"""What TensorRT-LLM calls its KV caches among its resources."""
+
+_in_force: list[Applied] = []
+
+
+def plan_kv_memory(socket: Path, weights: Identity) -> None:
+    """Let the KV memory of this rank be planned, and held by one engine at a time.
+
+    Args:
+        socket: Of the server of its device.
+        weights: What is loaded; its KV cache is made for that.
+
+    Raises:
+        EngineUnsupported: This TensorRT-LLM makes its KV cache in a way that is not known. Nothing was changed.
+    """
+    try:
+        for patch, build in ((PREPARE_ESTIMATION, _preparing), (BUILD_MANAGERS, _building)):
+            _in_force.append(apply(patch, build))
+    except BaseException:
+        leave_kv_memory()
+        raise
+    this_rank().belongs_to(socket, weights)
+
+
+def leave_kv_memory() -> None:
+    """Undo it. Idempotent."""
+    while _in_force:
+        _in_force.pop().revert()
+    this_rank.cache_clear()
+
+
+def _preparing(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def try_prepare_estimation(self: Any) -> bool:
+        memory = this_rank()
+        if memory.planning is not None:  # of a further executor of this process
+            return original(self)
+        planned = memory.plan(self)
+        with planned.given_up_on_failure():
+            if planned.plan is None:
+                return original(self)
+            _adopt(self, planned.plan, planned)
+            return False
+
+    return try_prepare_estimation
+
+
+def _building(original: Callable[..., None]) -> Callable[..., None]:
+    def build_managers(self: Any, resources: Any, estimating_kv_cache: bool = False) -> None:
+        memory = this_rank()
+        if estimating_kv_cache or memory.planning is None or memory.kv is not None:
+            original(self, resources, estimating_kv_cache)
+            return
+        with memory.planning.given_up_on_failure():
+            with memory.placing():
+                original(self, resources, estimating_kv_cache)
+            memory.initialise(self, resources)
+
+    return build_managers
+
+
+def _adopt(creator: Any, plan: KvPlan, planned: KvPlanning) -> None:
+    """Let TensorRT-LLM make the KV cache that is planned, without measuring anything."""
+    config, tokens = creator._kv_cache_config, plan.num_blocks * creator._tokens_per_block  # noqa: SLF001 - of the adapter's table
+    if config.max_tokens is not None and config.max_tokens < tokens:
+        raise ConfigurationError(
+            f"kv_cache_config.max_tokens {config.max_tokens} is less than pool {planned.pool.name!r} was planned with: {tokens}",
+            hint="Leave the option out: engines that stand in for one another have the first one's KV cache. Or give this one another kv_tag.",
+        )
+    if planned.memory_bytes and hasattr(config, "max_gpu_total_bytes"):
+        config.max_gpu_total_bytes = planned.memory_bytes
+    if not _is_v2(creator):
+        config.max_tokens = tokens
+    log().info("a KV cache of %d tokens is planned: nothing is measured, and free_gpu_memory_fraction is not used", tokens)
+
+
+def _is_v2(creator: Any) -> bool:
+    return bool(getattr(creator, "_is_kv_cache_manager_v2", False))
+
+
+class RankCache:
+    """The KV memory of this process's rank.
+
+    Attributes:
+        planning: What it has to do for its pool; None before the engine asks for a KV cache.
+        kv: What it has; None before that cache is made.
+        is_placed: Whether the engine's KV cache lies in it.
+    """
+
+    def __init__(self) -> None:
+        self.planning: KvPlanning | None = None
+        self.kv: RankKv | None = None
+        self.is_placed = False
+        self.is_asleep = False
+        self._place: tuple[Path, Identity] | None = None
+        self._managers: list[Any] = []
+        self._memory: RetainedKv | None = None
+
+    def belongs_to(self, socket: Path, weights: Identity) -> None:
+        """Say where the server of its device listens, and what was loaded."""
+        self._place = socket, weights
+
+    def plan(self, creator: Any) -> KvPlanning:
+        """Learn whether the KV cache is planned. All ranks call it.
+
+        Raises:
+            GmsError: The server refuses this engine, or the plan is not for it.
+        """
+        assert self._place is not None
+        socket, weights = self._place
+        self.is_placed = _is_v2(creator) and can_place()
+        options, index = GmsConfig(), current_index()
+        tag = _failover().kv_tag
+        session = connect(device_id(index), socket_path=socket, client=f"tensorrt_llm rank {rank()} (kv)", timeout_s=options.connect_timeout_s)
+        self.planning = planning.begin(
+            session,
+            pool_name(tag, index),
+            self._identity(weights, creator),
+            tag=tag,
+            rank=rank(),
+            ranks=all_ranks(),
+            timeout_s=options.acquire_timeout_s,
+        )
+        return self.planning
+
+    def _identity(self, weights: Identity, creator: Any) -> Identity:
+        chosen = creator._kv_cache_config.model_dump(exclude_defaults=True)  # noqa: SLF001 - of the adapter's table
+        return Identity(
+            {
+                **{name: value for name, value in weights.fields.items() if name not in _OF_THE_WEIGHTS},
+                "kv_tokens_per_block": str(creator._tokens_per_block),  # noqa: SLF001 - as above
+                "kv_options": digest_of(plain(chosen, _OF_SIZE)),
+                "kv_memory": "placed" if self.is_placed else "own",
+                "kv_plan": FORMAT,
+                "lock": _failover().lock,  # engines of another lock would wait for memory that nobody is going to leave to them
+            }
+        )
+
+    @contextlib.contextmanager
+    def placing(self) -> Iterator[None]:
+        """Let the KV cache that is made meanwhile lie in the pool, if it can."""
+        with placing(self._provide) if self.is_placed else contextlib.nullcontext():
+            yield
+
+    def _provide(self, buffers: Sequence[int]) -> RetainedKv:
+        index = current_index()
+        self._memory = RetainedKv(open_driver(device_id(index)), clearing(torch_device(index)), buffers, _failover().alias_bytes)
+        return self._memory
+
+    def initialise(self, creator: Any, resources: Mapping[Any, Any]) -> None:
+        """The engine has made its KV cache: provide the pool, or make sure that the cache is what was planned. All ranks call it.
+
+        Raises:
+            EngineUnsupported: The cache does not lie where it should.
+            IdentityMismatch: It is not what was planned.
+            OutOfMemory: There was no room in time.
+        """
+        assert self.planning is not None
+        found = {str(getattr(name, "value", name)): manager for name, manager in resources.items()}
+        self._managers = [found[name] for name in _MANAGERS if found.get(name) is not None]
+        if self.is_placed and self._memory is None:
+            raise EngineUnsupported(
+                "failover: this engine's KV cache is made in a way that GMS does not know", hint="Leave use_kv_cache_manager_v2 out for this engine."
+            )
+        config = creator._kv_cache_config  # noqa: SLF001 - of the adapter's table
+        blocks, planned = self._blocks(creator), self.planning.plan
+        if planned is not None and not self.is_placed and blocks < planned.num_blocks:
+            log().warning(
+                "this engine's KV cache has %d blocks, and was planned with %d: the device has no room for more", blocks, planned.num_blocks
+            )
+            blocks = planned.num_blocks
+        self.kv = RankKv(self.planning, self._memory or self._provide(()), 0, asleep=lambda: self.is_asleep)
+        self.kv.initialise(
+            [],
+            blocks,
+            digest_of([type(manager).__name__ for manager in self._managers]),
+            measured=int(getattr(config, "max_gpu_total_bytes", 0) or 0),
+            explicit=False,
+            memory_timeout_s=GmsConfig().memory_timeout_s,
+        )
+
+    def _blocks(self, creator: Any) -> int:
+        """Blocks of the engine's KV cache."""
+        told = getattr(self._managers[0], "blocks_in_primary_pool", None) if self._managers else None
+        if told is not None:
+            return int(told)
+        return int(creator._kv_cache_config.max_tokens or 0) // int(creator._tokens_per_block)  # noqa: SLF001 - of the adapter's table
+
+    def stand_by(self) -> tuple[int, str, bool]:
+        """Make sure that this rank can be promoted, and let its caches forget what lies on scratch, or in memory that is given back.
+
+        Returns:
+            As `RankKv.stand_by`, and whether the KV cache lies in the pool.
+        """
+        if self.kv is None:
+            return 0, "this rank has no KV cache that was planned", self.is_placed
+        for manager in self._managers:
+            forget = getattr(manager, "reset_reuse_state", None)
+            if forget is not None:
+                forget()
+            elif getattr(manager, "enable_block_reuse", False):
+                return 0, "its KV cache cannot be made to forget: set kv_cache_config.enable_block_reuse to false", self.is_placed
+        return *self.kv.stand_by(), self.is_placed
+
+    def promote(self, timeout_s: float) -> tuple[int, int, int, float, float]:
+        """As `RankKv.promote`, in a thread of any device; returns what `gms_core.failover.front_end.engine.RankMemory` has."""
+        assert self.kv is not None
+        with torch.cuda.device(current_index()) if torch.cuda.is_available() else contextlib.nullcontext():
+            taken = self.kv.promote(timeout_s)
+        return rank(), taken.epoch, taken.bytes, taken.hold_s, taken.map_s
+
+    def suspend(self) -> None:
+        """Unmap the KV cache as far as it lies in the pool, whose memory stays held. Idempotent."""
+        if self.is_placed and self.kv is not None:
+            self.is_asleep = True
+            self.kv.memory.suspend()
+
+    def resume(self) -> None:
+        """Map it again. Idempotent."""
+        if self.is_asleep and self.kv is not None:
+            self.kv.memory.resume()
+            self.is_asleep = False
+
+
+def _failover() -> FailoverConfig:
+    config = failover_config(GmsConfig()) if settings().cohort else None
+    if config is None:
+        raise EngineUnsupported("failover: this process has a cohort's KV memory, and no failover block", hint="Start it with gms-trtllm-serve.")
+    return config
+
+
+@functools.cache
+def this_rank() -> RankCache:
+    """The KV memory of this process."""
+    return RankCache()
+
+
+def calls() -> Mapping[str, Callable[..., Any]]:
+    """What this rank can be asked; see `gms_trtllm.engine_calls`."""
+    memory = this_rank()
+    return {"stand_by": memory.stand_by, "promote": memory.promote}

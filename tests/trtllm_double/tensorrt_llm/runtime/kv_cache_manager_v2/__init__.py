@@ -1,0 +1,1 @@
+"""The second KV cache manager, which is Python."""
