@@ -27,6 +27,7 @@ from gms_core.kv.rank import RankKv
 from gms_core.kv.retained import RetainedKv
 from gms_core.layout import Identity
 from gms_core.pytorch.kv import clearing
+from gms_core.ranks import all_or_none
 from gms_core.vmm import open_driver
 from gms_core.weights.identity import digest_of
 from gms_patches.apply import Applied, apply
@@ -95,7 +96,7 @@ def _building(original: Callable[..., None]) -> Callable[..., None]:
             return
         with memory.planning.given_up_on_failure():
             with memory.placing():
-                original(self, resources, estimating_kv_cache)
+                all_or_none(all_ranks(), lambda: original(self, resources, estimating_kv_cache))
             memory.initialise(self, resources)
 
     return build_managers
@@ -103,17 +104,17 @@ def _building(original: Callable[..., None]) -> Callable[..., None]:
 
 def _adopt(creator: Any, plan: KvPlan, planned: KvPlanning) -> None:
     """Let TensorRT-LLM make the KV cache that is planned, without measuring anything."""
-    config, tokens = creator._kv_cache_config, plan.num_blocks * creator._tokens_per_block  # noqa: SLF001 - of the adapter's table
-    if config.max_tokens is not None and config.max_tokens < tokens:
-        raise ConfigurationError(
-            f"kv_cache_config.max_tokens {config.max_tokens} is less than pool {planned.pool.name!r} was planned with: {tokens}",
-            hint="Leave the option out: engines that stand in for one another have the first one's KV cache. Or give this one another kv_tag.",
-        )
+    config, block = creator._kv_cache_config, creator._tokens_per_block  # noqa: SLF001 - of the adapter's table
     if planned.memory_bytes and hasattr(config, "max_gpu_total_bytes"):
         config.max_gpu_total_bytes = planned.memory_bytes
-    if not _is_v2(creator):
-        config.max_tokens = tokens
-    log().info("a KV cache of %d tokens is planned: nothing is measured, and free_gpu_memory_fraction is not used", tokens)
+    if not _is_v2(creator):  # for which tokens are no measure of memory
+        if config.max_tokens is not None and -(-config.max_tokens // block) < plan.num_blocks:
+            raise ConfigurationError(
+                f"kv_cache_config.max_tokens {config.max_tokens} is less than pool {planned.pool.name!r} was planned with: {plan.num_blocks * block}",
+                hint="Leave the option out: engines that stand in for one another have the first one's KV cache. Or give this one another kv_tag.",
+            )
+        config.max_tokens = plan.num_blocks * block
+    log().info("a KV cache of %d blocks is planned: nothing is measured, and free_gpu_memory_fraction is not used", plan.num_blocks)
 
 
 def _is_v2(creator: Any) -> bool:
@@ -153,7 +154,8 @@ class RankCache:
         self.is_placed = _is_v2(creator) and can_place()
         options, index = GmsConfig(), current_index()
         tag = _failover().kv_tag
-        session = connect(device_id(index), socket_path=socket, client=f"tensorrt_llm rank {rank()} (kv)", timeout_s=options.connect_timeout_s)
+        name = f"tensorrt_llm rank {rank()} (kv)"
+        session = all_or_none(all_ranks(), lambda: connect(device_id(index), socket_path=socket, client=name, timeout_s=options.connect_timeout_s))
         self.planning = planning.begin(
             session,
             pool_name(tag, index),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,18 @@ from tests.conftest import RunningServer
 from tests.unit.failover_processes import Told, told_processes
 
 PROGRAM = """
-import json, sys
+import json, sys, threading
 from gms_core.failover.front_end.named import be_told
 
 
 def fail():
     raise RuntimeError("it is broken")
 
-be_told(sys.argv[1], serves=False, calls={"add": lambda one, other: {"sum": one + other}, "fail": fail})
+def wait():
+    print(json.dumps({"waits": True}), flush=True)
+    threading.Event().wait()
+
+be_told(sys.argv[1], serves=False, calls={"wait": wait, "add": lambda one, other: {"sum": one + other}, "fail": fail})
 print(json.dumps({"listens": True}), flush=True)
 sys.stdin.read()
 """
@@ -83,13 +87,16 @@ def test_call_is_answered_and_its_error_told(start: Callable[[], Told]) -> None:
     assert tell("helper", 0, Order()) is None
 
 
-def test_caller_is_told_when_a_process_ends_while_it_answers(start: Callable[[], Told]) -> None:
+def test_process_answers_while_a_call_goes_on_and_the_caller_is_told_when_it_ends_then(start: Callable[[], Told]) -> None:
     helper = start()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.connect("\0gms-helper-0-told")  # it reads from this one until it says more
-        threading.Timer(0.5, helper.kill).start()
+    with futures.ThreadPoolExecutor() as threads:
+        calling = threads.submit(tell, "helper", 0, Order(call="wait"))
+        helper.until_key("waits")
+        tell("helper", 0, Order())
+        assert not calling.done()
+        helper.kill()
         with pytest.raises(ConnectionLost, match="helper"):
-            tell("helper", 0, Order())
+            calling.result(30)
 
 
 def test_caller_is_told_when_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

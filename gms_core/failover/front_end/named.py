@@ -63,7 +63,7 @@ def be_told(who: str, *, serves: bool, calls: Calls | None = None) -> None:
     Args:
         who: Which of the engine's processes this is, and its name in the cohort. A further process of the same name gets a number.
         serves: Whether clients can reach it.
-        calls: What it can be asked besides; they run one after the other, in one thread.
+        calls: What it can be asked besides; one at a time. Whoever asks for nothing is answered meanwhile.
 
     Raises:
         OSError: It cannot listen.
@@ -159,30 +159,40 @@ def _ask(address: str, order: Order, patience_s: float) -> _Answer:
 
 
 def _serve(listener: socket.socket, name: str, serves: bool, calls: Calls) -> None:
+    joining, calling = threading.Lock(), threading.Lock()
+
+    def obey(order: Order) -> _Answer:
+        """Do what is asked."""
+        try:
+            with joining:
+                take_place(name, _paths(order.sockets), serves=serves, connect_timeout_s=order.connect_timeout_s)
+        except GmsError as error:
+            return _Answer(str(error))
+        if order.settle:
+            settle(name)
+        if not order.call:
+            return _Answer()
+        with calling:
+            return _called(calls, order)
+
     while True:
         connection, _ = listener.accept()
-        with connection:
-            try:
-                connection.settimeout(PATIENCE_S)
-                answer = _answer(connection, name, serves, calls)
-            except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-                answer = _Answer(str(error))
-            with contextlib.suppress(OSError):
-                connection.sendall(msgspec.json.encode(answer))
+        # A call may take as long as another engine takes to end, and whoever looks for a process that hangs must not take that for one.
+        threading.Thread(target=_answer, args=(connection, obey), name="gms-told", daemon=True).start()
 
 
-def _answer(connection: socket.socket, name: str, serves: bool, calls: Calls) -> _Answer:
-    """Do what is asked."""
-    if not of_this_user(connection):
-        return _Answer("only this user's processes may ask")
-    order = msgspec.json.decode(read_all(connection), type=Order)
-    try:
-        take_place(name, _paths(order.sockets), serves=serves, connect_timeout_s=order.connect_timeout_s)
-    except GmsError as error:
-        return _Answer(str(error))
-    if order.settle:
-        settle(name)
-    return _called(calls, order) if order.call else _Answer()
+def _answer(connection: socket.socket, obey: Callable[[Order], _Answer]) -> None:
+    with connection:
+        try:
+            connection.settimeout(PATIENCE_S)
+            if of_this_user(connection):
+                answer = obey(msgspec.json.decode(read_all(connection), type=Order))
+            else:
+                answer = _Answer("only this user's processes may ask")
+        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+            answer = _Answer(str(error))
+        with contextlib.suppress(OSError):
+            connection.sendall(msgspec.json.encode(answer))
 
 
 def _called(calls: Calls, order: Order) -> _Answer:
