@@ -7,14 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gms_core.client import connect
-from gms_core.config import settings
-from gms_core.errors import ConnectionLost
 from gms_core.failover.cohort import ApiPlace
 from gms_core.failover.front_end.engine import RankMemory, Step, Stood
 from gms_core.failover.front_end.named import PATIENCE_S, Order, tell
 from gms_core.failover.threads import in_thread
-from gms_core.runtime_dir import sockets
 from gms_trtllm.cohort import process_name
 
 KV_CACHE = "kv_cache"
@@ -105,20 +101,10 @@ class TrtllmCalls:
 
 
 def _sockets_of_ranks() -> list[Path]:
-    """Where each rank of this engine has joined, in their order.
+    """Where each rank of this engine has joined, in their order, as they say themselves.
 
     Raises:
-        ConnectionLost: One is not to be found.
+        ConnectionLost: One does not answer.
     """
-    told = settings()
-    found: dict[str, Path] = {}
-    for path in sockets(told.runtime_dir):
-        with connect(socket_path=path, client=f"{told.engine} api-server 0") as session:
-            for cohort in session.status().cohorts:
-                if cohort.name == told.cohort:
-                    found |= {member.process: path for member in cohort.members}
-    names = [process_name(number) for number in range(len(found))]
-    missing = [name for name in names if name not in found]
-    if missing or not names:
-        raise ConnectionLost(f"{missing[0] if missing else 'no rank'} of this engine is on none of the servers in {told.runtime_dir}")
-    return [found[name] for name in names]
+    first, ranks = tell(process_name(0), 0, Order(call="place"))
+    return [Path(first), *(Path(tell(process_name(number), 0, Order(call="place"))[0]) for number in range(1, ranks))]

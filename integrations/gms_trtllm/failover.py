@@ -28,6 +28,11 @@ class Begun:
     failover: FailoverConfig
     listener: socket.socket
 
+    @property
+    def port(self) -> int:
+        """Where clients come to."""
+        return int(self.listener.getsockname()[1])
+
 
 _begun: Begun | None = None
 

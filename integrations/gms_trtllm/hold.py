@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from gms_core.failover.cohort import GRACE_S, ApiPlace
@@ -51,7 +52,8 @@ def _holding(original: Serve) -> Serve:
         if engine is None:
             await original(self, host, port, sockets=sockets)
         else:
-            await _Held(engine, getattr(self, "generator", None) or self.llm, lambda: original(self, host, port, sockets=[engine.listener])).run()
+            serve = partial(original, self, host, engine.port, sockets=[engine.listener])
+            await _Held(engine, getattr(self, "generator", None) or self.llm, serve).run()
 
     return __call__
 

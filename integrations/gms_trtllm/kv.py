@@ -34,15 +34,16 @@ from gms_patches.apply import Applied, apply
 from gms_patches.for_trtllm import BUILD_MANAGERS, PREPARE_ESTIMATION
 from gms_trtllm.identity import plain
 from gms_trtllm.kv_placing import can_place, placing
-from gms_trtllm.place import current_index, device_id, pool_name, torch_device
-from gms_trtllm.ranks import all_ranks, rank
+from gms_trtllm.place import current_index, device_id, is_cpu, pool_name, torch_device
+from gms_trtllm.ranks import all_ranks, rank, world_size
 
 _OF_SIZE = frozenset({"max_tokens", "max_gpu_total_bytes", "free_gpu_memory_fraction", "host_cache_size"})
 """Options of ``kv_cache_config`` that say how large a cache becomes: that is planned."""
 _OF_THE_WEIGHTS = frozenset({"content"})
 """Fields of the weights' identity that say nothing of the KV memory. The pool of the weights sees to it that engines have the same ones."""
-_MANAGERS = ("kv_cache_manager", "draft_kv_cache_manager")
-"""What TensorRT-LLM calls its KV caches among its resources."""
+_MANAGER = "KV_CACHE_MANAGER"
+"""What TensorRT-LLM calls its KV cache among its resources."""
+_WITHOUT = "Leave GMS_FAILOVER out for this engine."
 
 _in_force: list[Applied] = []
 
@@ -80,9 +81,10 @@ def _preparing(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
             return original(self)
         planned = memory.plan(self)
         with planned.given_up_on_failure():
-            if planned.plan is None:
+            blocks = [0 if plan is None else plan.num_blocks for plan in _of_all_ranks(planned.plan)]
+            if planned.memory_bytes is None:  # as on all ranks
                 return original(self)
-            _adopt(self, planned.plan, planned)
+            _adopt(self, max(blocks), planned)
             return False
 
     return try_prepare_estimation
@@ -102,19 +104,26 @@ def _building(original: Callable[..., None]) -> Callable[..., None]:
     return build_managers
 
 
-def _adopt(creator: Any, plan: KvPlan, planned: KvPlanning) -> None:
+def _of_all_ranks(plan: KvPlan | None) -> list[KvPlan | None]:
+    """What each rank knows of the plan: one whose server has forgotten it makes it anew."""
+    ranks = all_ranks()
+    return [plan] if ranks is None else ranks.all_gather_object(plan)
+
+
+def _adopt(creator: Any, blocks: int, planned: KvPlanning) -> None:
     """Let TensorRT-LLM make the KV cache that is planned, without measuring anything."""
+    creator._skip_est = False  # noqa: SLF001 - else it would measure all the same, in `build_managers`
     config, block = creator._kv_cache_config, creator._tokens_per_block  # noqa: SLF001 - of the adapter's table
     if planned.memory_bytes and hasattr(config, "max_gpu_total_bytes"):
         config.max_gpu_total_bytes = planned.memory_bytes
     if not _is_v2(creator):  # for which tokens are no measure of memory
-        if config.max_tokens is not None and -(-config.max_tokens // block) < plan.num_blocks:
+        if config.max_tokens is not None and -(-config.max_tokens // block) < blocks:
             raise ConfigurationError(
-                f"kv_cache_config.max_tokens {config.max_tokens} is less than pool {planned.pool.name!r} was planned with: {plan.num_blocks * block}",
+                f"kv_cache_config.max_tokens {config.max_tokens} is less than pool {planned.pool.name!r} was planned with: {blocks * block}",
                 hint="Leave the option out: engines that stand in for one another have the first one's KV cache. Or give this one another kv_tag.",
             )
-        config.max_tokens = plan.num_blocks * block
-    log().info("a KV cache of %d blocks is planned: nothing is measured, and free_gpu_memory_fraction is not used", plan.num_blocks)
+        config.max_tokens = blocks * block
+    log().info("a KV cache of %d blocks is planned: nothing is measured, and free_gpu_memory_fraction is not used", blocks)
 
 
 def _is_v2(creator: Any) -> bool:
@@ -136,6 +145,7 @@ class RankCache:
         self.is_placed = False
         self.is_asleep = False
         self._place: tuple[Path, Identity] | None = None
+        self._index = 0
         self._managers: list[Any] = []
         self._memory: RetainedKv | None = None
 
@@ -151,8 +161,10 @@ class RankCache:
         """
         assert self._place is not None
         socket, weights = self._place
+        _check(creator)
         self.is_placed = _is_v2(creator) and can_place()
         options, index = GmsConfig(), current_index()
+        self._index = index
         tag = _failover().kv_tag
         name = f"tensorrt_llm rank {rank()} (kv)"
         session = all_or_none(all_ranks(), lambda: connect(device_id(index), socket_path=socket, client=name, timeout_s=options.connect_timeout_s))
@@ -195,40 +207,52 @@ class RankCache:
         """The engine has made its KV cache: provide the pool, or make sure that the cache is what was planned. All ranks call it.
 
         Raises:
-            EngineUnsupported: The cache does not lie where it should.
+            EngineUnsupported: The cache does not lie where it should, or is none that is known.
             IdentityMismatch: It is not what was planned.
             OutOfMemory: There was no room in time.
         """
-        assert self.planning is not None
-        found = {str(getattr(name, "value", name)): manager for name, manager in resources.items()}
-        self._managers = [found[name] for name in _MANAGERS if found.get(name) is not None]
-        if self.is_placed and self._memory is None:
+        begun = self.planning
+        assert begun is not None
+        measured, blocks = all_or_none(all_ranks(), lambda: self._look_at(creator, resources))
+        if begun.budgets is None:
+            begun.share(measured)
+        all_or_none(all_ranks(), lambda: self._provide_or_compare(begun, blocks, measured))
+
+    def _look_at(self, creator: Any, resources: Mapping[Any, Any]) -> tuple[int, int]:
+        """What the engine has made: bytes that it has measured, and blocks."""
+        found = {str(getattr(name, "name", name)).upper(): manager for name, manager in resources.items()}
+        if found.get(_MANAGER) is None:
+            raise EngineUnsupported(f"failover: this engine has no {_MANAGER} among its resources: {sorted(found)}", hint=_WITHOUT)
+        self._managers = [manager for manager in found.values() if hasattr(manager, "reset_reuse_state") or hasattr(manager, "enable_block_reuse")]
+        config = creator._kv_cache_config  # noqa: SLF001 - of the adapter's table
+        measured = int(getattr(config, "max_gpu_total_bytes", 0) or 0)
+        if self.is_placed and (self._memory is None or not measured):
             raise EngineUnsupported(
                 "failover: this engine's KV cache is made in a way that GMS does not know", hint="Leave use_kv_cache_manager_v2 out for this engine."
             )
-        config = creator._kv_cache_config  # noqa: SLF001 - of the adapter's table
-        blocks, planned = self._blocks(creator), self.planning.plan
+        told = getattr(found[_MANAGER], "blocks_in_primary_pool", None)
+        blocks = int(config.max_tokens or 0) // int(creator._tokens_per_block) if told is None else int(told)  # noqa: SLF001 - as above
+        return measured, blocks
+
+    def _provide_or_compare(self, begun: KvPlanning, blocks: int, measured: int) -> None:
+        planned = begun.plan
         if planned is not None and not self.is_placed and blocks < planned.num_blocks:
-            log().warning(
-                "this engine's KV cache has %d blocks, and was planned with %d: the device has no room for more", blocks, planned.num_blocks
-            )
+            log().warning("this KV cache has %d blocks, and was planned with %d: the device has no room for more", blocks, planned.num_blocks)
             blocks = planned.num_blocks
-        self.kv = RankKv(self.planning, self._memory or self._provide(()), 0, asleep=lambda: self.is_asleep)
+        self.kv = RankKv(begun, self._memory or self._provide(()), 0, asleep=lambda: self.is_asleep)
         self.kv.initialise(
             [],
             blocks,
             digest_of([type(manager).__name__ for manager in self._managers]),
-            measured=int(getattr(config, "max_gpu_total_bytes", 0) or 0),
+            measured=measured,
             explicit=False,
             memory_timeout_s=GmsConfig().memory_timeout_s,
         )
 
-    def _blocks(self, creator: Any) -> int:
-        """Blocks of the engine's KV cache."""
-        told = getattr(self._managers[0], "blocks_in_primary_pool", None) if self._managers else None
-        if told is not None:
-            return int(told)
-        return int(creator._kv_cache_config.max_tokens or 0) // int(creator._tokens_per_block)  # noqa: SLF001 - of the adapter's table
+    def place(self) -> tuple[str, int]:
+        """The socket of the server of its device, and how many ranks there are."""
+        assert self._place is not None
+        return str(self._place[0]), world_size()
 
     def stand_by(self) -> tuple[int, str, bool]:
         """Make sure that this rank can be promoted, and let its caches forget what lies on scratch, or in memory that is given back.
@@ -238,6 +262,7 @@ class RankCache:
         """
         if self.kv is None:
             return 0, "this rank has no KV cache that was planned", self.is_placed
+        self._use_device()
         for manager in self._managers:
             forget = getattr(manager, "reset_reuse_state", None)
             if forget is not None:
@@ -249,9 +274,14 @@ class RankCache:
     def promote(self, timeout_s: float) -> tuple[int, int, int, float, float]:
         """As `RankKv.promote`, in a thread of any device; returns what `gms_core.failover.front_end.engine.RankMemory` has."""
         assert self.kv is not None
-        with torch.cuda.device(current_index()) if torch.cuda.is_available() else contextlib.nullcontext():
-            taken = self.kv.promote(timeout_s)
+        self._use_device()
+        taken = self.kv.promote(timeout_s)
         return rank(), taken.epoch, taken.bytes, taken.hold_s, taken.map_s
+
+    def _use_device(self) -> None:
+        """Make this thread use the rank's device: a new thread has the first one."""
+        if not is_cpu():
+            torch.cuda.set_device(self._index)
 
     def suspend(self) -> None:
         """Unmap the KV cache as far as it lies in the pool, whose memory stays held. Idempotent."""
@@ -264,6 +294,22 @@ class RankCache:
         if self.is_asleep and self.kv is not None:
             self.kv.memory.resume()
             self.is_asleep = False
+
+
+def _check(creator: Any) -> None:
+    """Refuse engines whose KV memory others read: they have registered what lay beneath the addresses before the promotion.
+
+    Raises:
+        EngineUnsupported: It is such an engine.
+    """
+    options = getattr(creator, "_llm_args", None)
+    kinds = {
+        "cache_transceiver_config": getattr(options, "cache_transceiver_config", None),
+        "kv_connector_config": getattr(options, "kv_connector_config", None) or getattr(creator, "_kv_connector_manager", None),
+    }
+    for kind, found in kinds.items():
+        if found is not None:
+            raise EngineUnsupported(f"failover: the KV memory of engines with {kind} cannot be handed over", hint=_WITHOUT)
 
 
 def _failover() -> FailoverConfig:
@@ -282,4 +328,4 @@ def this_rank() -> RankCache:
 def calls() -> Mapping[str, Callable[..., Any]]:
     """What this rank can be asked; see `gms_trtllm.engine_calls`."""
     memory = this_rank()
-    return {"stand_by": memory.stand_by, "promote": memory.promote}
+    return {"place": memory.place, "stand_by": memory.stand_by, "promote": memory.promote}

@@ -189,10 +189,11 @@ def _answer(connection: socket.socket, obey: Callable[[Order], _Answer]) -> None
                 answer = obey(msgspec.json.decode(read_all(connection), type=Order))
             else:
                 answer = _Answer("only this user's processes may ask")
-        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-            answer = _Answer(str(error))
+            said = msgspec.json.encode(answer)
+        except (OSError, TypeError, ValueError) as error:  # msgspec's errors are ValueErrors, but for results that JSON cannot hold
+            said = msgspec.json.encode(_Answer(str(error)))
         with contextlib.suppress(OSError):
-            connection.sendall(msgspec.json.encode(answer))
+            connection.sendall(said)
 
 
 def _called(calls: Calls, order: Order) -> _Answer:
@@ -202,7 +203,7 @@ def _called(calls: Calls, order: Order) -> _Answer:
         return _Answer(result=calls[order.call](*order.arguments))
     except Exception as error:  # noqa: BLE001 - it is told to whoever has asked
         log().exception("%s has failed", order.call)
-        return _Answer(str(error))
+        return _Answer(str(error) or type(error).__name__)
 
 
 def _paths(sockets: Sequence[str]) -> list[Path]:

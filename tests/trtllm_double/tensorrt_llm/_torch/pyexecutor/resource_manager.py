@@ -19,8 +19,8 @@ CHUNK_BYTES = 2**16
 
 
 class ResourceManagerType(Enum):
-    KV_CACHE_MANAGER = "kv_cache_manager"
-    DRAFT_KV_CACHE_MANAGER = "draft_kv_cache_manager"
+    KV_CACHE_MANAGER = "KV_CACHE_MANAGER"
+    DRAFT_KV_CACHE_MANAGER = "DRAFT_KV_CACHE_MANAGER"
 
 
 class _Manager:
