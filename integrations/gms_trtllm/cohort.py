@@ -7,6 +7,7 @@ from pathlib import Path
 from gms_core.config import settings
 from gms_core.failover.cohort import take_place
 from gms_core.failover.front_end.named import be_told
+from gms_core.failover.life_line import end_with_life_line
 from gms_core.layout import Identity
 from gms_trtllm import kv
 from gms_trtllm.ranks import rank
@@ -23,6 +24,8 @@ def process_name(number: int) -> str:
 def join(socket: Path, weights: Identity, connect_timeout_s: float) -> None:
     """Join this rank to its engine's cohort, if it has one: the death of any of its processes is the engine's. It obeys the process that serves then.
 
+    Until that is of the cohort too, this rank ends with it by their life line.
+
     Args:
         socket: Of the server of this rank's device.
         weights: What it loads; a draft model is loaded after the model that it is for.
@@ -36,6 +39,7 @@ def join(socket: Path, weights: Identity, connect_timeout_s: float) -> None:
     cohort, name = settings().cohort, process_name(rank())
     if not cohort:
         return
+    end_with_life_line()
     take_place(name, [socket], serves=False, connect_timeout_s=connect_timeout_s)
     if cohort != _told:
         kv.plan_kv_memory(socket, weights)

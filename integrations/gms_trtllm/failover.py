@@ -12,6 +12,7 @@ from gms_core.failover.cohort import begin_cohort
 from gms_core.failover.config import failover_config
 from gms_core.failover.front_end.api_server import open_early
 from gms_core.failover.front_end.gate import bind_port
+from gms_core.failover.life_line import hold_life_line
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,5 @@ def begin(failover: FailoverConfig, host: str, port: int, words: Sequence[str]) 
     open_early(failover)
     listener = bind_port(host, port, shared=True)
     begin_cohort("tensorrt_llm")
+    hold_life_line()
     _begun = Begun(GmsConfig(), failover, listener)

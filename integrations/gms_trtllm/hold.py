@@ -7,12 +7,15 @@ all engines of a lock can be bound.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from gms_core.engine_log import log
 from gms_core.failover.cohort import GRACE_S, ApiPlace
 from gms_core.failover.front_end.api_server import ApiServer
 from gms_core.failover.front_end.engine import EngineCalls
@@ -65,6 +68,7 @@ class _Http:
         self._listener, self._serve = engine.listener, serve
         self._gate = Gate(engine.listener, None, BACKLOG)
         self.serving: asyncio.Future[None] | None = None
+        self.accepting: asyncio.Future[None] | None = None
 
     @property
     def address(self) -> str:
@@ -82,13 +86,20 @@ class _Http:
         self._gate.check_alone()
 
     async def open(self) -> None:
-        """As `HttpServer.open`. Clients can connect, and wait until the server accepts them."""
+        """As `HttpServer.open`; comes back once the server accepts: it lets the socket listen once more, so that `shut` lasts from then on.
+
+        Raises:
+            Exception: The server has failed at once.
+        """
         self._gate.open()
-        self.serving = asyncio.ensure_future(self._serve())
+        self.serving, self.accepting = asyncio.ensure_future(self._serve()), asyncio.ensure_future(_accepted(self._listener))
+        await asyncio.wait((self.serving, self.accepting), return_when=asyncio.FIRST_COMPLETED)
+        if self.serving.done():
+            self.serving.result()
 
     def shut(self) -> None:
         """As `HttpServer.shut`."""
-        if self.serving is not None:
+        if self.serving is not None and self._listener.fileno() >= 0:  # the server closes it when it is told to end
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._gate.shut(())
 
@@ -104,12 +115,24 @@ class _Http:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+async def _accepted(listener: socket.socket) -> None:
+    """Wait until somebody accepts at a socket: one who connects and says at once that this was all is hung up on by then, and not before."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(listener.family, listener.type) as visitor:
+        visitor.setblocking(False)
+        with contextlib.suppress(ConnectionResetError):
+            await loop.sock_connect(visitor, listener.getsockname())
+            visitor.shutdown(socket.SHUT_WR)
+            await loop.sock_recv(visitor, 1)
+
+
 class _Held:
     """One server's way, from an engine that is up to its end."""
 
     def __init__(self, engine: Begun, llm: Any, serve: Callable[[], Awaitable[None]]) -> None:
         self._http = _Http(engine, serve)
-        grace_s = GRACE_S + engine.failover.drain_timeout_s
+        self._drain_timeout_s = engine.failover.drain_timeout_s
+        grace_s = GRACE_S + self._drain_timeout_s
         self._api_server = ApiServer(
             TrtllmCalls(llm), self._http, ApiPlace(), engine.failover, connect_timeout_s=engine.gms.connect_timeout_s, grace_s=grace_s
         )
@@ -122,7 +145,7 @@ class _Held:
         """
         loop, told = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, told.set)  # until the server has handlers of its own
+            loop.add_signal_handler(number, told.set)  # the loop goes on to hear of them when the server has handlers of its own
         ended = asyncio.ensure_future(told.wait())
         coming: asyncio.Future[bool] | None = None
         try:
@@ -130,12 +153,34 @@ class _Held:
             coming = asyncio.ensure_future(self._api_server.come_to_serve())
             await asyncio.wait((coming, ended), return_when=asyncio.FIRST_COMPLETED)
             if self._http.serving is not None:
-                await self._http.serving
+                await asyncio.wait((self._http.serving, ended), return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
             if coming is not None:
                 coming.cancel()
-        await in_thread(self._api_server.depart, name="gms-depart")  # before the ranks end
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """End in order: the servers know it before anything of the engine ends, and requests have their time."""
+        await in_thread(self._api_server.depart, name="gms-depart")
+        serving, accepting = self._http.serving, self._http.accepting
+        if serving is not None and accepting is not None:
+            await asyncio.wait((serving, accepting), return_when=asyncio.FIRST_COMPLETED)  # from then on it hears of signals
+            accepting.cancel()
+            self._http.shut()
+            await self._drained(serving)
         await in_thread(self._api_server.close, name="gms-close")
         if self._api_server.failure is not None:
             raise self._api_server.failure
+        if serving is not None and not serving.cancelled():
+            serving.result()
+
+    async def _drained(self, serving: asyncio.Future[None]) -> None:
+        """Have the server end, and wait for the requests that it is answering, but not for ever."""
+        if not serving.done():
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.wait((serving,), timeout=self._drain_timeout_s)
+        if not serving.done():
+            log().warning("the engine ends although requests are running: they had %g s", self._drain_timeout_s)
+            serving.cancel()
+            await asyncio.wait((serving,))

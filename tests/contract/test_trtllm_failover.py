@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from trtllm_engines import by_the_adapter
-from trtllm_servers import PATHS, PATIENCE_S, Start, answer, asked
+from trtllm_servers import PATHS, PATIENCE_S, Start, answer, asked, streamed
 
 from gms_core.cli import gms
 from gms_core.config import child_environment
+from gms_core.layout import Identity
 from tests.conftest import RunningServer
 from tests.ports import free_port
 from tests.trtllm_double import MERGED_FIRST, STAGED_HOOKS, WITHOUT_GMS
@@ -61,6 +62,38 @@ def test_engines_end_in_order_when_they_are_told_to(variant: str, start: Start, 
     result = CliRunner().invoke(gms, ["failover", "demote", "two", "--runtime-dir", str(server.directory)])
     assert result.exit_code == 0, result.output
     assert second.process.wait(PATIENCE_S) == 0, second.log
+
+
+@by_the_adapter
+@pytest.mark.parametrize("way", ["demoted", "told to end"])
+def test_answers_that_take_long_have_their_time_when_an_engine_ends(variant: str, start: Start, server: RunningServer, way: str) -> None:
+    first = start("one", failover='{"drain_timeout_s": 2}')
+    first.becomes("primary")
+    answer(first)
+    second = start("two")
+    second.becomes("standby")
+    with streamed(first, pieces=10) as short, streamed(first, pieces=600) as long:
+        if way == "demoted":
+            result = CliRunner().invoke(gms, ["failover", "demote", "one", "--runtime-dir", str(server.directory)])
+            assert result.exit_code == 0, result.output
+        else:
+            first.process.send_signal(signal.SIGTERM)
+        assert len(list(short)) == 10
+        second.becomes("primary")
+        assert first.process.wait(PATIENCE_S) == 0, first.log
+        assert len(list(long)) < 600
+    assert "although requests are running" in first.log
+    assert "fenced" not in first.log
+    assert answer(second)
+
+
+@by_the_adapter
+def test_ranks_end_when_the_process_that_began_them_is_killed_while_they_load(variant: str, start: Start, server: RunningServer) -> None:
+    with server.connect() as session, session.acquire("weights", "rw", Identity({"content": "another"}), timeout_s=10):  # for which the ranks wait
+        engine = start("one")
+        until(lambda: len(engine.members("rank")) == 2, patience_s=PATIENCE_S)
+        engine.process.kill()
+        until(lambda: engine.cohort is None, patience_s=PATIENCE_S)
 
 
 @by_the_adapter

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class Engine:
     def pid(self, process: str) -> int:
         return next(member.pid for member in self.cohort.members if member.process == process)
 
+    def members(self, kind: str) -> list[int]:
+        """The processes of a kind that have joined."""
+        return [member.pid for member in getattr(self.cohort, "members", ()) if member.process.startswith(kind)]
+
     def is_gone(self) -> bool:
         return self.process.poll() is not None and self.cohort is None
 
@@ -73,6 +77,14 @@ def asked(engine: Engine, path: str, body: Any = None) -> Any:
         connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)
         return json.loads(connection.getresponse().read())
     return None
+
+
+@contextlib.contextmanager
+def streamed(engine: Engine, pieces: int) -> Iterator[Iterator[bytes]]:
+    """An answer that has begun, and comes in so many pieces, ten a second."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": TOKENS, "pieces": pieces}))
+        yield iter(connection.getresponse())
 
 
 def answer(engine: Engine) -> Any:

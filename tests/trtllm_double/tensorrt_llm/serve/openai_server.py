@@ -1,8 +1,9 @@
-"""The server: enough of HTTP to ask whether it is well, and for an answer."""
+"""The server: whether it is well, and an answer, whole or in pieces."""
 
 import asyncio
 import json
-import signal
+
+import uvicorn
 
 
 class OpenAIServer:
@@ -11,27 +12,28 @@ class OpenAIServer:
         self.model = model
 
     async def __call__(self, host, port, sockets=None):
-        done = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, done.set)
-        options = {"sock": sockets[0]} if sockets else {"host": host, "port": port}
-        async with await asyncio.start_server(self._answer, **options):
-            await done.wait()
+        config = uvicorn.Config(self._app, host=host, port=port, log_level="info", timeout_keep_alive=5, lifespan="off", interface="asgi3")
+        await uvicorn.Server(config).serve(sockets=sockets)
 
-    async def _answer(self, reader, writer):
-        head = await reader.readuntil(b"\r\n\r\n")
-        path = head.split()[1].decode()
-        length = next((int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length:")), 0)
-        body = await reader.readexactly(length)
-        status, answer = 404, {}
-        if path == "/health":
+    async def _app(self, scope, receive, send):
+        status, pieces = 404, ({},)
+        if scope["path"] == "/health":
             status = 200
-        elif path == "/v1/models":
-            status, answer = 200, {"data": [{"id": self.model}]}
-        elif path == "/v1/completions":
-            status, answer = 200, {"choices": self.llm.generate(json.loads(body)["prompt"])}
-        content = json.dumps(answer).encode()
-        writer.write(b"HTTP/1.1 %d \r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(content)) + content)
-        await writer.drain()
-        writer.close()
+        elif scope["path"] == "/v1/models":
+            status, pieces = 200, ({"data": [{"id": self.model}]},)
+        elif scope["path"] == "/v1/completions":
+            wanted = json.loads(await self._body(receive))
+            status, pieces = 200, ({"choices": self.llm.generate(wanted["prompt"])} for _ in range(wanted.get("pieces", 1)))
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+        for number, piece in enumerate(pieces):
+            if number:
+                await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": json.dumps(piece).encode() + b"\n", "more_body": True})
+        await send({"type": "http.response.body"})
+
+    async def _body(self, receive):
+        body, is_whole = b"", False
+        while not is_whole:
+            message = await receive()
+            body, is_whole = body + message.get("body", b""), not message.get("more_body")
+        return body
