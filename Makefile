@@ -23,7 +23,7 @@ BENCH_ARGS ?=
 RUN ?= $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint format test-gpu chaos restarts soak fuzz bench peers kernels wheels environment sglang-environment sglang-versions clean
+.PHONY: help demo test test-long lint format test-gpu chaos restarts soak fuzz bench groups peers kernels wheels environment sglang-environment sglang-versions clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -67,6 +67,9 @@ fuzz: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Hostile frames ag
 
 bench: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## All benchmarks that need no engine, beside peers and limits: make bench BENCH_BYTES=4GiB; writes build/bench.json.
 	$(RUN) -m tools.bench $(if $(BENCH_BYTES),--bytes $(BENCH_BYTES)) $(BENCH_ARGS)
+
+groups: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Groups of up to 256 ranks without an engine: leases, attach and failover against their number: make groups GROUPS_ARGS="--plot build/groups.svg"; writes build/groups.json.
+	PYTHONPATH=. $(RUN) -m tools.groups $(GROUPS_ARGS)
 
 peers: $(if $(filter $(VENV)/bin/python,$(RUN)),environment) ## Install the loaders of others that make bench measures, beside the torch that is there: make peers RUN=python3
 	$(RUN) -m pip install --no-deps --group peers

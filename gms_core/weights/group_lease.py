@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gms_core.client import ReadLease, Session, WriteLease
 from gms_core.engine_log import log
@@ -36,8 +35,7 @@ class Ask(Protocol):
         """As `gms_core.client.Session.acquire`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(NamedTuple):  # every rank unpickles those of all, and a data class with slots takes ten times as long
     """What a rank tells the others of its turn.
 
     Attributes:
