@@ -42,9 +42,9 @@ NAME = "model"
 class Bench:
     """The programs under test, on one model."""
 
-    def __init__(self, directory: Path, shape: str, options: Sequence[str]) -> None:
+    def __init__(self, directory: Path, runtime: Path, shape: str, options: Sequence[str]) -> None:
         self.model = directory / "model"
-        self.runtime = directory / "run"
+        self.runtime = runtime
         self.root = directory / "snapshots"
         self.logs = directory / "logs"
         self.logs.mkdir()
@@ -128,8 +128,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the figures here too")
     parser.add_argument("--logs", type=Path, help="keep the programs' logs here")
     options, others = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(prefix="gms-bench-", dir=options.dir) as name:
-        bench = Bench(Path(name), options.shape, others)
+    # A socket's path may not be long, so sockets are not where the user wants the files.
+    with tempfile.TemporaryDirectory(prefix="gms-bench-", dir=options.dir) as name, tempfile.TemporaryDirectory(prefix="gms-") as runtime:
+        bench = Bench(Path(name), Path(runtime), options.shape, others)
         try:
             with kept_logs(bench.logs, options.logs, f"restore-{options.shape}"):
                 figures = {"shape": options.shape, **measure(bench)}
