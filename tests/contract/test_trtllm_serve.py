@@ -212,7 +212,7 @@ def serving(server: RunningServer, checkpoint: Path, tmp_path: Path, *words: str
         assert process.poll() is None, (tmp_path / "log").read_text()
         yield port
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(60) in (0, -signal.SIGTERM), (tmp_path / "log").read_text()  # later versions of uvicorn send themselves the signal again
     finally:
         process.kill()
         process.wait()
