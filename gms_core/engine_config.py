@@ -85,6 +85,8 @@ _SENTENCES = {
     "float_type": "must be a number",
     "greater_than": "must be more than 0",
     "greater_than_equal": "must not be less than 0",
+    "less_than": "is too large",
+    "missing": "must be given",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",
@@ -95,6 +97,24 @@ _SENTENCES = {
     "tuple_type": "must be a list of strings",
 }
 """What is wrong with a value, by pydantic's names for it: its own sentences are about Python."""
+
+
+class NodesConfig(BaseModel):
+    """How the parts of an engine on several nodes know of each other; see `gms_core.failover.nodes`. The same on all of its nodes.
+
+    Attributes:
+        secret_file: File with at least 16 bytes that nobody but the engine's user may read: agents sign with it what they say.
+        port: Where the agent of the first node listens, at the address at which the engine's own ranks meet. Each engine needs one of its own.
+        timeout_s: Seconds of silence after which a node is lost, and the engine with it.
+        patience_s: Seconds from a part's start until the agents of all nodes have to be there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    secret_file: Annotated[Path, AfterValidator(_absolute)]
+    port: Annotated[int, Field(gt=0, lt=65536)]
+    timeout_s: Seconds = 2.0
+    patience_s: Seconds = 1800.0
 
 
 class FailoverConfig(BaseModel):
@@ -121,6 +141,7 @@ class FailoverConfig(BaseModel):
         status_address: ``HOST:PORT`` where ``/gms/status`` and ``/health`` answer at all times, besides the engine's own port; None for nowhere.
         on_promoted: Command that is run once the engine serves, with ``GMS_*`` facts in its environment; None for none.
         webhook: URL to which each change of role is posted as JSON; None for none.
+        nodes: For an engine whose ranks are on several nodes; None for one node.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +160,7 @@ class FailoverConfig(BaseModel):
     status_address: Annotated[str, AfterValidator(_address)] | None = None
     on_promoted: Annotated[tuple[str, ...], AfterValidator(_command)] | None = None
     webhook: Annotated[str, AfterValidator(_web_address)] | None = None
+    nodes: NodesConfig | None = None
 
 
 class GmsConfig(BaseModel):

@@ -18,8 +18,8 @@ class VllmCalls:
         self._client = client
 
     async def place_ranks(self) -> Sequence[Path]:
-        """As `EngineCalls.place_ranks`."""
-        return [Path(place["socket"]) for place in await self._ranks("gms_place")]
+        """As `EngineCalls.place_ranks`. On other nodes it is the agents that are of the cohort for this process."""
+        return [Path(place["socket"]) for place in await self._ranks("gms_place") if place["node"] == 0]
 
     async def join(self, sockets: Sequence[Path], connect_timeout_s: float) -> None:
         """As `EngineCalls.join`, for the engine core."""

@@ -9,6 +9,7 @@ from gms_core.config import settings
 from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported
 from gms_core.failover.cohort import GRACE_S, ApiPlace, begin_cohort
+from gms_core.failover.nodes.part import begin_part
 from gms_patches.on_import import when_imported
 from gms_vllm.engine_core import extend_engine_core
 from gms_vllm.gate import is_set_up
@@ -33,13 +34,16 @@ def begin_failover(arguments: Any, config: Any, failover: FailoverConfig, usage_
         config: The ``VllmConfig`` that was made of them.
         failover: How it fails over.
         usage_context: For what vLLM starts it.
-        headless: Whether it has no API server.
+        headless: Whether there is no API server on this node.
 
     Raises:
         EngineUnsupported: It cannot; the message says why.
         GmsError: Its lock cannot be had.
     """
-    check_failover(config, headless=headless)
+    check_failover(config, failover, api_servers=api_place(arguments).servers, headless=headless)
+    if headless:
+        _begin_here(config, failover)
+        return
     context = getattr(usage_context, "value", usage_context)
     api_server = api_place(arguments)
     further = api_server.main_pid != os.getpid() and bool(settings().cohort)
@@ -50,7 +54,7 @@ def begin_failover(arguments: Any, config: Any, failover: FailoverConfig, usage_
             hint="Start it with `vllm serve`, without --grpc; `gms patches check` shows whether this vLLM is known.",
         )
     if not further:
-        begin_cohort("vllm")
+        _begin_here(config, failover)
         when_imported("vllm.v1.engine.core", extend_engine_core)  # for an engine core that is forked, and never registers plugins
     if serves and api_server.rank < 0:
         from gms_core.failover.front_end.main_process import take_part
@@ -60,3 +64,11 @@ def begin_failover(arguments: Any, config: Any, failover: FailoverConfig, usage_
         from gms_core.failover.front_end.api_server import open_early
 
         open_early(failover)
+
+
+def _begin_here(config: Any, failover: FailoverConfig) -> None:
+    """Name the cohort of what is started from here: the engine, or its part on this node."""
+    begin_cohort("vllm")
+    parallel = config.parallel_config
+    if failover.nodes is not None and parallel.nnodes > 1:
+        begin_part(failover.nodes, node=parallel.node_rank, nodes=parallel.nnodes, host=parallel.master_addr)

@@ -13,6 +13,7 @@ from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported, NotPromoted
 from gms_core.failover import cohort
 from gms_core.failover.config import failover_config
+from gms_core.failover.nodes.part import join_agent
 from gms_core.failover.parent_death import end_with_parent
 from gms_core.kv.bridge import most_bytes
 from gms_core.kv.planning import KvPlanning
@@ -171,7 +172,8 @@ class GmsShadowMixin(GmsSleepMixin):
             GmsError: The server is not there, or does not want this process.
         """
         socket = self._take_place()
-        return {"rank": self.vllm_config.parallel_config.rank, "device": str(device_id()), "socket": str(socket)}
+        parallel = self.vllm_config.parallel_config
+        return {"rank": parallel.rank, "node": parallel.node_rank, "device": str(device_id()), "socket": str(socket)}
 
     def gms_promote(self, timeout_s: float, bridge: bool = False) -> dict[str, Any]:
         """Wait until no other engine can touch the KV memory, and map it in the place of the scratch memory. Idempotent.
@@ -213,6 +215,8 @@ class GmsShadowMixin(GmsSleepMixin):
         socket = server_socket(options)
         name = f"rank {self.vllm_config.parallel_config.rank}"
         cohort.take_place(name, [socket], serves=False, connect_timeout_s=options.connect_timeout_s)
+        if self.vllm_config.parallel_config.nnodes > 1:
+            join_agent(socket, options.connect_timeout_s)
         return socket
 
     def _check_ready(self, *, scheduled: bool) -> None:

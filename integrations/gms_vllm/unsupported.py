@@ -11,6 +11,7 @@ import vllm.model_executor.utils as executor_utils
 from vllm.platforms import current_platform
 
 from gms_core.config import settings
+from gms_core.engine_config import FailoverConfig
 from gms_core.errors import EngineUnsupported
 from gms_patches.apply import installed_version
 from gms_patches.check import in_range
@@ -114,16 +115,25 @@ def check_worker(chosen: str) -> None:
         raise EngineUnsupported(f"--worker-cls {chosen} does not understand weights that GMS shares", hint=_WORKER_HINT)
 
 
-def check_failover(config: Any, *, headless: bool) -> None:
+_NODES = 'Name a secret and a port in the failover block: {"nodes": {"secret_file": "/FILE", "port": PORT}}.'
+
+
+def check_failover(config: Any, failover: FailoverConfig, *, api_servers: int, headless: bool) -> None:
     """Refuse engines that cannot be primaries and shadows of one another.
 
     Args:
         config: A ``VllmConfig``.
-        headless: Whether it has no API server.
+        failover: How it is to fail over.
+        api_servers: How many it has.
+        headless: Whether there is no API server on this node.
     """
     parallel = config.parallel_config
+    several = parallel.nnodes > 1
     for refused, what, fix in (
-        (headless or parallel.nnodes > 1, "engines over several nodes do not fail over yet", _NO_FAILOVER),
+        (headless and not several, "an engine without an API server has nothing to fail over", _NO_FAILOVER),
+        (several and failover.nodes is None, "the nodes of an engine over several nodes need to know of each other", _NODES),
+        (several and not settings().engine, "an engine over several nodes needs a name, the same on all of them", "Set GMS_ENGINE."),
+        (several and api_servers > 1, "an engine over several nodes can have one API server", "Leave --api-server-count out."),
         (
             parallel.data_parallel_size > 1,
             "engines with data parallelism do not fail over yet",

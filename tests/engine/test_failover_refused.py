@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gms_core.config import settings
+from gms_core.engine_config import FailoverConfig, NodesConfig
 from gms_core.errors import ConfigurationError, EngineUnsupported
 from gms_patches.apply import apply
 from gms_patches.for_vllm import CREATE_ENGINE_CONFIG
@@ -69,15 +70,28 @@ def config_of(model: Path, extra: dict[str, Any], context: UsageContext | None =
 )
 def test_configuration_is_refused_when_such_engines_do_not_fail_over(model: Path, section: str | None, name: str, value: Any, named: str) -> None:
     config = config_of(model, {"gms": {}})
-    check_failover(config, headless=False)
+    check_failover(config, FailoverConfig(), api_servers=1, headless=False)
     object.__setattr__(config if section is None else getattr(config, section), name, value)
     with pytest.raises(EngineUnsupported, match=named):
-        check_failover(config, headless=False)
+        check_failover(config, FailoverConfig(), api_servers=1, headless=False)
 
 
-def test_headless_engine_is_refused_when_it_is_to_fail_over(model: Path) -> None:
-    with pytest.raises(EngineUnsupported, match="several nodes"):
-        check_failover(config_of(model, {"gms": {}}), headless=True)
+def test_headless_engine_is_refused_when_it_is_on_one_node(model: Path) -> None:
+    with pytest.raises(EngineUnsupported, match="without an API server"):
+        check_failover(config_of(model, {"gms": {}}), FailoverConfig(), api_servers=1, headless=True)
+
+
+def test_engine_over_several_nodes_is_refused_when_something_is_missing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(model, {"gms": {}})
+    object.__setattr__(config.parallel_config, "nnodes", 2)
+    nodes = FailoverConfig(nodes=NodesConfig(secret_file=Path("/secret"), port=29600))
+    monkeypatch.delenv("GMS_ENGINE", raising=False)
+    with pytest.raises(EngineUnsupported, match="needs a name"):
+        check_failover(config, nodes, api_servers=1, headless=True)
+    monkeypatch.setenv("GMS_ENGINE", "engine-0")
+    with pytest.raises(EngineUnsupported, match="can have one API server"):
+        check_failover(config, nodes, api_servers=2, headless=False)
+    check_failover(config, nodes, api_servers=1, headless=True)
 
 
 def test_rust_front_end_is_refused_when_it_is_to_be_held(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

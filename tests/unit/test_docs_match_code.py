@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from gms_core import config, errors
 from gms_core.cli import gms
 from gms_core.cli.exit_codes import ExitCode, for_type
-from gms_core.engine_config import FailoverConfig, GmsConfig
+from gms_core.engine_config import FailoverConfig, GmsConfig, NodesConfig
 from gms_core.events import Kind
 from gms_core.metrics.table import METRICS
 from gms_core.metrics.transfers import TRANSFER_METRICS
@@ -138,7 +138,10 @@ def test_variables_are_declared_when_the_code_or_the_docs_name_them() -> None:
     assert named.keys() >= config.ENVIRONMENT.keys()
 
 
-@pytest.mark.parametrize(("heading", "block"), [("The block of an engine", GmsConfig), ("The failover block of an engine", FailoverConfig)])
+@pytest.mark.parametrize(
+    ("heading", "block"),
+    [("The block of an engine", GmsConfig), ("The failover block of an engine", FailoverConfig), ("The nodes block of an engine", NodesConfig)],
+)
 def test_configuration_block_is_complete_when_keys_change(heading: str, block: type[BaseModel]) -> None:
     rows = {row[0].strip("`"): row[2].strip("`") for row in _rows(_sections("configuration.md")[heading])}
     assert rows.keys() == block.model_fields.keys()

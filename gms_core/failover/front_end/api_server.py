@@ -16,6 +16,7 @@ from gms_core.failover.front_end.engine import EngineCalls, HttpServer
 from gms_core.failover.front_end.main_process import name_servers
 from gms_core.failover.front_end.standing import Leader, Sibling, Standing
 from gms_core.failover.locks import FailoverLock, open_lock
+from gms_core.failover.nodes.part import begun_part
 from gms_core.failover.process import EngineProcess
 from gms_core.failover.status import EngineState, RoleChange
 from gms_core.failover.steps import Steps
@@ -113,6 +114,8 @@ class ApiServer:
         Raises:
             GmsError: A server is not there, or does not want one of the engine's processes.
         """
+        if (part := begun_part()) is not None:
+            await in_thread(part.until_gathered, name="gms-gather")  # a death on a node that is not there yet could be missed
         process = await self._join()
         standing: Standing
         if self._place.rank == 0:
@@ -163,6 +166,8 @@ class ApiServer:
         if not self._departed:
             self._departed = True
             self.state.end("stopped")
+            if (part := begun_part()) is not None:
+                part.depart(self._grace_s)
             if self._standing is not None:
                 self._standing.depart(self._grace_s)
 

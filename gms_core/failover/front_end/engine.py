@@ -52,7 +52,10 @@ class EngineCalls(Protocol):
     """
 
     async def place_ranks(self) -> Sequence[Path]:
-        """Have every rank take its place in the cohort, anew if its server was restarted; returns the sockets of their servers."""
+        """Have every rank take its place in the cohort, anew if its server was restarted; returns the sockets of their servers.
+
+        Of an engine over several nodes those of this node: the others' ranks are of the cohorts of theirs, and their agents with them.
+        """
 
     async def join(self, sockets: Sequence[Path], connect_timeout_s: float) -> None:
         """Have all other processes that compute or answer join the cohort on these servers; no API server, and not the main process.
