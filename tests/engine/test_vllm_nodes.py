@@ -64,9 +64,13 @@ class Nodes:
     def pid_of(self, group: Group, node: int, process: str) -> int:
         return self.stories[node].pid_of(group.parts[node], process)
 
-    def engines(self) -> list[list[str]]:
-        """Names of the engines that each node's server knows."""
-        return [sorted(cohort.engine for cohort in story.status().cohorts) for story in self.stories]
+    def engines(self) -> list[dict[str, str]]:
+        """The engines that each node's server knows, and their roles."""
+        return [{cohort.engine: cohort.role for cohort in story.status().cohorts} for story in self.stories]
+
+    def until_engines(self, wanted: dict[str, str]) -> None:
+        """Wait until every node's server knows these engines, and no others."""
+        until(lambda: self.engines() == [wanted] * 2, f"the servers know other engines than {wanted}: {self.engines()}")
 
 
 @pytest.fixture
@@ -110,14 +114,14 @@ def test_next_group_serves_rightly_when_any_part_of_the_first_ends(nodes: Nodes,
         ):
             shadow = start(f"group-{count + 1}", deadline_s=4.0)
             nodes.until_role(shadow, "standby")
-            assert nodes.engines() == [[primary.name, shadow.name]] * 2
+            nodes.until_engines({primary.name: "primary", shadow.name: "standby"})
             killed(primary, node, process, number)
             nodes.until_role(shadow, "primary")
             primary.until_gone()
             assert client.tokens() == stock_answers[0]
-            until(lambda alone=[[shadow.name]] * 2: nodes.engines() == alone, "a server knows of an engine that is gone")
+            nodes.until_engines({shadow.name: "primary"})
             primary = shadow
         os.kill(primary.parts[0].process.pid, signal.SIGTERM)
         primary.until_gone()
         assert [part.process.returncode for part in primary.parts] == [0, 0]
-        until(lambda: nodes.engines() == [[], []], "a server knows of an engine that has ended")
+        nodes.until_engines({})

@@ -68,6 +68,8 @@ def end():
 import signal
 signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=end).start())
 for line in sys.stdin:
+    if line.startswith("stands "):
+        part.stands(line.split()[1], "as the test says")
     if line.strip() == "depart":
         part.depart(20.0)
         end()
@@ -164,6 +166,15 @@ def test_all_nodes_end_in_order_when_the_engine_departs(begin: Begin, capfd: pyt
         assert part.wait() == 0
     until(lambda: not engine.left, patience_s=PATIENCE_S)
     assert "is ended" not in capfd.readouterr().err
+
+
+def test_servers_of_all_nodes_know_the_role_when_the_engine_says_it(begin: Begin, servers: list[RunningServer]) -> None:
+    engine = gathered(*(begin(number, 3) for number in range(3)))
+    for role in ("standby", "promoting", "primary"):
+        engine.parts[0].tell(f"stands {role}")
+    for server in servers[1:]:
+        with server.connect() as session:
+            until(lambda session=session: [cohort.role for cohort in session.status().cohorts] == ["primary"], patience_s=PATIENCE_S)
 
 
 def test_engines_do_not_mind_each_other_and_strangers(begin: Begin) -> None:

@@ -116,6 +116,7 @@ class ApiServer:
         """
         if (part := begun_part()) is not None:
             await in_thread(part.until_gathered, name="gms-gather")  # a death on a node that is not there yet could be missed
+            self.state.listen(lambda change: part.stands(change.role, change.detail))
         process = await self._join()
         standing: Standing
         if self._place.rank == 0:

@@ -23,15 +23,17 @@ from gms_core.errors import ConfigurationError, ConnectionLost, GmsError, Permis
 from gms_core.failover.front_end.named import be_told
 from gms_core.failover.nodes.channel import Channel, accept, connect
 from gms_core.failover.nodes.memberships import Memberships
-from gms_core.failover.nodes.messages import Beat, Departs, Gathered, Hello, Order, Over, Refused, Said, Told, Welcome
+from gms_core.failover.nodes.messages import Beat, Departs, Gathered, Hello, Order, Over, Refused, Said, Stands, Told, Welcome
 from gms_core.failover.nodes.secret import read_secret
 from gms_core.failover.nodes.together import Together
 from gms_core.failover.threads import from_thread
+from gms_core.protocol.messages import Role
 
 NAME = "agent"
 """What the process is called in its cohort, and where it is told."""
 JOIN = "join"
 DEPART = "depart"
+STAND = "stand"
 """The calls that it obeys."""
 BEATS = 5
 """How many beats there are in the seconds after which a node is lost."""
@@ -71,7 +73,10 @@ class Agent:
         def told_to_depart(grace_s: float) -> None:
             from_thread(loop, lambda: self._told_to_depart(grace_s))()
 
-        be_told(NAME, serves=False, calls={JOIN: self._memberships.join, DEPART: told_to_depart})
+        def told_to_stand(role: Role, detail: str) -> None:
+            loop.call_soon_threadsafe(self._stand, role, detail)
+
+        be_told(NAME, serves=False, calls={JOIN: self._memberships.join, DEPART: told_to_depart, STAND: told_to_stand})
         if self._order.node == 0:
             try:
                 server = await asyncio.start_server(self._called, self._order.host, self._order.port)
@@ -102,7 +107,16 @@ class Agent:
             self._end(Over(ConnectionLost.code, f"the process that began {self._order.engine} on node {self._order.node} has ended"))
 
     async def _told_to_depart(self, grace_s: float) -> None:
+        """Come back once the other agents were told: the engine may end sooner than they hear it otherwise."""
         self._depart(grace_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._order.timeout_s / 2):
+                await asyncio.gather(*(queue.join() for queue in self._queues.values()))
+
+    def _stand(self, role: Role, detail: str) -> None:
+        """The engine has this role: it tells the servers of the first node itself, and the others are told by their agents."""
+        for queue in self._queues.values():
+            queue.put_nowait(Stands(role, detail))
 
     def _depart(self, grace_s: float, told_by: int | None = None) -> None:
         """The engine ends in order. The servers of this node know it before anything of it ends here, and so do the other nodes."""
@@ -202,6 +216,8 @@ class Agent:
                 self._together.heard(node, time.monotonic())
                 if isinstance(said, Departs):
                     self._depart(said.grace_s, told_by=node)
+                elif isinstance(said, Stands):
+                    self._memberships.stand(said.role, said.detail)
         except GmsError as error:
             reason = self._together.went(node, error.message)
             if reason:
@@ -216,10 +232,12 @@ class Agent:
             while True:
                 try:
                     async with asyncio.timeout(self._order.timeout_s / BEATS):
-                        said: Said = await queue.get()
+                        said = await queue.get()
                 except TimeoutError:
-                    said = Beat()
-                await channel.send(msgspec.json.encode(said))
+                    await channel.send(msgspec.json.encode(Beat()))
+                else:
+                    await channel.send(msgspec.json.encode(said))
+                    queue.task_done()
 
     async def _look(self) -> None:
         """Miss who is silent."""

@@ -1,4 +1,4 @@
-"""The places of an agent in its engine's cohort, one on each server of this node that a rank has named. It beats there."""
+"""The places of an agent in its engine's cohort, one on each server of this node that a rank has named. It beats there, and tells the role."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gms_core.client import Membership
 from gms_core.engine_log import log
 from gms_core.errors import GmsError
 from gms_core.failover.cohort import this_process
+from gms_core.protocol.messages import Role
 
 
 class Memberships:
@@ -27,6 +28,9 @@ class Memberships:
         self._guard = threading.Lock()
         self._joined: dict[Path, Membership] = {}
         self._grace_s: float | None = None
+        self._standing: tuple[Role, str] | None = None
+        self._told: dict[Path, tuple[Role, str]] = {}
+        self._changed = threading.Event()
         threading.Thread(target=self._beat, name="gms-agent-beat", daemon=True).start()
 
     def join(self, socket: str, connect_timeout_s: float) -> None:
@@ -45,6 +49,7 @@ class Memberships:
                 return
             membership = this_process(self._name, (path,), serves=False, connect_timeout_s=connect_timeout_s).join(path, deadline_s=self._deadline_s)
             self._joined[path] = membership
+            self._changed.set()
             if self._grace_s is not None:
                 membership.depart(self._grace_s)
 
@@ -58,15 +63,29 @@ class Memberships:
                 except GmsError as error:
                     log().debug("a server was not told of the end: %s", error)
 
+    def stand(self, role: Role, detail: str) -> None:
+        """The engine has this role from now on; all servers are told so, soon."""
+        self._standing = (role, detail)
+        self._changed.set()
+
     def _beat(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(self._pause_s):
+        while True:
+            self._changed.wait(self._pause_s)
+            self._changed.clear()
             with self._guard:
                 for path, membership in list(self._joined.items()):
                     try:
-                        membership.beat()
+                        self._say(path, membership)
                     except GmsError as error:  # the server was restarted, and lost: ranks join it anew, and name it again
                         log().info("the server at %s is lost to the agent: %s", path, error)
                         del self._joined[path]
+                        self._told.pop(path, None)
                         with contextlib.suppress(GmsError):
                             membership.close()
+
+    def _say(self, path: Path, membership: Membership) -> None:
+        membership.beat()
+        standing = self._standing
+        if standing is not None and self._told.get(path) != standing:
+            membership.report(*standing)
+            self._told[path] = standing

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from gms_core.protocol.messages import Role
+
 
 class Order(msgspec.Struct, frozen=True):
     """The engine's first line, to its agent's standard input.
@@ -76,4 +78,11 @@ class Departs(msgspec.Struct, frozen=True, tag="departs"):
     grace_s: float
 
 
-Said = Hello | Welcome | Refused | Beat | Departs
+class Stands(msgspec.Struct, frozen=True, tag="stands"):
+    """The role that the engine has now, for those who ask the servers of another node."""
+
+    role: Role
+    detail: str
+
+
+Said = Hello | Welcome | Refused | Beat | Departs | Stands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from gms_core.config import settings
 from gms_core.engine_log import log
 from gms_core.errors import AcquireTimeout, ConnectionLost, GmsError
 from gms_core.failover.front_end import named
-from gms_core.failover.nodes.agent import DEPART, JOIN, NAME
+from gms_core.failover.nodes.agent import DEPART, JOIN, NAME, STAND
 from gms_core.failover.nodes.messages import Gathered, Order, Over, Told
 from gms_core.failover.nodes.secret import read_secret
+from gms_core.protocol.messages import Role
 
 if TYPE_CHECKING:
     from gms_core.engine_config import NodesConfig
@@ -63,6 +65,7 @@ class Part:
         """
         self._order = order
         self._gathered = threading.Event()
+        self._roles: queue.SimpleQueue[tuple[Role, str]] = queue.SimpleQueue()
         me = os.pidfd_open(os.getpid())
         try:
             self._agent = subprocess.Popen(
@@ -79,7 +82,8 @@ class Part:
             raise ConnectionLost(f"the agent of {order.engine} cannot be started: {error}") from error
         finally:
             os.close(me)
-        threading.Thread(target=self._listen, name="gms-agent", daemon=True).start()
+        for work in (self._listen, self._tell_roles):
+            threading.Thread(target=work, name="gms-agent", daemon=True).start()
 
     @property
     def agent_pid(self) -> int:
@@ -95,12 +99,23 @@ class Part:
         if not self._gathered.wait(self._order.patience_s + self._order.timeout_s):
             raise AcquireTimeout(f"the agents of the {self._order.nodes} nodes of {self._order.engine} are not all there")
 
+    def stands(self, role: Role, detail: str) -> None:
+        """The engine has this role from now on: tell the servers of the other nodes. Returns at once."""
+        self._roles.put((role, detail))
+
     def depart(self, grace_s: float) -> None:
         """The whole engine ends in order: tell the servers of all nodes, before anything of it ends. What cannot be told ends otherwise."""
         try:
             named.tell(NAME, 0, named.Order(call=DEPART, arguments=(grace_s,)), self._order.timeout_s)
         except GmsError as error:
             log().warning("the other nodes of %s were not told of its end: %s", self._order.engine, error)
+
+    def _tell_roles(self) -> None:
+        while True:
+            try:
+                named.tell(NAME, 0, named.Order(call=STAND, arguments=self._roles.get()))
+            except GmsError as error:
+                log().debug("the other nodes of %s were not told of its role: %s", self._order.engine, error)
 
     def _listen(self) -> None:
         assert self._agent.stdout is not None
