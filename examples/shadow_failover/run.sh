@@ -4,6 +4,12 @@
 #     examples/shadow_failover/run.sh [MODEL [PORT]] [-- ENGINE OPTION...]
 #
 # MODEL and PORT can be set in the environment too. It kills nobody while it runs. Ctrl-C ends what it started, and nothing else.
+#
+# For an engine whose ranks are on several nodes it is run on each of them, the same but for NODE_RANK:
+#
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 SECRET=/etc/gms/secret examples/shadow_failover/run.sh MODEL PORT -- -tp 16
+#
+# SECRET is a file with the same content on all nodes: (umask 077; head -c 32 /dev/urandom | base64 > FILE). Clients come to node 0.
 set -euo pipefail
 
 usage() {
@@ -21,6 +27,7 @@ if [ $# -gt 0 ]; then shift; fi
 options=("$@")
 
 patience=${PATIENCE:-1800} # seconds for an engine to become what it is to be; the first one may have to load the model from a disk
+nodes=${NNODES:-1} node=${NODE_RANK:-0}
 logs=${LOGS:-$(mktemp -d -t shadow_failover.XXXXXX)}
 mkdir -p "$logs"
 
@@ -110,15 +117,35 @@ wait_for_role() {
     say "$name is $wanted (process group $engine)"
 }
 
+# The failover block of an engine; its nodes meet at a port of its own.
+block_of() {
+    local number=$1
+    if [ "$nodes" -eq 1 ]; then
+        printf '%s' "${GMS_FAILOVER:-{\}}"
+    else
+        python3 -c 'import json, sys; print(json.dumps({**json.loads(sys.argv[1]), "nodes": {"secret_file": sys.argv[2], "port": int(sys.argv[3])}}))' \
+            "${GMS_FAILOVER:-{\}}" "$SECRET" "$((${AGENTS_PORT:-29600} + number))"
+    fi
+}
+
 start_engine() {
-    local name=$1
-    start "$logs/$name.log" env GMS_ENGINE="$name" GMS_FAILOVER="${GMS_FAILOVER:-{\}}" \
-        vllm serve "$model" --load-format gms --port "$port" ${options[@]+"${options[@]}"}
+    local number=$1 name=engine-$1 block place=()
+    block=$(block_of "$number")
+    if [ "$nodes" -gt 1 ]; then
+        place=(--nnodes "$nodes" --node-rank "$node" --master-addr "$MASTER_ADDR" --master-port "$((${MASTER_PORT:-29500} + number))")
+        [ "$node" -eq 0 ] || place+=(--headless)
+    fi
+    start "$logs/$name.log" env GMS_ENGINE="$name" GMS_FAILOVER="$block" \
+        vllm serve "$model" --load-format gms --port "$port" ${place[@]+"${place[@]}"} ${options[@]+"${options[@]}"}
     say "$name starts (process group $started); its log is $logs/$name.log"
 }
 
 command -v gms >/dev/null || fail "gms is not installed here"
 command -v vllm >/dev/null || fail "vllm is not installed here"
+if [ "$nodes" -gt 1 ]; then
+    [ -n "${MASTER_ADDR-}" ] || fail "NNODES=$nodes needs MASTER_ADDR, the address of node 0"
+    [ -n "${SECRET-}" ] || fail "NNODES=$nodes needs SECRET, a file that all nodes have"
+fi
 
 if gms status >/dev/null 2>&1; then
     say "using the server that runs"
@@ -132,10 +159,10 @@ else
     say "started a server (process group $server)"
 fi
 
-start_engine engine-0
+start_engine 0
 primary=$started
 wait_for_role engine-0 "$primary" primary
-start_engine engine-1
+start_engine 1
 shadow=$started
 wait_for_role engine-1 "$shadow" standby
 
@@ -143,7 +170,7 @@ cat <<TEXT
 
 engine-0 serves on port $port, engine-1 stands by on the same port. Ask:
 
-    curl -s localhost:$port/v1/models
+    curl -s ${MASTER_ADDR:-localhost}:$port/v1/models
 
 Kill all of engine-0 and ask again; or kill only some of its processes, which comes to the same:
 

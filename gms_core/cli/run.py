@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gms_core.cli import run_nodes
 from gms_core.cli.options import Root, output_option, runtime_dir_option
 from gms_core.cli.refusal import as_text
 from gms_core.config import child_environment
@@ -20,7 +21,10 @@ from gms_core.errors import InvalidArgument, ServerUnavailable
 
 if TYPE_CHECKING:
     from gms_core.engine_config import FailoverConfig
+    from gms_core.plugins.engines import EngineAdapter
 
+MOST_ENGINES = 65
+"""Shadows, and one that serves."""
 KEEP_S = 30
 """Seconds for which a server of ours is kept alive beyond itself: without this process there are no engines that need its memory."""
 NUMBER = "{n}"
@@ -81,6 +85,7 @@ UNKNOWN_COMMAND = (
     metavar="SECONDS",
     help="For an engine to be ready after its start; then it is ended and started again.",
 )
+@run_nodes.options
 @runtime_dir_option
 @output_option("table", "lines", "json")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
@@ -100,6 +105,12 @@ def run(
     log_dir: Path | None,
     stop_timeout: float,
     start_timeout: float,
+    nnodes: int,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int,
+    agents_port: int,
+    secret: Path | None,
     runtime_dir: Path,
     output: str,
     command: tuple[str, ...],
@@ -119,16 +130,19 @@ def run(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
         raise InvalidArgument(f"{name!r} cannot be the name of engines", hint="Use 1 to 64 letters, digits, '_', '.' or '-': logs are called by it.")
     options = {"lock": lock, "gate": gate, "on_promoted": _words(on_promoted), "webhook": webhook, "status_address": status_address}
+    nodes = run_nodes.nodes_of(nnodes, node_rank, master_addr, master_port, agents_port, secret, engines=MOST_ENGINES)
     failover = _failover(options, 0)
     _check_addresses(failover, status_address, command, several=shadows > 0)
     check_lock(failover.lock)
-    prepared = _command(command)
+    adapter, prepared = _command(command)
+    if nodes is not None:
+        nodes.command(adapter, prepared, 0)  # what cannot be is known at once
     directory = prepare(runtime_dir, ANY_GROUP)
     restoring = restore_command(restore, roots, names, directory)
     devices, serve = _servers(names, directory, no_serve=no_serve)
     wanted = Wanted(
-        command=lambda number: [_numbered(word, number) for word in prepared],
-        environment=lambda number: _environment(options, directory, name, number),
+        command=lambda number: [_numbered(word, number) for word in (prepared if nodes is None else nodes.command(adapter, prepared, number))],
+        environment=lambda number: _environment(options, directory, name, number, nodes),
         name=name,
         engines=1 + shadows,
         lock=failover.lock,
@@ -136,7 +150,7 @@ def run(
         devices=devices,
         serve=serve,
         log_dir=_log_dir(log_dir or directory / "logs"),
-        policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout, parallel_starts=parallel_starts),
+        policy=Policy(autonomous=failover.autonomous, start_timeout_s=start_timeout, parallel_starts=parallel_starts, follows=bool(node_rank)),
         stop_timeout_s=stop_timeout,
         restore=restoring,
     )
@@ -177,16 +191,16 @@ def _check_addresses(failover: FailoverConfig, status_address: str | None, comma
         )
 
 
-def _environment(options: Mapping[str, object], directory: Path, name: str, number: int | None) -> dict[str, str]:
+def _environment(options: Mapping[str, object], directory: Path, name: str, number: int | None, nodes: run_nodes.Nodes | None) -> dict[str, str]:
     """The environment of an engine, or of the server if there is no number."""
     if number is None:
         return child_environment(GMS_RUNTIME_DIR=str(directory))
-    block = _failover(options, number).model_dump_json(exclude_unset=True)
+    block = _failover(options if nodes is None else {**options, "nodes": nodes.block(number)}, number).model_dump_json(exclude_unset=True)
     return child_environment(GMS_RUNTIME_DIR=str(directory), GMS_ENGINE=f"{name}-{number}", GMS_FAILOVER=block)
 
 
-def _command(command: Sequence[str]) -> list[str]:
-    """The command with what its engine needs. A warning is printed if no adapter knows it.
+def _command(command: Sequence[str]) -> tuple[EngineAdapter | None, list[str]]:
+    """The adapter of the command's engine, and the command with what that needs. A warning is printed if no adapter knows it.
 
     Raises:
         InvalidArgument: There is no such program.
@@ -202,11 +216,11 @@ def _command(command: Sequence[str]) -> list[str]:
     adapters = plugins.collect("gms_engines", EngineAdapter)
     for error in plugins.broken:
         click.echo(as_text(error), err=True)
-    prepared = (adapter.command(command) for adapter in adapters if adapter.command is not None)
-    known = next((found for found in prepared if found is not None), None)
-    if known is None:
-        click.echo(UNKNOWN_COMMAND, err=True)
-    return list(command) if known is None else known
+    for adapter in adapters:
+        if adapter.command is not None and (known := adapter.command(command)) is not None:
+            return adapter, known
+    click.echo(UNKNOWN_COMMAND, err=True)
+    return None, list(command)
 
 
 def _numbered(word: str, number: int) -> str:

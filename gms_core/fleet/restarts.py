@@ -29,6 +29,7 @@ class Policy:
         settle_s: Seconds after which a standby without a primary counts as ready: its lock is with somebody who cannot be seen from here.
         start_timeout_s: Seconds from its start until an engine stands by; one that has not is ended, as it keeps others from being started.
         parallel_starts: Engines that may be starting at once beside one that is ready.
+        follows: Whether another node decides which engine starts next. This one's parts of all engines are started, and wait for that.
     """
 
     autonomous: bool = True
@@ -38,6 +39,7 @@ class Policy:
     settle_s: float = 5.0
     start_timeout_s: float = 1800.0
     parallel_starts: int = 1
+    follows: bool = False
 
     def delay_s(self, failures: int) -> float:
         """Seconds before the next start of an engine whose last lives, so many of them, have failed."""
@@ -221,10 +223,11 @@ def next_step(fleet: Fleet, now: float, policy: Policy, *, server_up: bool) -> S
     alone = not ready and not fleet.primary_elsewhere
     starting = sum(place.starting for place in running)
     changing = starting + len(ready) < len(running)  # one takes over, or is being ended
-    if hopeless or changing or starting >= (1 if alone else policy.parallel_starts) or not server_up:
+    waits = not policy.follows and (changing or starting >= (1 if alone else policy.parallel_starts))
+    if hopeless or waits or not server_up:
         return Rest(math.inf)
     candidates = [place for place in fleet.places if not place.running]
-    if alone:
+    if alone and not policy.follows:
         # Whatever keeps the first from becoming ready keeps the others from it too: they are not tried before one has been.
         candidates = [place for place in candidates if place.lives] or candidates[:1]
     due = sorted((place.due, place.number) for place in candidates)

@@ -57,6 +57,23 @@ def with_load_format(
     return [*command] if formats else [*command, "--load-format", LOAD_FORMAT]
 
 
+def without(options: Sequence[str], names: Sequence[str], *, hint: str) -> None:
+    """Make sure that options are not given, abbreviated or not.
+
+    Args:
+        options: Those that come after the words which start the server.
+        names: In full, such as ``--node-rank``. An abbreviation has at least one letter more than ``--n``.
+        hint: What to do if one is.
+
+    Raises:
+        ConfigurationError: One is.
+    """
+    for word in options:
+        given = word.partition("=")[0].replace("_", "-")
+        if any(len(given) > len("--n") and name.startswith(given) for name in names):
+            raise ConfigurationError(f"the command says {word} itself", hint=hint)
+
+
 def _load_formats_of_file(options: Sequence[str], files: Sequence[str]) -> Iterator[str]:
     """The load format in the file that an option names. One that cannot be read is for the engine to complain of."""
     for path in itertools.chain.from_iterable(_values(options, name, shortest=name) for name in files):

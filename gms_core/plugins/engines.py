@@ -39,6 +39,23 @@ USUAL_PORT = 8000
 
 
 @dataclass(frozen=True, slots=True)
+class NodePlace:
+    """Which part of an engine over several nodes is started.
+
+    Attributes:
+        nodes: How many nodes there are.
+        node: The number of this one, from 0.
+        host: The first node's address, for the others.
+        port: Where the engine's ranks meet there.
+    """
+
+    nodes: int
+    node: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineAdapter:
     """What an adapter says of the engine that it serves.
 
@@ -51,6 +68,8 @@ class EngineAdapter:
         command: Called with a command line; returns it with what the engine needs to share weights and to fail over, or None if it does not start
             this engine. It raises `ConfigurationError` if the command line says something else.
         port: Where its server answers if the command line has no ``--port``.
+        over_nodes: Called with what ``command`` has returned; returns the command that starts one node's part of the engine. It raises
+            `ConfigurationError` if the command says something of that itself. None if such engines of this kind do not fail over.
     """
 
     name: str
@@ -60,6 +79,7 @@ class EngineAdapter:
     requirements: Sequence[Callable[[EngineSource], Verdict]] = field(default=())
     command: Callable[[Sequence[str]], list[str] | None] | None = None
     port: int = USUAL_PORT
+    over_nodes: Callable[[Sequence[str], NodePlace], list[str]] | None = None
 
     def check(self, source: EngineSource) -> list[Verdict]:
         """Verdicts on the version, then on every requirement."""

@@ -71,4 +71,6 @@ def _begin_here(config: Any, failover: FailoverConfig) -> None:
     begin_cohort("vllm")
     parallel = config.parallel_config
     if failover.nodes is not None and parallel.nnodes > 1:
-        begin_part(failover.nodes, node=parallel.node_rank, nodes=parallel.nnodes, host=parallel.master_addr)
+        part = begin_part(failover.nodes, node=parallel.node_rank, nodes=parallel.nnodes, host=parallel.master_addr)
+        if parallel.node_rank > 0:
+            part.until_gathered()  # before it takes any memory: the first node may start other engines before this one

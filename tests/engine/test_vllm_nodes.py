@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failover_story import Client, Running, Story, until
+from failover_story import ENVIRONMENT, Client, Running, Story, until
 from models import write_model
 from test_vllm_load import hide_weights
 
 from tests.conftest import running_server
 from tests.ports import free_port
+from tests.unit.gms_run import gms_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @dataclass
@@ -124,4 +128,30 @@ def test_next_group_serves_rightly_when_any_part_of_the_first_ends(nodes: Nodes,
         os.kill(primary.parts[0].process.pid, signal.SIGTERM)
         primary.until_gone()
         assert [part.process.returncode for part in primary.parts] == [0, 0]
+        nodes.until_engines({})
+
+
+@pytest.mark.long
+def test_group_comes_back_as_a_shadow_when_gms_run_keeps_it_on_each_node(nodes: Nodes, model: Path) -> None:
+    port, (meet, agents) = free_port(), (free_port(), free_port())
+    client = Client(model, port)
+    place = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(meet), "--agents-port", str(agents), "--secret", str(nodes.secret))
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, story in enumerate(nodes.stories):
+            command = ("vllm", *story.command[1:], "--port", str(port), "-tp", "2", "--distributed-executor-backend", "mp")
+            block = '{"alias_bytes": 1048576}'
+            variables = {**ENVIRONMENT, "GMS_CACHE_DIR": str(story.folder), "GMS_PLUGINS": "vllm", "GMS_FAILOVER": block, "PATH": PATH}
+            runs.append(stack.enter_context(gms_run(story.server.directory, *place, "--node-rank", str(number), "--", *command, **variables)))
+        nodes.until_engines({"engine-0": "primary", "engine-1": "standby"})
+        right = client.tokens()
+        ranks = {
+            member.process: member.pid for cohort in nodes.stories[1].status().cohorts for member in cohort.members if cohort.engine == "engine-0"
+        }
+        os.kill(ranks["rank 1"], signal.SIGKILL)
+        nodes.until_engines({"engine-0": "standby", "engine-1": "primary"})
+        assert client.tokens() == right
+        for run in reversed(runs):
+            run.interrupt()
+        assert [run.wait() for run in runs] == [0, 0]
         nodes.until_engines({})

@@ -371,9 +371,37 @@ def test_vllm_gets_its_load_format_and_its_block_when_it_is_run(runtime_dir: Pat
     assert eval(line.partition("] ")[2]) == told
 
 
+@pytest.mark.parametrize(("node", "more"), [(0, []), (1, ["--headless"])])
+def test_each_engine_meets_at_ports_of_its_own_when_there_are_several_nodes(runtime_dir: Path, tmp_path: Path, node: int, more: list[str]) -> None:
+    script = tmp_path / "vllm"
+    script.write_text(VLLM.format(python=sys.executable))
+    script.chmod(0o755)
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    numbers = ("--nnodes", "2", "--node-rank", str(node), "--master-addr", "10.0.0.1", "--secret", str(secret))
+    environment = {"GMS_PLUGINS": "vllm", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with gms_run(runtime_dir, "--device", "host", "--shadows", "2", *numbers, "--", "vllm", "serve", "MODEL", **environment) as run:
+        # The first node starts one engine after the other, the others follow: their parts of all engines wait for that.
+        for number in range(1 if node == 0 else 3):
+            log = runtime_dir / "logs" / f"engine-{number}.log"
+            run.wait_for(f"engine-{number}", "starting")
+            while "started with" not in log.read_text():
+                pass
+            (line,) = [line for line in log.read_text().splitlines() if line.startswith("started with")]
+            place = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "10.0.0.1", "--master-port", str(29500 + number)]
+            assert f"started with {['serve', 'MODEL', '--load-format', 'gms', *place, *more]} " in line
+            assert eval(line.partition("] ")[2])["nodes"] == {"secret_file": str(secret), "port": 29600 + number}
+        run.interrupt()
+        assert run.wait() == 0
+
+
 def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(gms, ["run", "--runtime-dir", str(directory), *arguments])
     return result.exit_code, result.stderr
+
+
+NODES = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1", "--secret", "{secret}")
 
 
 @pytest.mark.parametrize(
@@ -402,6 +430,14 @@ def _refused(directory: Path, *arguments: str) -> tuple[int, str]:
         (["--shadow", "1", "--", "true"], ExitCode.USAGE, "--shadows"),
         (["--log-dir", "/proc/no", "--device", "host", "--", "true"], ExitCode.USAGE, "no file can be made in the directory of logs /proc/no"),
         (["--log-dir", "/proc", "--device", "host", "--", "true"], ExitCode.USAGE, "no file can be made in the directory of logs /proc"),
+        (["--node-rank", "1", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "--node-rank is for engines over several nodes\nhint: Say how many"),
+        (["--nnodes", "2", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "--nnodes 2 needs --node-rank"),
+        ([*NODES, "--node-rank", "2", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "--node-rank 2: the nodes are 0 to 1"),
+        ([*NODES, "--secret", "/no/file", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "the secret /no/file cannot be read: No such file"),
+        ([*NODES, "--master-port", "29590", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "65 engines need that many ports each"),
+        ([*NODES, "--agents-port", "65500", "--", "vllm", "serve", "MODEL"], ExitCode.USAGE, "65 engines need that many ports each"),
+        (["--device", "host", *NODES, "--", "true"], ExitCode.USAGE, "--nnodes: this command starts no engine that fails over over several nodes"),
+        (["--device", "host", *NODES, "--", "vllm", "serve", "MODEL", "--node-rank", "1"], ExitCode.USAGE, "the command says --node-rank itself"),
     ],
 )
 def test_run_refuses_with_a_sentence_when_it_cannot_begin(
@@ -410,7 +446,10 @@ def test_run_refuses_with_a_sentence_when_it_cannot_begin(
     (tmp_path / "vllm").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("GMS_PLUGINS", "vllm")
-    found, said = _refused(runtime_dir, *arguments)
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    found, said = _refused(runtime_dir, *(word.replace("{secret}", str(secret)) for word in arguments))
     assert (found, words in said) == (code, True), said
 
 

@@ -70,6 +70,28 @@ def test_several_shadows_start_at_once_if_that_is_wanted_beside_one_that_is_read
     assert _step(_saw(fleet, policy, n0="primary", n1="standby", n2="init"), policy=policy) == Start(3)
 
 
+def test_all_parts_are_started_when_another_node_decides_which_engine_starts_next() -> None:
+    policy = Policy(follows=True)
+    fleet = new_fleet((0, 1, 2))
+    assert _step(fleet, policy=policy, server_up=False) == Rest(math.inf)
+    for number in (0, 1, 2):
+        assert _step(fleet, policy=policy) == Start(number)
+        fleet = started(fleet, number)
+    assert _step(fleet, policy=policy) == Rest(math.inf)
+    fleet = _saw(fleet, policy, n0="primary", n1="promoting", n2="init")
+    fleet = ended(fleet, 0, 10.0, policy)
+    assert _step(fleet, 10.0, policy) == Rest(11.0)
+    assert _step(fleet, 11.0, policy) == Start(0)
+
+
+def test_following_node_gives_up_when_nothing_comes_of_any_part() -> None:
+    policy = Policy(follows=True)
+    fleet = new_fleet((0, 1))
+    for turn in range(policy.most_failures):
+        fleet = ended(started(fleet, turn % 2), turn % 2, 0.0, policy)
+    assert _step(fleet, 1000.0, policy) == GiveUp(policy.most_failures)
+
+
 def test_nothing_starts_during_a_promotion_however_many_may() -> None:
     policy = Policy(parallel_starts=8)
     fleet = _saw(started(_saw(started(new_fleet((0, 1, 2)), 0), policy, n0="primary"), 1), policy, n0="primary", n1="standby")

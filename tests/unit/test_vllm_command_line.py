@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gms_core.errors import ConfigurationError
-from gms_vllm.command_line import with_gms
+from gms_core.plugins.engines import NodePlace
+from gms_vllm.command_line import over_nodes, with_gms
 
 ADDED = ["--load-format", "gms"]
 
@@ -66,3 +67,16 @@ def test_command_is_left_alone_when_it_does_not_start_vllm(command: list[str]) -
 def test_no_vllm_is_imported_when_a_command_line_is_looked_at() -> None:
     code = "import sys; from gms_vllm.command_line import with_gms; with_gms(['vllm', 'serve', 'M']); print('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("node", "more"), [(0, []), (1, ["--headless"])])
+def test_part_of_an_engine_is_started_when_there_are_several_nodes(node: int, more: list[str]) -> None:
+    command = ["vllm", "serve", "MODEL", "--load-format", "gms"]
+    words = ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "10.0.0.1", "--master-port", "29501"]
+    assert over_nodes(command, NodePlace(2, node, "10.0.0.1", 29501)) == [*command, *words, *more]
+
+
+@pytest.mark.parametrize("word", ["--nnodes", "--nnodes=2", "--node_rank", "--node-r=1", "--master-addr", "--master-p", "--headless"])
+def test_command_is_refused_when_it_says_something_of_nodes_itself(word: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the command says {word} itself"):
+        over_nodes(["vllm", "serve", "MODEL", "--load-format", "gms", word, "1"], NodePlace(2, 0, "10.0.0.1", 29500))

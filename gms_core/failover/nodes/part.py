@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _part: Part | None = None
 
 
-def begin_part(config: NodesConfig, *, node: int, nodes: int, host: str) -> None:
+def begin_part(config: NodesConfig, *, node: int, nodes: int, host: str) -> Part:
     """Begin this node's part of an engine, in the process that begins it here. The cohort is in the environment.
 
     Args:
@@ -44,6 +44,7 @@ def begin_part(config: NodesConfig, *, node: int, nodes: int, host: str) -> None
     global _part
     read_secret(config.secret_file)  # a mistake is known before anything is started
     _part = Part(Order(settings().engine, node, nodes, host, config.port, str(config.secret_file), config.patience_s, config.timeout_s))
+    return _part
 
 
 def begun_part() -> Part | None:
@@ -91,7 +92,7 @@ class Part:
         return self._agent.pid
 
     def until_gathered(self) -> None:
-        """Wait until the agents of all nodes are there, which is before any death on another node could be missed.
+        """Wait until the agents are there of all nodes, or, elsewhere than on the first node, the first one's. Deaths are not missed from then on.
 
         Raises:
             AcquireTimeout: They are not, within the agents' patience and a little more.
